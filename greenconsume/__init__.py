@@ -1,0 +1,85 @@
+"""Many kombu consumers as greenlets under one gevent hub.
+
+What runs in a process::
+
+    hub                           one gevent hub, one OS thread
+    └─ Runtime                    start, stop, drain, join
+       ├─ supervisor greenlet     restarts failed consumers, runs the drain
+       ├─ ConsumerGreenlet × N    one per mixin instance: connect, consume, drain, close
+       └─ LinkPool                a few broker links, shared by all consumers, a channel each
+          └─ Link                 one AMQP connection: a reader and a writer greenlet
+
+Where it is written; a module imports only what stands below it::
+
+    cli            the command line: `greenconsume run MODULE:TARGET`, exit codes, signals
+    runtime        Runtime: all consumers of a process together
+    targets        what may be spawned, and the broker it is spawned for
+    supervisor     RestartPolicy; which failure restarts what, and the drain ladder
+    greenlets      spawn, ConsumerGreenlet: one consumer's life
+    mixins         ConsumerMixin, ConsumerProducerMixin: kombu's interface
+    handlers       Requeue, Reject: what becomes of a message whose handler failed
+    deliveries     a message's life: settled once, on the channel it came from
+    links          many consumers over a few links
+    transports     green transports for kombu: amqp, memory; a fallback for the others
+    lifecycle      one consumer's name, state, readiness and stop signal
+    logs           structured logging, the first hook
+    events         what happens, as frozen values, and the one seam that observers hang on
+    stopping       StopSignal and Deadline: what ends every wait
+    patching       patch_all, require_patched: gevent's patching and its check
+    errors         every exception, under GreenconsumeError
+
+Read `events`, `stopping`, `mixins` and `runtime` first; they hold the ideas. Importing this package
+imports neither gevent nor kombu and patches nothing: the public names are imported when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConsumerGreenlet",
+    "ConsumerMixin",
+    "ConsumerProducerMixin",
+    "Reject",
+    "Requeue",
+    "RestartPolicy",
+    "Runtime",
+    "patch_all",
+    "require_patched",
+    "spawn",
+]
+
+if TYPE_CHECKING:
+    from greenconsume.greenlets import ConsumerGreenlet, spawn
+    from greenconsume.handlers import Reject, Requeue
+    from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
+    from greenconsume.patching import patch_all, require_patched
+    from greenconsume.runtime import Runtime
+    from greenconsume.supervisor import RestartPolicy
+else:
+    _HOMES = {
+        "ConsumerGreenlet": "greenlets",
+        "ConsumerMixin": "mixins",
+        "ConsumerProducerMixin": "mixins",
+        "Reject": "handlers",
+        "Requeue": "handlers",
+        "RestartPolicy": "supervisor",
+        "Runtime": "runtime",
+        "patch_all": "patching",
+        "require_patched": "patching",
+        "spawn": "greenlets",
+    }
+
+    # Hidden from type checkers, to whom a module with __getattr__ has every name.
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,72 @@
+"""Owns every exception of the package; imports nothing of it and is imported by all of it.
+
+What comes from kombu, amqp or redis is translated where it crosses into this package, `from exc`.
+"""
+
+from __future__ import annotations
+
+
+class GreenconsumeError(Exception):
+    """The root of every exception that greenconsume raises."""
+
+
+class NotPatchedError(GreenconsumeError):
+    """The process is not patched by gevent, or not far enough; the message names what and the remedy."""
+
+
+class UnsupportedTransportError(GreenconsumeError):
+    """The broker URL names a transport that is unknown, or that blocks the whole hub."""
+
+
+class InvalidConsumerError(GreenconsumeError, TypeError):
+    """What was to be spawned is no consumer: it has no `get_consumers`, or no connection."""
+
+
+class BrokerRefusedError(GreenconsumeError):
+    """The broker answered and refused: wrong credentials, no such virtual host, no permission.
+
+    Attributes:
+        uri: The broker's address, without its password.
+    """
+
+    def __init__(self, message: str, uri: str = "") -> None:
+        super().__init__(message)
+        self.uri = uri
+
+
+class StoppedError(GreenconsumeError):
+    """A wait was ended by the stop signal of the consumer that waited.
+
+    Attributes:
+        reason: What was given to `StopSignal.set`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped: {reason}")
+        self.reason = reason
+
+
+class ForkedError(GreenconsumeError):
+    """A runtime, consumer or link was used in a child process that was forked after it was made."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} was made in another process and cannot be used across a fork: "
+            "make connections, consumers and the Runtime in the child, after the fork"
+        )
+
+
+class AlreadyRunningError(GreenconsumeError, RuntimeError):
+    """A runtime was started while it runs, or a consumer was spawned that a greenlet has already."""
+
+
+class RestartLimitError(GreenconsumeError):
+    """A consumer failed more often than its `RestartPolicy` allows and was given up.
+
+    Attributes:
+        consumers: The names of the consumers that were given up.
+    """
+
+    def __init__(self, message: str, consumers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.consumers = consumers

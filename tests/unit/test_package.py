@@ -1,0 +1,137 @@
+"""What the package promises as a package: its names, its files, its bounds, its shape."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.resources
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import greenconsume
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(greenconsume.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PUBLIC = {
+    "ConsumerGreenlet",
+    "ConsumerMixin",
+    "ConsumerProducerMixin",
+    "Reject",
+    "Requeue",
+    "RestartPolicy",
+    "Runtime",
+    "patch_all",
+    "require_patched",
+    "spawn",
+}
+
+
+@pytest.fixture
+def distribution() -> importlib.metadata.Distribution:
+    if "GREENCONSUME_TEST_INSTALLED" not in os.environ:
+        pytest.skip(
+            "the package need not be installed at a desk; tox runs these tests on the wheel"
+        )
+    return importlib.metadata.distribution("greenconsume")
+
+
+def test_the_tests_run_on_the_wheel(distribution: importlib.metadata.Distribution) -> None:
+    assert Path(greenconsume.__file__) == distribution.locate_file("greenconsume/__init__.py")
+    assert ROOT not in (PACKAGE.parent, PACKAGE)
+
+
+def test_the_wheel_has_the_version_of_the_module(
+    distribution: importlib.metadata.Distribution,
+) -> None:
+    assert distribution.version == greenconsume.__version__
+
+
+def test_the_script_patches_first(distribution: importlib.metadata.Distribution) -> None:
+    (script,) = distribution.entry_points.select(group="console_scripts")
+    assert (script.name, script.value) == ("greenconsume", "greenconsume.__main__:main")
+
+
+def test_the_wheel_holds_the_licence(distribution: importlib.metadata.Distribution) -> None:
+    assert any(file.name == "LICENSE" for file in distribution.files or ())
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert importlib.resources.files("greenconsume").joinpath("py.typed").is_file()
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(greenconsume.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_is_found_where_it_is_used(name: str) -> None:
+    value = getattr(greenconsume, name)
+    assert value.__module__.startswith("greenconsume.")
+    assert value.__doc__
+
+
+def test_a_star_import_brings_the_public_names_alone() -> None:
+    names: dict[str, object] = {}
+    exec("from greenconsume import *", names)
+    assert names.keys() - {"__builtins__"} == PUBLIC
+
+
+def test_the_public_names_are_listed_by_dir() -> None:
+    assert {*PUBLIC, "__version__"} <= set(dir(greenconsume))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Consumer'"):
+        _ = greenconsume.Consumer
+
+
+def test_the_tree_in_the_docstring_names_every_module() -> None:
+    names = {module.name for module in pkgutil.iter_modules([str(PACKAGE)])} - {"__main__"}
+    tree = re.findall(r"^    (\w+)  +\w", greenconsume.__doc__ or "", re.MULTILINE)
+    assert names <= set(tree)
+
+
+def test_the_lowest_dependencies_that_are_tested_are_those_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = dict(
+        re.fullmatch(r"([\w-]+)>=([\d.]+)(?:;.*)?", bound).groups()
+        for bound in project["dependencies"]
+    )
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert {name: tested[name].removesuffix(".0") for name in declared} == {
+        name: version.removesuffix(".0") for name, version in declared.items()
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_fits_in_the_head(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= 500
+    assert ast.get_docstring(ast.parse(source))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_is_longer_than_forty_lines(path: Path) -> None:
+    long = {name: lines for name, lines in function_lengths(path) if lines > 40}
+    assert not long
+
+
+def function_lengths(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each function's name and its number of lines, without its docstring."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
