@@ -1,0 +1,46 @@
+"""Owns the one way in which a test waits for something that tells nobody when it happens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from time import monotonic
+from typing import TypeVar
+
+import gevent
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.002
+
+
+def wait_until(predicate: Callable[[], T | None], within: float = 2.0, message: str = "") -> T:
+    """Poll `predicate` every few milliseconds until it is true, and return what it returned.
+
+    Args:
+        predicate: Called in this greenlet; what it raises is not caught.
+        within: Seconds after which to give up. The predicate is called once more at the end.
+        message: What was waited for; without it, the failure shows the predicate's source.
+
+    Raises:
+        AssertionError: The predicate was still false; tells its last value.
+
+    Switches: yes.
+    """
+    deadline = monotonic() + within
+    while True:
+        late = monotonic() >= deadline
+        value = predicate()
+        if value:
+            return value
+        if late:
+            what = message or _source(predicate)
+            raise AssertionError(f"not within {within:g} s: {what} (last value: {value!r})")
+        gevent.sleep(POLL_SECONDS)
+
+
+def _source(predicate: Callable[[], object]) -> str:
+    try:
+        return " ".join(inspect.getsource(predicate).split())
+    except (OSError, TypeError):
+        return repr(predicate)
