@@ -1,0 +1,51 @@
+"""Owns what the package keeps about one consumer: its name, stop signal, state and readiness.
+
+The one state machine: the mixin enters the states, greenlets, supervisor and runtime read them.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from gevent.event import Event
+
+from greenconsume.events import ConsumerChanged, ConsumerState, emit
+from greenconsume.stopping import StopSignal
+
+_ATTRIBUTE = "_greenconsume"
+_numbers = count(1)
+
+
+class Lifecycle:
+    """One consumer's life; made when it is first asked for, and kept on the consumer itself."""
+
+    __slots__ = ("links", "name", "owned", "ready", "state", "stop")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stop = StopSignal()
+        self.state = ConsumerState.STARTING
+        self.ready = Event()  # set while consuming
+        self.links: Any = None  # the LinkPool it connects over; None: one of its own
+        self.owned = False  # it runs in a ConsumerGreenlet: no foreign code below it on the stack
+
+    def enter(self, state: ConsumerState) -> None:
+        """Go to `state` and tell the hooks; entering the present one is no event. Never switches."""
+        old, self.state = self.state, state
+        if state is ConsumerState.CONSUMING:
+            self.ready.set()
+        else:
+            self.ready.clear()
+        if old is not state:
+            emit(ConsumerChanged(self.name, old, state))
+
+
+def lifecycle_of(consumer: Any) -> Lifecycle:
+    """Return the consumer's lifecycle, making it on first use: users' `__init__` need not call ours."""
+    found = vars(consumer).get(_ATTRIBUTE)
+    if found is None:
+        name = f"{type(consumer).__name__}-{next(_numbers)}"
+        found = vars(consumer)[_ATTRIBUTE] = Lifecycle(name)
+    assert isinstance(found, Lifecycle)
+    return found

@@ -1,0 +1,244 @@
+"""Owns what the package says in the log: one record an event, on the logger `greenconsume.<module>`.
+
+The first hook: importing this module subscribes it, and the lower layers speak through `events` alone. It
+must never show a message's body or a password. Only the command line calls `configure`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from dataclasses import fields
+from datetime import datetime, timezone
+from functools import cache, singledispatch
+from typing import Any, Literal, NamedTuple
+
+from greenconsume.events import (
+    ConnectFailed,
+    ConsumerChanged,
+    ConsumerGivenUp,
+    ConsumerRestarting,
+    DrainEscalated,
+    DrainFinished,
+    DrainStarted,
+    Event,
+    HandlerFailed,
+    LinkBlocked,
+    LinkDown,
+    LinkUp,
+    PollingTransport,
+    StaleSettle,
+    subscribe,
+)
+
+TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+_HANDLER_NAME = "greenconsume"
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]*@")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message", "taskName"}
+
+
+class Line(NamedTuple):
+    """What an event becomes: its logger, level and words, and the error whose traceback is shown."""
+
+    module: str
+    level: int
+    text: str
+    args: tuple[object, ...] = ()
+    error: BaseException | None = None
+
+
+def log(event: Event, /) -> None:
+    """Log `event` as one record, with its fields in the record's `greenconsume` attribute."""
+    line = describe(event)
+    logger = _logger(line.module)
+    if logger.isEnabledFor(line.level):
+        extra = {"greenconsume": _fields(event)}
+        logger.log(line.level, line.text, *line.args, exc_info=line.error, extra=extra)
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats a record as one line of JSON: the time, the words, an event's fields, a user's extras."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc)
+        shown: dict[str, Any] = {
+            key: value for key, value in vars(record).items() if key not in _STANDARD
+        }
+        shown.update(shown.pop("greenconsume", {}))
+        shown.update(
+            time=at.isoformat(timespec="milliseconds"),
+            level=record.levelname,
+            logger=record.name,
+            message=record.getMessage(),
+        )
+        if record.exc_info:
+            shown["traceback"] = self.formatException(record.exc_info)
+        return redact(json.dumps(shown, default=str))
+
+
+class TextFormatter(logging.Formatter):
+    """Formats a record as a line to read, with any traceback below it."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT_FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def configure(level: str = "INFO", format: Literal["text", "json"] = "text") -> None:
+    """Send the whole process's log to stderr; calling it again replaces what it set up before.
+
+    Args:
+        level: The lowest level that is shown, by name.
+        format: `text` to read, `json` for one object a line.
+
+    Raises:
+        ValueError: The level or the format is unknown.
+    """
+    if not isinstance(logging.getLevelName(level.upper()), int):
+        raise ValueError(f"unknown log level {level!r}: use DEBUG, INFO, WARNING or ERROR")
+    if format not in ("text", "json"):
+        raise ValueError(f"unknown log format {format!r}: use text or json")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.name = _HANDLER_NAME
+    handler.setFormatter(JSONFormatter() if format == "json" else TextFormatter())
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if h.name == _HANDLER_NAME]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+
+
+def redact(text: str) -> str:
+    """Return `text` with the password of every URL in it masked."""
+    return _PASSWORD.sub(r"\1**@", text)
+
+
+@singledispatch
+def describe(event: Event) -> Line:
+    """Say what the log says of `event`; one that this package does not know is named at DEBUG."""
+    return Line("events", logging.DEBUG, "%s", (type(event).__name__,))
+
+
+@describe.register
+def _(event: LinkUp) -> Line:
+    return Line("links", logging.INFO, "link to %s is up", (redact(event.uri),))
+
+
+@describe.register
+def _(event: LinkDown) -> Line:
+    args = (redact(event.uri), event.consumers, _words(event.error))
+    return Line("links", logging.WARNING, "link to %s is lost, with %d consumers: %s", args)
+
+
+@describe.register
+def _(event: LinkBlocked) -> Line:
+    if event.blocked:
+        args = (redact(event.uri), event.reason)
+        return Line("links", logging.WARNING, "link to %s: the broker blocks publishing: %s", args)
+    text = "link to %s: the broker lets publish again"
+    return Line("links", logging.INFO, text, (redact(event.uri),))
+
+
+@describe.register
+def _(event: ConnectFailed) -> Line:
+    what = "%s refused the connection" if event.refused else "cannot connect to %s"
+    text = what + ": %s (attempt %d, the next in %.1f s)"
+    args = (redact(event.uri), _words(event.error), event.attempt, event.delay)
+    return Line("links", logging.WARNING, text, args)
+
+
+@describe.register
+def _(event: PollingTransport) -> Line:
+    text = "transport %s has no green one of its own: it is polled, every %.1f s at the most"
+    return Line("transports", logging.INFO, text, (event.transport, event.interval))
+
+
+@describe.register
+def _(event: ConsumerChanged) -> Line:
+    args = (event.consumer, event.new, event.old)
+    return Line("greenlets", logging.DEBUG, "consumer %s is %s, was %s", args)
+
+
+@describe.register
+def _(event: ConsumerRestarting) -> Line:
+    text = "consumer %s %s: restart %d in %.1f s"
+    how = "returned" if event.error is None else f"failed with {_words(event.error)}"
+    args = (event.consumer, how, event.attempt, event.delay)
+    return Line("supervisor", logging.WARNING, text, args, event.error)
+
+
+@describe.register
+def _(event: ConsumerGivenUp) -> Line:
+    text = "consumer %s is given up: %s"
+    how = "it returned too often" if event.error is None else _words(event.error)
+    return Line("supervisor", logging.ERROR, text, (event.consumer, how), event.error)
+
+
+@describe.register
+def _(event: HandlerFailed) -> Line:
+    text = "consumer %s failed on message %s (routing key %r) with %s: %s"
+    args = (
+        event.consumer,
+        event.delivery_tag,
+        event.routing_key,
+        _words(event.error),
+        event.outcome,
+    )
+    return Line("handlers", logging.ERROR, text, args, event.error)
+
+
+@describe.register
+def _(event: StaleSettle) -> Line:
+    text = "message %s was settled after its channel was gone: the broker has it back (%d so far)"
+    return Line("deliveries", logging.DEBUG, text, (event.delivery_tag, event.count))
+
+
+@describe.register
+def _(event: DrainStarted) -> Line:
+    text = "stopping %d consumers within %.1f s (%s)"
+    return Line("runtime", logging.INFO, text, (event.consumers, event.timeout, event.reason))
+
+
+@describe.register
+def _(event: DrainEscalated) -> Line:
+    text = "drain: %s; consumers still running: %d (%s)"
+    return Line("runtime", logging.WARNING, text, (event.rung, event.consumers, event.reason))
+
+
+@describe.register
+def _(event: DrainFinished) -> Line:
+    level = logging.WARNING if event.killed else logging.INFO
+    text = "stopped in %.2f s: %d consumers drained, %d killed"
+    return Line("runtime", level, text, (event.seconds, event.drained, event.killed))
+
+
+@cache
+def _logger(module: str) -> logging.Logger:
+    """Look a logger up once: thousands of consumers change their states at the same time."""
+    return logging.getLogger(f"greenconsume.{module}")
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    """Return the event's name and fields, as what a formatter can show."""
+    shown = {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
+    return {"event": type(event).__name__, **shown}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseException):
+        return _words(value)
+    return redact(str(value)) if isinstance(value, str) else value
+
+
+def _words(error: BaseException) -> str:
+    """Return an error in one line."""
+    text = " ".join(redact(str(error)).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+subscribe(log)
