@@ -1,0 +1,269 @@
+"""Owns what a channel of a green link consumes: its consumers, their deliveries, their settling.
+
+Deliveries go to the session's inbox, from where `drain_events` hands them to the callbacks. A message is
+settled once, on the channel and in the life of the channel that it came from (law 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import amqp
+from amqp import spec
+from amqp.exceptions import ConsumerCancelled
+from amqp.serialization import dumps
+from kombu.transport import base, pyamqp
+
+from greenconsume.events import StaleSettle, emit
+from greenconsume.transports.publishing import PublishingChannel
+
+#: A consumer without a limit of its own is paused when this many deliveries wait in its session, and
+#: goes on when RESUME_AT are left.
+PAUSE_AT = 1000
+RESUME_AT = 250
+
+
+class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
+    """A received message, settled once and only on the channel that it came from.
+
+    Settling it after that channel was closed or its link lost does nothing but count: the broker has
+    requeued it already, and its delivery tag now means another message, or none.
+    """
+
+    __slots__ = ("epoch",)
+
+    def __init__(self, msg: amqp.Message, channel: Channel, **kwargs: Any) -> None:
+        super().__init__(msg, channel=channel, **kwargs)
+        self.epoch = channel.epoch
+
+    def ack(self, multiple: bool = False) -> None:
+        """As `kombu.Message.ack`. Never switches."""
+        if not self._settled_stale("ACK"):
+            super().ack(multiple=multiple)
+
+    def reject(self, requeue: bool = False) -> None:
+        """As `kombu.Message.reject`. Never switches."""
+        if not self._settled_stale("REJECTED"):
+            super().reject(requeue=requeue)
+
+    def requeue(self) -> None:
+        """As `kombu.Message.requeue`. Never switches."""
+        if not self._settled_stale("REQUEUED"):
+            super().requeue()
+
+    def _settled_stale(self, state: str) -> bool:
+        if self.acknowledged or self.channel is None or self.channel.holds(self.epoch):
+            return False
+        self._state = state  # type: ignore[misc]  # the slot is in kombu's class
+        self.channel.count_stale(self.delivery_tag)
+        return True
+
+
+class Channel(PublishingChannel):
+    """A whole channel, in the place of py-amqp's.
+
+    Attributes:
+        stale_count: How many messages were settled after their channel was gone.
+    """
+
+    Message = Message
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.stale_count = 0
+        self._consuming: set[str] = set()
+        self._prefetch_count = 0
+        self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _is_consuming(self) -> bool:
+        return bool(self._consuming)
+
+    def _end_epoch(self) -> None:
+        self._session.take_back(self._returnable)
+        super()._end_epoch()
+        self.callbacks.clear()
+        self.cancel_callbacks.clear()
+        self._consuming.clear()
+        self._pausable.clear()
+        self.no_ack_consumers.clear()
+
+    # -- consuming ------------------------------------------------------------------------------------
+
+    def basic_consume(
+        self,
+        queue: str = "",
+        consumer_tag: str = "",
+        no_local: bool = False,
+        no_ack: bool = False,
+        exclusive: bool = False,
+        nowait: bool = False,
+        callback: Callable[[Any], object] | None = None,
+        arguments: dict[str, Any] | None = None,
+        on_cancel: Callable[[str], object] | None = None,
+        argsig: str = "BssbbbbF",
+    ) -> str:
+        """As py-amqp's; deliveries that arrive together with `ConsumeOk` find their callback."""
+        if nowait and not consumer_tag:
+            raise ValueError("Consumer tag must be specified when nowait is True")
+
+        def register(_sig: Any, tag: str) -> None:
+            self.callbacks[tag] = callback
+            self._consuming.add(tag)
+            if on_cancel:
+                self.cancel_callbacks[tag] = on_cancel
+            if no_ack:
+                self.no_ack_consumers.add(tag)
+            unbounded = no_ack or not self._prefetch_count
+            if unbounded and not exclusive and queue in self._session.lasting_queues:
+                again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
+                self._pausable[tag] = dumps(argsig, again)
+
+        args = (0, queue, consumer_tag, no_local, no_ack, exclusive, nowait, arguments)
+        self.send_method(spec.Basic.Consume, argsig, args)
+        if nowait:
+            register(None, consumer_tag)
+            return consumer_tag
+        return str(self.wait(spec.Basic.ConsumeOk, callback=register))
+
+    def queue_declare(self, queue: str = "", *args: Any, **kwargs: Any) -> Any:
+        """As py-amqp's. Remembers which queues outlive a consumer that is paused."""
+        declared = super().queue_declare(queue, *args, **kwargs)
+        arguments = kwargs.get("arguments") or {}
+        fleeting = kwargs.get("auto_delete", True) or "x-expires" in arguments
+        if not fleeting and not kwargs.get("passive"):
+            self._session.lasting_queues.add(queue)
+        return declared
+
+    def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
+        """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
+        self._prefetch_count = prefetch_count
+        return super().basic_qos(prefetch_size, prefetch_count, a_global)
+
+    def _pause(self, consumer_tag: str) -> None:
+        # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own.
+        args = self._pausable.pop(consumer_tag)
+        self._session.paused.append((self, consumer_tag, args))
+        self._link._write_method(
+            self.channel_id, spec.Basic.Cancel, dumps("sb", (consumer_tag, True))
+        )
+
+    def resume(self, consumer_tag: str, args: bytes) -> None:
+        """Consume again with a consumer that was paused, unless it was stopped since. Never switches."""
+        if consumer_tag in self._consuming and self._link.failure is None:
+            self._pausable[consumer_tag] = args
+            self._link._write_method(self.channel_id, spec.Basic.Consume, args)
+
+    def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
+        """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
+        if self.connection is None:
+            return None
+        self.stop_dispatching(consumer_tag)
+        self.no_ack_consumers.discard(consumer_tag)
+        return self.send_method(
+            spec.Basic.Cancel,
+            argsig,
+            (consumer_tag, nowait),
+            wait=None if nowait else spec.Basic.CancelOk,
+        )
+
+    def announce_stop(self) -> None:
+        """Tell the broker to send no more, without waiting; give back what was not started."""
+        for tag in list(self._consuming):
+            self.stop_dispatching(tag)
+            if self._link.failure is None:
+                self._link._write_method(
+                    self.channel_id, spec.Basic.Cancel, dumps("sb", (tag, True))
+                )
+
+    def stop_dispatching(self, consumer_tag: str) -> None:
+        """Forget a consumer's callback and give its undispatched messages back. Never switches."""
+        self._remove_tag(consumer_tag)
+        self._consuming.discard(consumer_tag)
+        self._pausable.pop(consumer_tag, None)
+
+        def undispatched(channel: Channel | None, item: Any) -> bool:
+            return self._returnable(channel, item) and _tag_of(item) == consumer_tag
+
+        for message in self._session.take_back(undispatched):
+            self._give_back(message)
+
+    def _remove_tag(self, consumer_tag: str) -> Any:
+        # no_ack_consumers keeps it: messages in hand that the broker has acked are still handled.
+        self.callbacks.pop(consumer_tag, None)
+        return self.cancel_callbacks.pop(consumer_tag, None)
+
+    def _returnable(self, channel: Channel | None, item: Any) -> bool:
+        return (
+            channel is self
+            and isinstance(item, amqp.Message)
+            and _tag_of(item) not in self.no_ack_consumers
+        )
+
+    def _give_back(self, message: amqp.Message) -> None:
+        if self._link.failure is None:
+            args = dumps("Lb", (message.delivery_tag, True))
+            self._link._write_method(self.channel_id, spec.Basic.Reject, args)
+
+    def _on_basic_deliver(
+        self,
+        consumer_tag: str,
+        delivery_tag: int,
+        redelivered: bool,
+        exchange: str,
+        routing_key: str,
+        msg: amqp.Message,
+    ) -> None:
+        msg.channel = self
+        msg.delivery_info = {
+            "consumer_tag": consumer_tag,
+            "delivery_tag": delivery_tag,
+            "redelivered": redelivered,
+            "exchange": exchange,
+            "routing_key": routing_key,
+        }
+        callback = self.callbacks.get(consumer_tag)
+        if callback is not None:
+            self._session.put(self, msg, callback)
+            if consumer_tag in self._pausable and self._session.backlog > PAUSE_AT:
+                self._pause(consumer_tag)
+        elif consumer_tag not in self.no_ack_consumers:
+            self._give_back(msg)
+
+    def _on_basic_cancel(self, consumer_tag: str) -> None:
+        callback = self._remove_tag(consumer_tag)
+        self._consuming.discard(consumer_tag)
+        if callback is not None:
+            self._session.put(self, consumer_tag, callback)
+        else:
+            text = f"the broker cancelled consumer {consumer_tag!r}: its queue was deleted or moved"
+            self._session.put(self, ConsumerCancelled(text, spec.Basic.Cancel), _raise)
+
+    def _on_basic_cancel_ok(self, consumer_tag: str) -> None:
+        """Nothing is left to do: the callback went when the cancel was sent."""
+
+    def message_to_python(self, raw_message: Any) -> Any:
+        """Make a delivery a `Message`; one that is a message already stays as it is."""
+        if isinstance(raw_message, base.Message):
+            return raw_message
+        return self.Message(raw_message, channel=self)
+
+    # -- settling ---------------------------------------------------------------------------------------
+
+    def holds(self, epoch: int) -> bool:
+        """Whether messages of this life of the channel can still be settled."""
+        return epoch == self.epoch and self._link.failure is None
+
+    def count_stale(self, delivery_tag: int) -> None:
+        """Count a settle that came after its channel was gone."""
+        self.stale_count += 1
+        emit(StaleSettle(delivery_tag, self.stale_count))
+
+
+def _tag_of(message: amqp.Message) -> Any:
+    return message.delivery_info.get("consumer_tag")
+
+
+def _raise(error: BaseException) -> None:
+    raise error
