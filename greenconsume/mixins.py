@@ -1,0 +1,450 @@
+"""Owns the kombu interface: `ConsumerMixin` and `ConsumerProducerMixin`, names and order of calls as kombu's.
+
+A class written for `kombu.mixins` runs unchanged. Where kombu polls, swallows or blocks, this waits: for a
+delivery, the stop signal or a deadline, whichever comes first. Users subclass it; `greenlets` runs it.
+
+`error`, `warn` and `sleep` are module-level names that are looked up when they are called, as kombu's are.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+from kombu import Connection, Consumer, Producer
+from kombu import mixins as kombu_mixins
+from kombu.common import ignore_errors
+from kombu.utils.compat import nested
+from kombu.utils.encoding import safe_repr
+from kombu.utils.limits import TokenBucket
+
+from greenconsume.deliveries import DelayedRequeues
+from greenconsume.errors import InvalidConsumerError, StoppedError
+from greenconsume.events import ConsumerState
+from greenconsume.handlers import FailurePolicy, Handler, Requeue
+from greenconsume.lifecycle import lifecycle_of
+from greenconsume.links import LinkPool
+from greenconsume.stopping import Deadline, StopSignal
+from greenconsume.transports.amqp import LinkLostError, Session
+
+logger = logging.getLogger(__name__)
+debug, info, warn, error = logger.debug, logger.info, logger.warning, logger.error
+
+W_CONN_LOST = "Connection to broker lost, trying to re-establish connection..."
+W_CONN_ERROR = "Broker connection error, trying again in %s seconds: %r."
+
+
+def sleep(seconds: float, stop: StopSignal) -> None:
+    """Wait for `seconds`, or until `stop` is set."""
+    stop.wait(seconds)
+
+
+class ConsumerMixin:
+    """A consumer: give it a `connection` and `get_consumers`, then `spawn` it or call `run`.
+
+    The interface is that of `kombu.mixins.ConsumerMixin` 5.7. Everything below `run` may switch.
+
+    Attributes:
+        connection: A `kombu.Connection`; it is cloned, never used itself.
+        connect_max_retries: Failed attempts to connect that are followed by another; None: all.
+        should_stop: Assign True, from any greenlet or thread, to stop.
+        on_error: What becomes of a message whose callback raised: `Requeue(delay)` or `Reject()`.
+    """
+
+    connection: Any
+    connect_max_retries: int | None = None
+    on_error: FailurePolicy = Requeue()
+
+    # -- what users define or override ------------------------------------------------------------
+
+    def get_consumers(self, Consumer: Any, channel: Any) -> Sequence[Any]:
+        """Return the `kombu.Consumer`s to consume with; called anew after every reconnect.
+
+        Args:
+            Consumer: `kombu.Consumer`, bound to `channel` and to `on_decode_error`.
+            channel: The consumer's default channel. `channel.connection.client.channel()` opens
+                further ones, which live and die with the consumer.
+        """
+        raise NotImplementedError("Subclass responsibility")
+
+    def on_connection_revived(self) -> None:
+        """Called when a connection is established, also for the first time."""
+
+    def on_consume_ready(
+        self, connection: Any, channel: Any, consumers: Sequence[Any], **kwargs: Any
+    ) -> None:
+        """Called when the consumers consume; `kwargs` are those of `consume`."""
+
+    def on_consume_end(self, connection: Any, channel: Any) -> None:
+        """Called after the consumers were cancelled."""
+
+    def on_iteration(self) -> None:
+        """Called before each message, and every `safety_interval` seconds while there is none."""
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Called for a message whose body cannot be decoded; logs and acknowledges it, as kombu does."""
+        error(
+            "Can't decode message body: %r (type:%r encoding:%r raw:%r')",
+            exc,
+            message.content_type,
+            message.content_encoding,
+            safe_repr(message.body),
+        )
+        message.ack()
+
+    def on_connection_error(self, exc: BaseException, interval: float) -> None:
+        """Called after each failed attempt to connect; the next follows in `interval` seconds.
+
+        Not overridden it is not called for what a link already logged once for all its consumers.
+        """
+        warn(W_CONN_ERROR, interval, exc, exc_info=True)
+
+    @contextmanager
+    def extra_context(self, connection: Any, channel: Any) -> Iterator[None]:
+        """Entered around consuming, after the consumers were set up."""
+        yield
+
+    # -- stopping -------------------------------------------------------------------------------
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the consumer stops; assigning True wakes whatever it waits in. Never switches."""
+        return lifecycle_of(self).stop.is_set()
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        stop = lifecycle_of(self).stop
+        if value:
+            stop.set("should_stop")
+        else:
+            stop.clear()
+
+    # -- running --------------------------------------------------------------------------------
+
+    def run(self, _tokens: int = 1, **kwargs: Any) -> None:
+        """Consume until `should_stop`, coming back after connection and channel errors.
+
+        Coming back costs a token of `restart_limit`, one a second by default.
+
+        Args:
+            _tokens: What one start costs.
+            **kwargs: Passed to `consume`.
+        """
+        restart_limit = self.restart_limit
+        errors = (*self.connection.connection_errors, *self.connection.channel_errors)
+        while not self.should_stop:
+            try:
+                if restart_limit.can_consume(_tokens):
+                    for _ in self.consume(limit=None, **kwargs):
+                        pass
+                else:
+                    sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
+            except LinkLostError as exc:
+                debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, once for all
+            except errors:
+                warn(W_CONN_LOST, exc_info=True)
+
+    def consume(
+        self,
+        limit: int | None = None,
+        timeout: float | None = None,
+        safety_interval: float = 1,
+        **kwargs: Any,
+    ) -> Iterator[None]:
+        """Connect and consume; yield after each message.
+
+        Args:
+            limit: Messages to handle before it returns; None: no limit.
+            timeout: Seconds without a message after which it raises; None: waits for ever.
+            safety_interval: The longest time in seconds between two calls of `on_iteration`. A consumer
+                that does not override it, nor shadows `should_stop`, is not woken for it.
+            **kwargs: Passed to `on_consume_ready`.
+
+        Raises:
+            TimeoutError: No message came for `timeout` seconds (`socket.timeout` is its old name).
+            OSError: The link was lost, among others of `connection_errors`.
+        """
+        life = lifecycle_of(self)
+        life.enter(ConsumerState.CONNECTING)
+        try:
+            with self.consumer_context(**kwargs) as (conn, _channel, _consumers):
+                life.enter(ConsumerState.CONSUMING)
+                if isinstance(conn, Connection):
+                    yield from self._consume(conn, limit, timeout, safety_interval)
+                else:
+                    yield from self._consume_plain(conn, limit, timeout, safety_interval)
+        except StoppedError:
+            if not life.stop.is_set():
+                raise
+        debug("consume exiting")
+
+    def _consume(
+        self, conn: Connection, limit: int | None, timeout: float | None, safety_interval: float
+    ) -> Iterator[None]:
+        drain, waits = self._drain_of(conn)
+        tick = safety_interval if self._needs_ticks() or not waits else None
+        handled, idle = 0, Deadline(timeout or None)
+        while not self.should_stop and not (limit and handled >= limit):
+            self.on_iteration()
+            try:
+                drain(timeout=_least(tick, idle.remaining))
+            except socket.timeout:
+                conn.heartbeat_check()
+                if idle.expired:
+                    raise
+            except OSError:
+                if not self.should_stop:
+                    raise
+            else:
+                handled += 1
+                yield
+                idle = Deadline(timeout or None)
+
+    def _drain_of(self, conn: Connection) -> tuple[Callable[..., object], bool]:
+        """Return what waits for one message, and whether it is woken (or polls)."""
+        if not getattr(conn.transport, "wakes", False):
+            return conn.drain_events, False
+        stop = lifecycle_of(self).stop
+        if isinstance(conn.connection, Session):
+            conn.connection.stop = None  # set up: what a callback calls may finish
+        return partial(conn.drain_events, stop=stop), True
+
+    def _consume_plain(
+        self, conn: Any, limit: int | None, timeout: float | None, safety_interval: float
+    ) -> Iterator[None]:
+        """The path for what is no kombu connection (a test's mock): as kombu drives it."""
+        handled, elapsed = 0, 0.0
+        while not self.should_stop and not (limit and handled >= limit):
+            self.on_iteration()
+            try:
+                conn.drain_events(timeout=safety_interval)
+            except socket.timeout:
+                conn.heartbeat_check()
+                elapsed += safety_interval
+                if timeout and elapsed >= timeout:
+                    raise
+            except OSError:
+                if not self.should_stop:
+                    raise
+            else:
+                handled += 1
+                yield
+                elapsed = 0.0
+
+    def _needs_ticks(self) -> bool:
+        return _is_overridden(self, "on_iteration") or _shadows_should_stop(self)
+
+    # -- connecting -----------------------------------------------------------------------------
+
+    @contextmanager
+    def consumer_context(self, **kwargs: Any) -> Iterator[tuple[Any, Any, Any]]:
+        """Connect and set up the consumers; yields connection, channel and consumers."""
+        with self.Consumer() as (connection, channel, consumers):
+            with self.extra_context(connection, channel):
+                self.on_consume_ready(connection, channel, consumers, **kwargs)
+                yield connection, channel, consumers
+
+    @contextmanager
+    def Consumer(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Connect, and cancel and close in the end, which `close_timeout` bounds."""
+        with self.establish_connection() as conn:
+            self.on_connection_revived()
+            debug("Connected to %s", conn.as_uri())
+            channel = conn.default_channel
+            cls = partial(Consumer, channel, on_decode_error=self.on_decode_error)
+            requeues = DelayedRequeues()
+            consumers = self._guarded(self.get_consumers(cls, channel), requeues)
+            with self._consume_from(*consumers) as entered:
+                with self._ending(conn, requeues):
+                    yield conn, channel, entered
+            debug("Consumers canceled")
+            self.on_consume_end(conn, channel)
+        debug("Connection closed")
+
+    def _guarded(self, consumers: Any, requeues: DelayedRequeues) -> list[Any]:
+        """Put the boundary around what the consumers call; they register it when they are entered."""
+        if not isinstance(consumers, (list, tuple)) and not hasattr(consumers, "__iter__"):
+            raise InvalidConsumerError(
+                f"{type(self).__name__}.get_consumers returned {consumers!r}: "
+                "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
+            )
+        life = lifecycle_of(self)
+        guarded = list(consumers)
+        for consumer in guarded:
+            handler = Handler(consumer, life.name, self.on_error, requeues, life.owned)
+            consumer._receive_callback = handler
+        return guarded
+
+    @contextmanager
+    def _ending(self, conn: Any, requeues: DelayedRequeues) -> Iterator[None]:
+        """From its exit on, every wait for the broker is bounded by one deadline."""
+        life = lifecycle_of(self)
+        session = conn.connection if isinstance(conn, Connection) else None
+        announce = getattr(session, "announce_stop", None)
+        if announce is not None:
+            life.stop.link(announce)
+        try:
+            yield
+        finally:
+            life.enter(ConsumerState.DRAINING if life.stop.is_set() else ConsumerState.CONNECTING)
+            requeues.cancel()
+            if announce is not None:
+                life.stop.unlink(announce)
+            if isinstance(session, Session):
+                session.stop = None
+                session.deadline = Deadline(session.link.close_timeout)
+
+    def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]:
+        entered: AbstractContextManager[Any] = nested(*consumers)
+        return entered
+
+    @contextmanager
+    def establish_connection(self) -> Iterator[Any]:
+        """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop."""
+        with self.create_connection() as conn:
+            self._connect(conn)
+            yield conn
+
+    def create_connection(self) -> Any:
+        """Return the connection to consume with: a clone of `connection`."""
+        return self.connection.clone()
+
+    def _connect(self, conn: Any, publishing: bool = False) -> None:
+        if not isinstance(conn, Connection):
+            conn.ensure_connection(self.on_connection_error, self.connect_max_retries)
+            return
+        life = lifecycle_of(self)
+        if life.links is None:
+            life.links = LinkPool()
+        tell = self.on_connection_error if _is_overridden(self, "on_connection_error") else None
+        life.links.connect(conn, life.stop, tell, self.connect_max_retries, publishing)
+        if isinstance(conn.connection, Session) and not publishing:
+            conn.connection.stop = life.stop  # until it consumes, a stop ends its calls
+
+    def maybe_conn_error(self, fun: Callable[[], object]) -> Any:
+        """Call `fun`, ignoring connection and channel errors."""
+        return ignore_errors(self, fun)
+
+    @cached_property
+    def restart_limit(self) -> Any:
+        """The token bucket that `run` draws from; one token a second."""
+        return TokenBucket(1)
+
+    @cached_property
+    def connection_errors(self) -> tuple[type[BaseException], ...]:
+        """The connection's errors."""
+        errors: tuple[type[BaseException], ...] = self.connection.connection_errors
+        return errors
+
+    @cached_property
+    def channel_errors(self) -> tuple[type[BaseException], ...]:
+        """The channel's errors."""
+        errors: tuple[type[BaseException], ...] = self.connection.channel_errors
+        return errors
+
+
+class ConsumerProducerMixin(ConsumerMixin):
+    """A consumer that also publishes, on a connection of its own: a consuming link publishes nothing."""
+
+    _producer_connection: Any = None
+
+    def on_consume_end(self, connection: Any, channel: Any) -> None:
+        """Close the producer's connection."""
+        if self._producer_connection is not None:
+            self._producer_connection.close()
+            self._producer_connection = None
+
+    @property
+    def producer(self) -> Any:
+        """A `kombu.Producer` on `producer_connection`."""
+        return Producer(self.producer_connection)
+
+    @property
+    def producer_connection(self) -> Any:
+        """The connection to publish with, made when it is first asked for."""
+        if self._producer_connection is None:
+            conn = self.connection.clone()
+            self._connect(conn, publishing=True)
+            self._producer_connection = conn
+        return self._producer_connection
+
+
+def request_stop(consumer: Any, reason: str = "stop") -> None:
+    """Ask `consumer` to stop, also one that shadows `should_stop`. Never switches; from anywhere."""
+    lifecycle_of(consumer).stop.set(reason)
+    if _shadows_should_stop(consumer):
+        consumer.should_stop = True
+
+
+def adapt(consumer: Any) -> Any:
+    """Make a plain `kombu.mixins` instance behave as ours, in place; return it.
+
+    What its class took from kombu is replaced, what it defines itself stays.
+
+    Raises:
+        InvalidConsumerError: It is no consumer.
+    """
+    if isinstance(consumer, ConsumerMixin):
+        return consumer
+    if not callable(getattr(consumer, "get_consumers", None)) or not callable(
+        getattr(consumer, "run", None)
+    ):
+        raise InvalidConsumerError(
+            f"{consumer!r} is no consumer: subclass greenconsume.ConsumerMixin and define get_consumers"
+        )
+    if isinstance(consumer, kombu_mixins.ConsumerMixin):
+        stopped = vars(consumer).pop("should_stop", False)
+        consumer.__class__ = _adapted(type(consumer))
+        if stopped:
+            lifecycle_of(consumer).stop.set("should_stop")
+    return consumer
+
+
+_adapted_classes: dict[type, type] = {}
+
+
+def _adapted(cls: type) -> type:
+    """Return a subclass of `cls` that takes from us what `cls` takes from kombu."""
+    if cls not in _adapted_classes:
+        ours: dict[str, Any] = {}
+        for mixin in (ConsumerMixin, ConsumerProducerMixin):
+            kombus = getattr(kombu_mixins, mixin.__name__)
+            if issubclass(cls, kombus):
+                ours.update(_replacements(cls, vars(mixin)))
+        _adapted_classes[cls] = type(cls.__name__, (cls,), {**ours, "__module__": cls.__module__})
+    return _adapted_classes[cls]
+
+
+def _replacements(cls: type, names: Any) -> dict[str, Any]:
+    skipped = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"}
+    return {
+        name: value
+        for name, value in names.items()
+        if name not in skipped and _owner_of(cls, name) in _KOMBUS
+    }
+
+
+#: Where a name comes from that a user's class did not define.
+_KOMBUS = (None, kombu_mixins.ConsumerMixin, kombu_mixins.ConsumerProducerMixin)
+
+
+def _owner_of(cls: type, name: str) -> type | None:
+    return next((base for base in cls.__mro__ if name in vars(base)), None)
+
+
+def _is_overridden(consumer: Any, name: str) -> bool:
+    if name in vars(consumer):
+        return True
+    return getattr(type(consumer), name) is not getattr(ConsumerMixin, name)
+
+
+def _shadows_should_stop(consumer: Any) -> bool:
+    return getattr(type(consumer), "should_stop", None) is not ConsumerMixin.should_stop
+
+
+def _least(*seconds: float | None) -> float | None:
+    return min((s for s in seconds if s is not None), default=None)
