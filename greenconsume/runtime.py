@@ -1,0 +1,418 @@
+"""Owns many consumers together: what starts, stops and waits for all of them, over a few shared links.
+
+It composes; what a restart or a drain is, `supervisor` knows. It must never wait inside `stop`, nor run a
+user's code in the hub. Called by users and the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import gevent
+import kombu
+
+from greenconsume import events
+from greenconsume.errors import (
+    AlreadyRunningError,
+    BrokerRefusedError,
+    ForkedError,
+    RestartLimitError,
+)
+from greenconsume.links import LinkPool
+from greenconsume.patching import require_patched
+from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.supervisor import Child, RestartPolicy, Supervisor
+from greenconsume.targets import alternatives_of, connection_to, maker_of
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Runtime:
+    """Runs many consumers as greenlets of one process, over a few links to one broker.
+
+    A runtime is started, stopped and joined, and may then be started again. `stop` may come at any time,
+    from any greenlet, thread or signal handler, and any number of times; one that comes before `start`
+    makes that return at once. A stop holds until `join` (or `run`, or the end of `with`) has returned.
+
+    It belongs to the process and thread that made it.
+    """
+
+    def __init__(
+        self,
+        broker: str | kombu.Connection = "memory://",
+        *,
+        links: int = 1,
+        drain_timeout: float = 30.0,
+        cancel_timeout: float = 5.0,
+        restart: RestartPolicy | None = None,
+    ) -> None:
+        """Make a runtime; nothing is connected before `start`.
+
+        Args:
+            broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
+            links: How many connections to the broker all consumers share.
+            drain_timeout: Seconds that a stop leaves the consumers to end by themselves.
+            cancel_timeout: Seconds to wait for those that had to be killed, and for the links to close.
+            restart: When a consumer that ended is started again; by default `RestartPolicy()`.
+
+        Raises:
+            UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
+            TypeError: `broker` is neither a URL nor a connection.
+            ValueError: A number is out of its range.
+        """
+        if not links >= 1:
+            raise ValueError(f"links must be 1 or more, not {links!r}")
+        if not (drain_timeout >= 0 and cancel_timeout >= 0):
+            raise ValueError(
+                "drain_timeout and cancel_timeout must be 0 seconds or more, "
+                f"not {drain_timeout!r} and {cancel_timeout!r}"
+            )
+        self.connection = connection_to(broker)
+        self.children: list[Child] = []
+        self.links = links
+        self.drain_timeout = drain_timeout
+        self.cancel_timeout = cancel_timeout
+        self.restart = restart or RestartPolicy()
+        self._stop = StopSignal()
+        self._run: _Run | None = None
+        self._names: Counter[str] = Counter()
+        self._pid = os.getpid()
+
+    def spawn(self, target: Any, replicas: int = 1) -> list[Child]:
+        """Add consumers; they start with the runtime, or now if it runs.
+
+        Args:
+            target: A consumer class or another callable, called with the kombu `Connection` for each
+                consumer and again for each restart; or an instance, which is run again when it restarts
+                and is given the runtime's connection if it has none.
+            replicas: How many; 1 for an instance.
+
+        Returns:
+            A `Child` for each, which tells how it fares.
+
+        Raises:
+            InvalidConsumerError: `target` is no consumer, and makes none.
+            ForkedError: The runtime was made in another process.
+            Exception: What the class or factory raised, if the runtime runs.
+
+        Switches: only if the runtime runs, and the class or factory waits.
+        """
+        self._check_process()
+        make = maker_of(target, self.connection, replicas)
+        added = [Child(self._name(target), make) for _ in range(replicas)]
+        self.children += added
+        if self._run is not None and not self._run.ended:
+            self._add(self._run, added)
+        return added
+
+    def start(self) -> None:
+        """Start every consumer, and wait until all of them consume.
+
+        A broker that cannot be reached is waited for. A stop ends the wait, and `start` returns.
+
+        Raises:
+            BrokerRefusedError: The broker refused the connection. Nothing is left running.
+            Exception: What a class or factory raised, or the error of a consumer that was given up while
+                it started. Nothing is left running.
+            AlreadyRunningError: The runtime runs, or has not finished stopping.
+            NotPatchedError: The process is not patched by gevent.
+            ForkedError: The runtime was made in another process.
+
+        Switches: yes. From any greenlet of this hub, never from a signal handler.
+        """
+        self._check_process()
+        require_patched()
+        if self._run is not None and not self._run.ended:
+            raise AlreadyRunningError("the runtime runs already: stop() and join() it first")
+        if self._stop.is_set():
+            return
+        self._run = run = _Run(self)
+        try:
+            run.start(list(self.children))
+        except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
+            self._stop.set("start failed")
+            self._finish(run, None)
+            raise
+
+    def stop(self, reason: str = "stop") -> None:
+        """Ask every consumer to stop. Idempotent, and legal before `start`; use `join` to wait.
+
+        Args:
+            reason: What the log says of it.
+
+        Raises:
+            ForkedError: The runtime was made in another process.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self._check_process()
+        self._stop.set(reason)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until every consumer has ended and the links are closed.
+
+        They end by themselves, or because of `stop`; then the drain bounds the wait.
+
+        Args:
+            timeout: Upper bound in seconds; `None` waits for ever.
+
+        Returns:
+            `False` if something was still running at the deadline.
+
+        Raises:
+            RestartLimitError: Consumers used up their restarts; everything has ended.
+            ForkedError: The runtime was made in another process.
+
+        Switches: yes. From any greenlet of this hub but its consumers', never from a signal handler.
+        """
+        self._check_process()
+        run = self._run
+        if run is None:
+            self._stop.clear()
+            return True
+        if not self._finish(run, timeout):
+            return False
+        run.raise_exhausted(self.restart)
+        return True
+
+    def kill(self, reason: str = "kill") -> None:
+        """Cut the drain short: what still runs is killed, and the links are closed. The last resort.
+
+        What a killed handler had done is left to the broker to redeliver. Use `join` to wait.
+
+        Raises:
+            ForkedError: The runtime was made in another process.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self._check_process()
+        run = self._run
+        self._stop.set(reason)
+        if run is not None:
+            run.hurry.set(reason)
+
+    def run(self) -> bool:
+        """Run until a stop, SIGTERM or SIGINT, or until every consumer has ended by itself; then drain.
+
+        The first signal drains; a second one skips the wait and kills what still runs; a third one exits
+        the process at once, with code 1. In another thread than the main one signals are left alone.
+
+        Returns:
+            Whether all consumers ended by themselves: `False` means that work was abandoned.
+
+        Raises:
+            RestartLimitError: Consumers used up their restarts; the others were drained.
+            BrokerRefusedError: As `start`; so is whatever else that raises.
+
+        Switches: yes. From any greenlet of this hub, never from a signal handler.
+        """
+        self._check_process()
+        require_patched()
+        with _signals(self):
+            self.start()
+            run = self._run
+            self.join()
+        return run is None or run.killed_count == 0
+
+    def __enter__(self) -> Runtime:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        try:
+            self.join()
+        except RestartLimitError:
+            if error is None:  # else the block's own error is the one to tell
+                raise
+
+    def _finish(self, run: _Run, timeout: float | None) -> bool:
+        if not run.join(timeout):
+            return False
+        self._check_process()  # a fork ends the copy of the run that it made in the child
+        # Of many that join the same run, the first ends it: the stop that comes after belongs to the next.
+        if self._run is run:
+            self._run = None
+            self._stop.clear()
+        return True
+
+    def _add(self, run: _Run, added: list[Child]) -> None:
+        try:
+            run.supervisor.add(added)
+        except BaseException:  # the caller is told; what could not be made is not tried again later
+            self.children = [c for c in self.children if c.greenlet is not None or c not in added]
+            raise
+
+    def _name(self, target: Any) -> str:
+        name = getattr(target, "__name__", None) or type(target).__name__
+        self._names[name] += 1
+        return f"{name}-{self._names[name]}"
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError("this Runtime")
+
+
+class _Run:
+    """One start of a runtime, up to its end: its supervisor, its links and the greenlet of both."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.hurry = StopSignal()
+        self.killed_count = 0
+        self._stop = runtime._stop
+        self._links = LinkPool(runtime.links)
+        self._timeouts = (runtime.drain_timeout, runtime.cancel_timeout)
+        self._pid = os.getpid()
+        self.supervisor = Supervisor(runtime.restart, self._stop, self._links)
+        self._greenlet = gevent.Greenlet(self._serve)
+        self._greenlet.name = "greenconsume supervisor"
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._greenlet.ready())
+
+    def start(self, children: list[Child]) -> None:
+        """Start `children`, wait until they consume or a stop comes, or raise why they cannot."""
+        self._greenlet.start()
+        for child in children:
+            child.reset()
+        with _Starting(children, self.supervisor) as starting:
+            self.supervisor.add(children)
+            starting.wait(self._stop)
+
+    def join(self, timeout: float | None) -> bool:
+        self._greenlet.join(timeout)
+        if self.ended:
+            self._greenlet.get()  # a defect of the supervisor is not kept quiet
+        return self.ended
+
+    def raise_exhausted(self, policy: RestartPolicy) -> None:
+        exhausted = self.supervisor.exhausted
+        if exhausted:
+            names = tuple(child.name for child in exhausted)
+            what = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            raise RestartLimitError(
+                f"given up after {policy.max_restarts} restarts in {policy.period:g} s: {what}",
+                names,
+            ) from exhausted[0].error
+
+    def _serve(self) -> None:
+        # A hub in which nothing but a foreign thread could wake anybody would raise LoopExit.
+        vigil = gevent.get_hub().loop.async_()
+        vigil.start(int)
+        try:
+            self.supervisor.run()
+        finally:
+            # A forked child has a copy of this greenlet; the links are its parent's.
+            if os.getpid() == self._pid:
+                self._drain()
+            vigil.stop()
+            vigil.close()
+
+    def _drain(self) -> None:
+        began = monotonic()
+        drained, self.killed_count = self.supervisor.drain(*self._timeouts, self.hurry)
+        self._links.close(0.0 if self.hurry.is_set() else self._timeouts[1])
+        events.emit(events.DrainFinished(drained, self.killed_count, monotonic() - began))
+
+
+class _Starting:
+    """Waits until consumers consume, woken by events alone, and tells why one cannot."""
+
+    def __init__(self, children: list[Child], supervisor: Supervisor) -> None:
+        self._children = children
+        self._supervisor = supervisor
+        self._refused: dict[str, BaseException] = {}
+
+    def __enter__(self) -> _Starting:
+        self._unsubscribe = events.subscribe(self._observe)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._unsubscribe()
+
+    def wait(self, stop: StopSignal) -> None:
+        changed = self._supervisor.changed
+        pending = self._children[::-1]
+        while not stop.is_set():
+            changed.clear()
+            self._raise_failure()
+            while pending and pending[-1].started:
+                pending.pop()
+            if not pending:
+                return
+            wait(changed, Deadline(None), stop)
+
+    def _observe(self, event: events.Event, /) -> None:
+        if isinstance(event, events.ConnectFailed) and event.refused:
+            self._refused[event.uri] = event.error
+        self._supervisor.changed.set()
+
+    def _raise_failure(self) -> None:
+        if self._supervisor.failed:
+            child = self._supervisor.failed[0]
+            raise child.error or RestartLimitError(
+                f"{child.name} returned too often", (child.name,)
+            )
+        for connection in self._connections() if self._refused else ():
+            uris = [each.as_uri() for each in alternatives_of(connection)]
+            # One alternative of a failover URL that refuses leaves the others to be tried.
+            if all(uri in self._refused for uri in uris):
+                error = self._refused[uris[0]]
+                raise BrokerRefusedError(
+                    f"{uris[0]} refused the connection: {error}", uris[0]
+                ) from error
+
+    def _connections(self) -> list[kombu.Connection]:
+        """Return the connections that the consumers were made with; most have the same one."""
+        used = (getattr(child.consumer, "connection", None) for child in self._children)
+        return list(
+            {id(each): each for each in used if isinstance(each, kombu.Connection)}.values()
+        )
+
+
+class _Ladder:
+    """What a signal does: each further one goes a rung down."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._rungs = iter((runtime.stop, runtime.kill))
+
+    def climb(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        rung = next(self._rungs, None)
+        if rung is None:
+            running = sum(child.running for child in self._runtime.children)
+            events.emit(events.DrainEscalated("exit at once", running, name))
+            raise SystemExit(1)  # gevent raises it in the main greenlet
+        rung(name)
+
+
+@contextmanager
+def _signals(runtime: Runtime) -> Iterator[None]:
+    if not gevent.get_hub().main_hub:  # signals belong to the main thread
+        yield
+        return
+    ladder = _Ladder(runtime)
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    watchers = [gevent.signal_handler(signum, ladder.climb, signum) for signum in _SIGNALS]
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        for signum, handler in before.items():
+            if handler is not None:  # one that Python did not set, it cannot set again
+                signal.signal(signum, handler)
