@@ -6,10 +6,13 @@ lives on, the failure is told once with its traceback, and the message meets the
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gevent
+from kombu import serialization
+from kombu.utils import json as kombu_json
 
 from greenconsume.deliveries import DelayedRequeues, is_settleable
 from greenconsume.events import HandlerFailed, emit
@@ -60,6 +63,32 @@ class Reject:
         return "rejected"
 
 
+def decode(message: Any) -> Any:
+    """Return the decoded body, as `message.decode()` does, sooner for plain JSON.
+
+    kombu builds a decoder for each message, and calls a Python function for each object in it, to bring
+    back types that it marks with "__type__". A text without that mark, nor an escape that could
+    hide it, needs neither.
+    """
+    body = message.body
+    if (
+        message.content_type != "application/json"
+        or type(body) is not str
+        or not body
+        or "__type__" in body
+        or "\\" in body
+        or (message.accept is not None and "application/json" not in message.accept)
+        or serialization.registry._decoders.get("application/json") is not kombu_json.loads
+        or "application/json" in serialization.registry._disabled_content_types
+    ):
+        return message.decode()
+    try:
+        decoded = message._decoded_cache = json.loads(body)
+    except ValueError:
+        return message.decode()  # which says what is wrong with it in kombu's words
+    return decoded
+
+
 class Handler:
     """What a kombu `Consumer` calls with each delivery, in the place of its own `_receive_callback`.
 
@@ -75,6 +104,9 @@ class Handler:
     """
 
     __slots__ = ("_consumer", "_name", "_owned", "_policy", "_requeues")
+
+    #: A green channel hands over its deliveries as they came.
+    takes_deliveries = True
 
     def __init__(
         self,
@@ -114,7 +146,7 @@ class Handler:
             consumer.on_message(message)
             return
         try:
-            body = message.decode()
+            body = decode(message)
         except Exception as exc:  # as kombu: whatever a serializer raises is a decode error
             if not consumer.on_decode_error:
                 raise

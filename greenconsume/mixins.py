@@ -187,31 +187,45 @@ class ConsumerMixin:
     ) -> Iterator[None]:
         drain, waits = self._drain_of(conn)
         tick = safety_interval if self._needs_ticks() or not waits else None
+        on_iteration = self.on_iteration if _is_overridden(self, "on_iteration") else None
+        stopping = self._stopping()
         handled, idle = 0, Deadline(timeout or None)
-        while not self.should_stop and not (limit and handled >= limit):
-            self.on_iteration()
+        while not stopping() and not (limit and handled >= limit):
+            if on_iteration is not None:
+                on_iteration()
             try:
-                drain(timeout=_least(tick, idle.remaining))
+                drain(_least(tick, idle.remaining) if timeout else tick)
             except socket.timeout:
-                conn.heartbeat_check()
+                if not waits:
+                    conn.heartbeat_check()
                 if idle.expired:
                     raise
             except OSError:
-                if not self.should_stop:
+                if not stopping():
                     raise
             else:
                 handled += 1
                 yield
-                idle = Deadline(timeout or None)
+                if timeout:
+                    idle = Deadline(timeout)
+
+    def _stopping(self) -> Callable[[], bool]:
+        """Return what tells whether to stop: for each message, so without detours."""
+        if _shadows_should_stop(self):
+            return lambda: bool(self.should_stop)
+        return lifecycle_of(self).stop.is_set
 
     def _drain_of(self, conn: Connection) -> tuple[Callable[..., object], bool]:
         """Return what waits for one message, and whether it is woken (or polls)."""
         if not getattr(conn.transport, "wakes", False):
-            return conn.drain_events, False
+            return lambda seconds: conn.drain_events(timeout=seconds), False
         stop = lifecycle_of(self).stop
-        if isinstance(conn.connection, Session):
-            conn.connection.stop = None  # set up: what a callback calls may finish
-        return partial(conn.drain_events, stop=stop), True
+        session = _session_of(conn)
+        if session is None:
+            return lambda seconds: conn.drain_events(timeout=seconds, stop=stop), True
+        session.stop = None  # set up: what a callback calls may finish
+        # Not kombu's: where a link was lost it would connect again, and wait without any consumer.
+        return partial(session.drain_events, stop=stop), True
 
     def _consume_plain(
         self, conn: Any, limit: int | None, timeout: float | None, safety_interval: float
@@ -254,6 +268,9 @@ class ConsumerMixin:
         with self.establish_connection() as conn:
             self.on_connection_revived()
             debug("Connected to %s", conn.as_uri())
+            session = _session_of(conn)
+            if session is not None:
+                session.heartbeat_tick()  # raises; kombu would connect again, deaf to a stop
             channel = conn.default_channel
             cls = partial(Consumer, channel, on_decode_error=self.on_decode_error)
             requeues = DelayedRequeues()
@@ -283,8 +300,7 @@ class ConsumerMixin:
     def _ending(self, conn: Any, requeues: DelayedRequeues) -> Iterator[None]:
         """From its exit on, every wait for the broker is bounded by one deadline."""
         life = lifecycle_of(self)
-        session = conn.connection if isinstance(conn, Connection) else None
-        announce = getattr(session, "announce_stop", None)
+        announce = getattr(_session_of(conn), "announce_stop", None)
         if announce is not None:
             life.stop.link(announce)
         try:
@@ -294,9 +310,7 @@ class ConsumerMixin:
             requeues.cancel()
             if announce is not None:
                 life.stop.unlink(announce)
-            if isinstance(session, Session):
-                session.stop = None
-                session.deadline = Deadline(session.link.close_timeout)
+            _bound_close(conn)
 
     def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]:
         entered: AbstractContextManager[Any] = nested(*consumers)
@@ -307,7 +321,10 @@ class ConsumerMixin:
         """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop."""
         with self.create_connection() as conn:
             self._connect(conn)
-            yield conn
+            try:
+                yield conn
+            finally:
+                _bound_close(conn)
 
     def create_connection(self) -> Any:
         """Return the connection to consume with: a clone of `connection`."""
@@ -434,6 +451,20 @@ _KOMBUS = (None, kombu_mixins.ConsumerMixin, kombu_mixins.ConsumerProducerMixin)
 
 def _owner_of(cls: type, name: str) -> type | None:
     return next((base for base in cls.__mro__ if name in vars(base)), None)
+
+
+def _session_of(conn: Any) -> Session | None:
+    """Return what an AMQP connection holds; unlike `conn.connection`, never a new one."""
+    session = conn._connection if isinstance(conn, Connection) else None
+    return session if isinstance(session, Session) else None
+
+
+def _bound_close(conn: Any) -> None:
+    """Give all that is still to be said to the broker one deadline; the first call counts."""
+    session = _session_of(conn)
+    if session is not None:
+        session.stop = None
+        session.deadline = session.deadline or Deadline(session.link.close_timeout)
 
 
 def _is_overridden(consumer: Any, name: str) -> bool:

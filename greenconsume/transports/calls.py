@@ -23,6 +23,7 @@ from gevent.event import Event
 from kombu.transport import pyamqp
 
 from greenconsume.stopping import Deadline, wait
+from greenconsume.transports.frames import decode_body
 
 if TYPE_CHECKING:
     from greenconsume.transports.session import Session
@@ -123,6 +124,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             amqp.exceptions.ChannelError: The broker closed the channel.
         """
         self._open_again()
+        self.flush()
         self._link._write_frames(
             1, self.channel_id, sig, dumps(format, args) if format else b"", content
         )
@@ -141,6 +143,9 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             self._broken = False
             self._replies.append(Reply((spec.Channel.OpenOk,)))
             self._link._write_method(self.channel_id, spec.Channel.Open, b"\0")
+
+    def flush(self) -> None:
+        """Queue what waits to be merged, before something that must come after it. Never switches."""
 
     def wait(
         self,
@@ -193,22 +198,14 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             raise AMQPNotImplementedError(f"Unknown AMQP method {method_sig!r}")
         args = loads(method.args, payload, 4)[0] if method.args else []
         if method.content:
-            self._decode(content)
+            if self.auto_decode:
+                content.body = decode_body(content.properties, content.body)
             args.append(content)
         listener = self._callbacks.get(method_sig)
         if listener is not None:
             listener(*args)
         if method_sig in _REPLIES:
             self._answer(method_sig, args)
-
-    def _decode(self, content: Any) -> None:
-        # As py-amqp: a text body is decoded where its encoding is named and known.
-        encoding = content.properties.get("content_encoding")
-        if self.auto_decode and encoding:
-            try:
-                content.body = content.body.decode(encoding)
-            except (LookupError, UnicodeError, AttributeError):
-                pass  # binary, or not what it says: the serializer decides
 
     def _answer(self, method_sig: tuple[int, int], args: list[Any]) -> None:
         # The broker answers a channel's calls in their order, so the first that fits is the one.
@@ -277,6 +274,8 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         if self.connection is None or self.is_closing:
             return
         was_open = not self._broken and self._link.failure is None
+        if was_open:
+            self.flush()
         self.is_closing = True
         self._fail_waiters(_closed)
         channel_id = self.channel_id

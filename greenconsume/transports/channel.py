@@ -13,10 +13,13 @@ import amqp
 from amqp import spec
 from amqp.exceptions import ConsumerCancelled
 from amqp.serialization import dumps
+from kombu import Consumer
 from kombu.transport import base, pyamqp
 
 from greenconsume.events import StaleSettle, emit
+from greenconsume.transports.frames import Delivery, decode_content
 from greenconsume.transports.publishing import PublishingChannel
+from greenconsume.transports.settling import ACK, REJECT, REQUEUE, Ledger, encode
 
 #: A consumer without a limit of its own is paused when this many deliveries wait in its session, and
 #: goes on when RESUME_AT are left.
@@ -31,9 +34,10 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     requeued it already, and its delivery tag now means another message, or none.
     """
 
-    __slots__ = ("epoch",)
+    __slots__ = ("epoch", "errors")
 
     def __init__(self, msg: amqp.Message, channel: Channel, **kwargs: Any) -> None:
+        self.errors: list[Any] = []
         super().__init__(msg, channel=channel, **kwargs)
         self.epoch = channel.epoch
 
@@ -53,7 +57,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
             super().requeue()
 
     def _settled_stale(self, state: str) -> bool:
-        if self.acknowledged or self.channel is None or self.channel.holds(self.epoch):
+        if self.channel is None or self.channel.holds(self.epoch) or self.acknowledged:
             return False
         self._state = state  # type: ignore[misc]  # the slot is in kombu's class
         self.channel.count_stale(self.delivery_tag)
@@ -74,6 +78,7 @@ class Channel(PublishingChannel):
         self._consuming: set[str] = set()
         self._prefetch_count = 0
         self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
+        self._ledger = Ledger()
         super().__init__(*args, **kwargs)
 
     @property
@@ -87,6 +92,7 @@ class Channel(PublishingChannel):
         self.cancel_callbacks.clear()
         self._consuming.clear()
         self._pausable.clear()
+        self._ledger.clear()
         self.no_ack_consumers.clear()
 
     # -- consuming ------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ class Channel(PublishingChannel):
             raise ValueError("Consumer tag must be specified when nowait is True")
 
         def register(_sig: Any, tag: str) -> None:
-            self.callbacks[tag] = callback
+            self.callbacks[tag] = self._taker_of(callback)
             self._consuming.add(tag)
             if on_cancel:
                 self.cancel_callbacks[tag] = on_cancel
@@ -173,6 +179,7 @@ class Channel(PublishingChannel):
         for tag in list(self._consuming):
             self.stop_dispatching(tag)
             if self._link.failure is None:
+                self.flush()
                 self._link._write_method(
                     self.channel_id, spec.Basic.Cancel, dumps("sb", (tag, True))
                 )
@@ -184,10 +191,10 @@ class Channel(PublishingChannel):
         self._pausable.pop(consumer_tag, None)
 
         def undispatched(channel: Channel | None, item: Any) -> bool:
-            return self._returnable(channel, item) and _tag_of(item) == consumer_tag
+            return self._returnable(channel, item) and item[0] == consumer_tag
 
-        for message in self._session.take_back(undispatched):
-            self._give_back(message)
+        for delivery in self._session.take_back(undispatched):
+            self._give_back(delivery[1])
 
     def _remove_tag(self, consumer_tag: str) -> Any:
         # no_ack_consumers keeps it: messages in hand that the broker has acked are still handled.
@@ -195,41 +202,39 @@ class Channel(PublishingChannel):
         return self.cancel_callbacks.pop(consumer_tag, None)
 
     def _returnable(self, channel: Channel | None, item: Any) -> bool:
-        return (
-            channel is self
-            and isinstance(item, amqp.Message)
-            and _tag_of(item) not in self.no_ack_consumers
-        )
+        return channel is self and type(item) is tuple and item[0] not in self.no_ack_consumers
 
-    def _give_back(self, message: amqp.Message) -> None:
+    def _give_back(self, delivery_tag: int) -> None:
         if self._link.failure is None:
-            args = dumps("Lb", (message.delivery_tag, True))
-            self._link._write_method(self.channel_id, spec.Basic.Reject, args)
+            self._ledger.settle(delivery_tag, REQUEUE)
+            self._link.flush_soon(self)
 
-    def _on_basic_deliver(
-        self,
-        consumer_tag: str,
-        delivery_tag: int,
-        redelivered: bool,
-        exchange: str,
-        routing_key: str,
-        msg: amqp.Message,
-    ) -> None:
-        msg.channel = self
-        msg.delivery_info = {
-            "consumer_tag": consumer_tag,
-            "delivery_tag": delivery_tag,
-            "redelivered": redelivered,
-            "exchange": exchange,
-            "routing_key": routing_key,
-        }
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Take a delivery from the reader: into the session's inbox, or back where nobody wants it."""
+        if self.is_closing:
+            return
+        consumer_tag = delivery[0]
+        wants_settle = consumer_tag not in self.no_ack_consumers
+        if wants_settle:
+            self._ledger.deliver(delivery[1])
         callback = self.callbacks.get(consumer_tag)
         if callback is not None:
-            self._session.put(self, msg, callback)
+            self._session.put(self, delivery, callback)
             if consumer_tag in self._pausable and self._session.backlog > PAUSE_AT:
                 self._pause(consumer_tag)
-        elif consumer_tag not in self.no_ack_consumers:
-            self._give_back(msg)
+        elif wants_settle:
+            self._give_back(delivery[1])
+
+    def _on_basic_deliver(self, *args: Any) -> None:
+        *fields, msg = args
+        self.on_delivery((*fields, msg.properties, msg.body))
+
+    def _taker_of(self, callback: Any) -> Any:
+        """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""
+        takes = getattr(callback, "takes_deliveries", False)
+        if takes or getattr(callback, "__func__", None) is Consumer._receive_callback:
+            return callback
+        return lambda delivery: callback(_raw_message(self, delivery))
 
     def _on_basic_cancel(self, consumer_tag: str) -> None:
         callback = self._remove_tag(consumer_tag)
@@ -245,11 +250,57 @@ class Channel(PublishingChannel):
 
     def message_to_python(self, raw_message: Any) -> Any:
         """Make a delivery a `Message`; one that is a message already stays as it is."""
+        if type(raw_message) is tuple:
+            return _message(self, raw_message)
         if isinstance(raw_message, base.Message):
             return raw_message
         return self.Message(raw_message, channel=self)
 
     # -- settling ---------------------------------------------------------------------------------------
+
+    def basic_ack(self, delivery_tag: int, multiple: bool = False, argsig: str = "Lb") -> None:
+        """Acknowledge; sent at the hub's next turn, merged with its neighbours. Never switches."""
+        if multiple or not self._settle(delivery_tag, ACK):
+            super().basic_ack(delivery_tag, multiple, argsig)
+        if multiple:
+            self._ledger.forget_up_to(delivery_tag)
+
+    def basic_reject(self, delivery_tag: int, requeue: bool, argsig: str = "Lb") -> None:
+        """Reject; sent as `basic_ack` is. Never switches."""
+        if not self._settle(delivery_tag, REQUEUE if requeue else REJECT):
+            super().basic_reject(delivery_tag, requeue, argsig)
+
+    def _settle(self, delivery_tag: int, how: int) -> bool:
+        if self.connection is None or self._link.failure is not None or self._error is not None:
+            return False  # said the long way, which raises why it cannot
+        if not self._ledger.settle(delivery_tag, how):
+            return False
+        self._link.flush_soon(self)
+        return True
+
+    def flush(self) -> None:
+        """Queue the settles that were made since the last time, merged. Never switches."""
+        if self._ledger.pending and self._link.failure is None:
+            settles = self._ledger.flush()
+            self._link.write([encode(self.channel_id, settle) for settle in settles])
+
+    def basic_recover(self, requeue: bool = False) -> Any:
+        """As py-amqp's: the broker takes back everything that is not settled."""
+        recovered = super().basic_recover(requeue)
+        self._ledger.clear()
+        return recovered
+
+    def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
+        """As py-amqp's."""
+
+        def register(sig: tuple[int, int], *args: Any) -> None:
+            if sig == spec.Basic.GetOk and not no_ack:
+                self._ledger.deliver(args[0])
+
+        self.send_method(spec.Basic.Get, argsig, (0, queue, no_ack))
+        methods = [spec.Basic.GetOk, spec.Basic.GetEmpty]
+        found = self.wait(methods, callback=register, returns_tuple=True)
+        return self._on_get_ok(*found) if len(found) > 1 else None
 
     def holds(self, epoch: int) -> bool:
         """Whether messages of this life of the channel can still be settled."""
@@ -261,8 +312,53 @@ class Channel(PublishingChannel):
         emit(StaleSettle(delivery_tag, self.stale_count))
 
 
-def _tag_of(message: amqp.Message) -> Any:
-    return message.delivery_info.get("consumer_tag")
+def _message(channel: Channel, delivery: Delivery) -> Message:
+    """Return the delivery as kombu's message; what `Message.__init__` does, for the plain case."""
+    consumer_tag, delivery_tag, redelivered, exchange, routing_key, properties, body = delivery
+    if type(properties) is bytes:
+        properties, body = decode_content(properties, body)
+    headers = properties.get("application_headers") or {}
+    if "compression" in headers or channel.Message is not Message:
+        raw = _raw_message(channel, (*delivery[:5], properties, body))
+        message: Message = channel.Message(raw, channel=channel)
+        return message
+    message = Message.__new__(Message)
+    message.epoch = channel.epoch
+    message.errors = []
+    message.channel = channel
+    message.delivery_tag = delivery_tag
+    message.content_type = properties.get("content_type")
+    message.content_encoding = properties.get("content_encoding")
+    message.delivery_info = {
+        "consumer_tag": consumer_tag,
+        "delivery_tag": delivery_tag,
+        "redelivered": redelivered,
+        "exchange": exchange,
+        "routing_key": routing_key,
+    }
+    message.headers = headers
+    message.properties = properties
+    message.body = body
+    message.accept = message._decoded_cache = None
+    message._state = "RECEIVED"
+    return message
+
+
+def _raw_message(channel: Channel, delivery: Delivery) -> amqp.Message:
+    """Return the delivery as py-amqp hands it to the callbacks of its own `basic_consume`."""
+    consumer_tag, delivery_tag, redelivered, exchange, routing_key, properties, body = delivery
+    if type(properties) is bytes:
+        properties, body = decode_content(properties, body)
+    message = amqp.Message(body, channel=channel)
+    message.properties = properties
+    message.delivery_info = {
+        "consumer_tag": consumer_tag,
+        "delivery_tag": delivery_tag,
+        "redelivered": redelivered,
+        "exchange": exchange,
+        "routing_key": routing_key,
+    }
+    return message
 
 
 def _raise(error: BaseException) -> None:

@@ -9,19 +9,33 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Any
 
+import amqp
 from amqp.exceptions import FrameSyntaxError, UnexpectedFrame
 
-#: type, channel, payload
-Frame = tuple[int, int, bytes]
+#: A delivery as it came: consumer tag, delivery tag, redelivered, exchange, routing key, its properties
+#: (still encoded, or the dict that py-amqp made of them) and its body (`str` where py-amqp decoded it).
+Delivery = tuple[str, int, bool, str, str, Any, Any]
+
+#: type, channel, and a payload; or a whole delivery
+Frame = tuple[int, int, Any]
 
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
+#: The type of what is no frame but a `Delivery`, put together from its three.
+DELIVERY = 0
 HEARTBEAT_FRAME = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
 _END = 0xCE
 _OVERHEAD = 8  # seven octets of header and the end octet
+_HAS_HEADERS = 0x20
+#: Most publishers send the same few properties with every message.
+_known_properties: dict[bytes, dict[str, Any]] = {}
+_KNOWN_LIMIT = 1000
 _header = Struct(">BHI")
 _method = Struct(">BHIHH")
 _content = Struct(">BHIHHQ")
+_tag = Struct(">Q?")
+_size = Struct(">Q")
+_DELIVER = b"\x00\x3c\x00\x3c"
 
 
 class FrameParser:
@@ -52,10 +66,38 @@ class FrameParser:
         offset = 0
         while (end := self._end_of_frame(buffer, offset)) is not None:
             kind, channel, _ = _header.unpack_from(buffer, offset)
+            if kind == METHOD and buffer.startswith(_DELIVER, offset + 7):
+                delivery = self._delivery(buffer, offset, end)
+                if delivery is not None:
+                    yield DELIVERY, channel, delivery[0]
+                    offset = delivery[1]
+                    continue
             yield kind, channel, buffer[offset + 7 : end - 1]
             offset = end
         rest = buffer[offset:]
         self._chunks, self._buffered = ([rest], len(rest)) if rest else ([], 0)
+
+    def _delivery(self, buffer: bytes, start: int, end: int) -> tuple[Delivery, int] | None:
+        """Return the delivery that starts here and where it ends, if header and one body frame follow.
+
+        Anything else (a body over several frames, one that is not all here) is left to py-amqp's decoder.
+        """
+        header_end = self._end_of_frame(buffer, end)
+        if header_end is None or not buffer.startswith(
+            b"\x02" + buffer[start + 1 : start + 3], end
+        ):
+            return None
+        size = _size.unpack_from(buffer, end + 11)[0]
+        body_end = header_end
+        if size:
+            if (found := self._end_of_frame(buffer, header_end)) is None:
+                return None
+            if buffer[header_end] != BODY or found - header_end - _OVERHEAD != size:
+                return None
+            body_end = found
+        body = buffer[header_end + 7 : body_end - 1] if size else b""
+        args = _deliver_args(buffer, start + 11, end - 1)
+        return (*args, buffer[end + 19 : header_end - 1], body), body_end
 
     def _end_of_frame(self, buffer: bytes, offset: int) -> int | None:
         available = len(buffer) - offset
@@ -77,6 +119,48 @@ class FrameParser:
                 "(is this really an AMQP port?)"
             )
         return offset + self._wanted
+
+
+def _deliver_args(buffer: bytes, at: int, end: int) -> tuple[str, int, bool, str, str]:
+    tag_end = at + 1 + buffer[at]
+    delivery_tag, redelivered = _tag.unpack_from(buffer, tag_end)
+    exchange_end = tag_end + 10 + buffer[tag_end + 9]
+    if exchange_end + 1 + buffer[exchange_end] != end:
+        raise FrameSyntaxError("the broker sent a basic.deliver whose arguments do not fill it")
+    return (
+        buffer[at + 1 : tag_end].decode(),
+        delivery_tag,
+        redelivered,
+        buffer[tag_end + 10 : exchange_end].decode(),
+        buffer[exchange_end + 1 : end].decode(),
+    )
+
+
+def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
+    """Return properties, and the body: decoded where they name an encoding, as py-amqp does."""
+    known = _known_properties.get(encoded)
+    if known is not None:
+        properties = known.copy()
+    else:
+        message = amqp.Message()
+        message._load_properties(amqp.Message.CLASS_ID, encoded, 0)
+        properties = message.properties
+        if not encoded[0] & _HAS_HEADERS:  # headers are mutable, and seldom the same twice
+            if len(_known_properties) >= _KNOWN_LIMIT:
+                _known_properties.clear()
+            _known_properties[encoded] = properties.copy()
+    return properties, decode_body(properties, body)
+
+
+def decode_body(properties: dict[str, Any], body: Any) -> Any:
+    """Return the body as text where its encoding is named, known and right; else as it is."""
+    encoding = properties.get("content_encoding")
+    if encoding:
+        try:
+            return body.decode(encoding)
+        except (LookupError, UnicodeError, AttributeError):
+            pass  # binary, or not what it says: the serializer decides
+    return body
 
 
 def encode_method(channel: int, sig: tuple[int, int], args: bytes) -> bytes:

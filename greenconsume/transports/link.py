@@ -32,13 +32,16 @@ from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
 from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.transports.frames import (
+    DELIVERY,
     HEARTBEAT_FRAME,
+    Delivery,
     FrameParser,
     encode_content,
     encode_method,
 )
 
 if TYPE_CHECKING:
+    from greenconsume.transports.channel import Channel
     from greenconsume.transports.session import Session
 
 #: One `recv` asks for this many bytes, the largest frame RabbitMQ sends by default.
@@ -92,6 +95,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.sessions: set[Session] = set()
         self._free_ids: list[int] = []
         self._last_id = 0
+        self._settling: list[Channel] = []
         self._outgoing: list[bytes] = []
         self._outgoing_size = 0
         self._unsent, self._writable, self._unblocked = Event(), Event(), Event()
@@ -185,6 +189,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             session.on_link_lost()
         self.channels.clear()
         self._outgoing.clear()
+        self._settling.clear()
 
     collect = close
 
@@ -214,7 +219,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                 self._last_read = monotonic()
                 parser.max_size = self.frame_max
                 for frame in parser.feed(data):
-                    self.on_inbound_frame(frame)
+                    if frame[0] == DELIVERY:
+                        self._deliver(frame[1], frame[2])
+                    else:
+                        self.on_inbound_frame(frame)
                 gevent.sleep(0)  # recv does not switch while data keeps coming
         except (OSError, amqp.AMQPError) as exc:
             self.fail(exc)
@@ -230,6 +238,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         channel = self.channels.get(channel_id)
         if channel is not None:
             channel.dispatch_method(method_sig, payload, content)
+
+    def _deliver(self, channel_id: int, delivery: Delivery) -> None:
+        channel = self.channels.get(channel_id)
+        if channel is not None:
+            channel.on_delivery(delivery)
 
     def _on_tune(self, channel_max: int, frame_max: int, server_heartbeat: int) -> None:
         # py-amqp takes the server's channel_max even where the user asked for less.
@@ -297,12 +310,20 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             self._writable.clear()
         self._unsent.set()
 
+    def flush_soon(self, channel: Channel) -> None:
+        """Have the writer ask `channel` for its settles at the hub's next turn. Never switches."""
+        self._settling.append(channel)
+        self._unsent.set()
+
     def _write(self) -> None:
         sendall = self.transport.sock.sendall
         try:
             while self.failure is None:
                 self._unsent.wait()
                 self._unsent.clear()
+                settling, self._settling = self._settling, []
+                for channel in settling:
+                    channel.flush()
                 data = b"".join(self._outgoing)
                 self._outgoing.clear()
                 sendall(data)

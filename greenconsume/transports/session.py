@@ -79,7 +79,8 @@ class Session:
     def put(self, channel: Channel | None, item: Any, callback: Callable[[Any], object]) -> None:
         """Queue one thing for `drain_events`: it calls `callback(item)`. Never switches."""
         self._inbox.append((channel, item, callback))
-        self._arrival.set()
+        if not self._arrival.is_set():
+            self._arrival.set()
 
     def drain_events(self, timeout: float | None = None, stop: StopSignal | None = None) -> None:
         """Wait for one delivery, and run its callback in this greenlet.

@@ -1,0 +1,98 @@
+"""Owns what a channel was delivered and has not yet told the broker about; merges what is told.
+
+Does no I/O and knows no channel, so that a model can be held against it. A merged frame (`multiple`)
+covers only deliveries that were each settled, in the same way: nobody's message is settled for him.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+ACK, REQUEUE, REJECT = range(3)
+
+#: (how, delivery tag, whether all before it are meant too)
+Settle = tuple[int, int, bool]
+
+_frame = Struct(">BHIHHQBB")
+_BASIC, _ACK, _REJECT, _NACK = 60, 80, 90, 120
+_END = 0xCE
+
+
+class Ledger:
+    """The unsettled deliveries of one channel in the order of their tags, and the settles to be sent."""
+
+    __slots__ = ("_settled", "_unsettled")
+
+    def __init__(self) -> None:
+        self._unsettled: dict[int, None] = {}
+        self._settled: dict[int, int] = {}
+
+    def deliver(self, tag: int) -> None:
+        """Note a delivery that wants to be settled; tags only grow."""
+        self._unsettled[tag] = None
+
+    def settle(self, tag: int, how: int) -> bool:
+        """Note that a delivery is settled; return False if the broker did not deliver it, or it was.
+
+        A settle is sent by the next `flush`, together with its neighbours.
+        """
+        if tag not in self._unsettled or tag in self._settled:
+            return False
+        self._settled[tag] = how
+        return True
+
+    def forget_up_to(self, tag: int) -> None:
+        """Note that the user settled everything up to `tag` (0: all there is) by himself."""
+        for each in [t for t in self._unsettled if t <= tag or not tag]:
+            del self._unsettled[each]
+            self._settled.pop(each, None)
+
+    @property
+    def pending(self) -> bool:
+        """Whether `flush` has something to send."""
+        return bool(self._settled)
+
+    def flush(self) -> list[Settle]:
+        """Return what to send for everything that was settled since the last time, merged."""
+        settled, self._settled = self._settled, {}
+        prefix: list[int] = []
+        sent: list[Settle] = []
+        for tag in self._unsettled:
+            how = settled.pop(tag, None)
+            if how is None:
+                break  # from here on nothing can be merged: this one is still open
+            prefix.append(tag)
+            if sent and sent[-1][0] == how:
+                sent[-1] = (how, tag, True)
+            else:
+                sent.append((how, tag, False))
+        sent += [(how, tag, False) for tag, how in sorted(settled.items())]
+        self._drop(prefix, settled)
+        return sent
+
+    def _drop(self, prefix: list[int], singles: dict[int, int]) -> None:
+        if len(prefix) == len(self._unsettled):
+            self._unsettled.clear()
+        else:
+            for tag in (*prefix, *singles):
+                del self._unsettled[tag]
+
+    def clear(self) -> None:
+        """Forget everything: the channel's life is over, and the broker has it all again."""
+        self._unsettled.clear()
+        self._settled.clear()
+
+    def __len__(self) -> int:
+        return len(self._unsettled)
+
+
+def encode(channel: int, settle: Settle) -> bytes:
+    """Return the frame of one settle: Ack, Nack for several, or Reject for one."""
+    how, tag, multiple = settle
+    if how == ACK:
+        method, bits = _ACK, int(multiple)
+    elif multiple:
+        method, bits = _NACK, 3 if how == REQUEUE else 1
+    else:
+        method, bits = _REJECT, int(how == REQUEUE)
+    return _frame.pack(1, channel, 13, _BASIC, method, tag, bits, _END)
