@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -42,6 +42,11 @@ class Runtime:
     makes that return at once. A stop holds until `join` (or `run`, or the end of `with`) has returned.
 
     It belongs to the process and thread that made it.
+
+    Attributes:
+        connection: The kombu `Connection` that classes and factories are called with; never connected.
+        children: A `Child` for each consumer, in the order of their `spawn`.
+        links: As given, like `drain_timeout`, `cancel_timeout` and `restart`; the next start goes by them.
     """
 
     def __init__(
@@ -137,7 +142,8 @@ class Runtime:
         try:
             run.start(list(self.children))
         except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
-            self._stop.set("start failed")
+            if self._run is run:  # else it was stopped and joined meanwhile
+                self._stop.set("start failed")
             self._finish(run, None)
             raise
 
@@ -179,7 +185,7 @@ class Runtime:
             return True
         if not self._finish(run, timeout):
             return False
-        run.raise_exhausted(self.restart)
+        run.raise_failure(self.restart)
         return True
 
     def kill(self, reason: str = "kill") -> None:
@@ -294,11 +300,10 @@ class _Run:
 
     def join(self, timeout: float | None) -> bool:
         self._greenlet.join(timeout)
-        if self.ended:
-            self._greenlet.get()  # a defect of the supervisor is not kept quiet
         return self.ended
 
-    def raise_exhausted(self, policy: RestartPolicy) -> None:
+    def raise_failure(self, policy: RestartPolicy) -> None:
+        self._greenlet.get()  # a defect of the supervisor is not kept quiet
         exhausted = self.supervisor.exhausted
         if exhausted:
             names = tuple(child.name for child in exhausted)
@@ -309,17 +314,13 @@ class _Run:
             ) from exhausted[0].error
 
     def _serve(self) -> None:
-        # A hub in which nothing but a foreign thread could wake anybody would raise LoopExit.
-        vigil = gevent.get_hub().loop.async_()
-        vigil.start(int)
-        try:
-            self.supervisor.run()
-        finally:
-            # A forked child has a copy of this greenlet; the links are its parent's.
-            if os.getpid() == self._pid:
-                self._drain()
-            vigil.stop()
-            vigil.close()
+        with _vigil():
+            try:
+                self.supervisor.run()
+            finally:
+                # A forked child has a copy of this greenlet; the links are its parent's.
+                if os.getpid() == self._pid:
+                    self._drain()
 
     def _drain(self) -> None:
         began = monotonic()
@@ -334,7 +335,7 @@ class _Starting:
     def __init__(self, children: list[Child], supervisor: Supervisor) -> None:
         self._children = children
         self._supervisor = supervisor
-        self._refused: dict[str, BaseException] = {}
+        self._refused: defaultdict[str, dict[int, BaseException]] = defaultdict(dict)
 
     def __enter__(self) -> _Starting:
         self._unsubscribe = events.subscribe(self._observe)
@@ -349,6 +350,8 @@ class _Starting:
         while not stop.is_set():
             changed.clear()
             self._raise_failure()
+            if self._supervisor.closed:  # whoever joined it took the stop back before this saw it
+                return
             while pending and pending[-1].started:
                 pending.pop()
             if not pending:
@@ -357,7 +360,7 @@ class _Starting:
 
     def _observe(self, event: events.Event, /) -> None:
         if isinstance(event, events.ConnectFailed) and event.refused:
-            self._refused[event.uri] = event.error
+            self._refused[event.uri][event.attempt] = event.error
         self._supervisor.changed.set()
 
     def _raise_failure(self) -> None:
@@ -368,12 +371,12 @@ class _Starting:
             )
         for connection in self._connections() if self._refused else ():
             uris = [each.as_uri() for each in alternatives_of(connection)]
-            # One alternative of a failover URL that refuses leaves the others to be tried.
-            if all(uri in self._refused for uri in uris):
-                error = self._refused[uris[0]]
-                raise BrokerRefusedError(
-                    f"{uris[0]} refused the connection: {error}", uris[0]
-                ) from error
+            # One alternative of a failover URL that refuses leaves the others to be tried; they may
+            # differ in nothing but the password, which an address does not show.
+            if all(len(self._refused[uri]) >= uris.count(uri) for uri in uris):
+                error = next(iter(self._refused[uris[0]].values()))
+                text = f"{uris[0]} refused the connection: {error}"
+                raise BrokerRefusedError(text, uris[0]) from error
 
     def _connections(self) -> list[kombu.Connection]:
         """Return the connections that the consumers were made with; most have the same one."""
@@ -398,6 +401,21 @@ class _Ladder:
             events.emit(events.DrainEscalated("exit at once", running, name))
             raise SystemExit(1)  # gevent raises it in the main greenlet
         rung(name)
+
+
+@contextmanager
+def _vigil() -> Iterator[None]:
+    """Keep the hub waiting where nothing but a foreign thread or a signal could wake anybody.
+
+    It would raise `LoopExit`; a watcher that never fires keeps it from that.
+    """
+    watcher = gevent.get_hub().loop.async_()
+    watcher.start(int)
+    try:
+        yield
+    finally:
+        watcher.stop()
+        watcher.close()
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Child:
         self._make = make
         # A consumer made hours later, by the supervisor, has its spawner's context variables.
         self._context = contextvars.copy_context()
-        self._restarts: deque[float] = deque()
+        self._restarts: list[float] = []
         self._asked = False
 
     @property
@@ -176,7 +176,7 @@ class Child:
         """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
         now = monotonic()
         while self._restarts and now - self._restarts[0] >= policy.period:
-            self._restarts.popleft()
+            del self._restarts[0]
         if len(self._restarts) >= policy.max_restarts:
             return None
         self._restarts.append(now)
@@ -197,22 +197,27 @@ class Child:
         """Take back the stop that its runtime asked for when it was stopped last."""
         lifecycle_of(self.consumer).stop.clear()
         if _should_stop(self.consumer):
-            self.consumer.should_stop = False
+            try:
+                self.consumer.should_stop = False
+            except Exception:  # a user's read-only `should_stop`: theirs to clear
+                pass
 
 
 class Supervisor:
     """Restarts the consumers of a runtime until it stops, then drains them.
 
     Attributes:
-        failed: The consumers that were given up, for whatever reason.
+        failed: The consumers that were given up before a stop was asked for.
         exhausted: Those of them that used up their restarts.
         changed: Set whenever a consumer has ended and it was decided what becomes of it.
+        closed: Draining, or past it: nothing is started any more.
     """
 
     def __init__(self, policy: RestartPolicy, stop: StopSignal, links: Any) -> None:
         self.failed: list[Child] = []
         self.exhausted: list[Child] = []
         self.changed = Event()
+        self.closed = False
         self._policy = policy
         self._stop = stop
         self._links = links
@@ -223,7 +228,6 @@ class Supervisor:
         self._makers = Group()
         self._adding = 0
         self._empty = True
-        self._closing = False
         self._wake = Event()
 
     def add(self, children: Iterable[Child]) -> None:
@@ -237,7 +241,7 @@ class Supervisor:
         self._adding += 1
         try:
             for child in children:
-                if self._stop.is_set():
+                if self.closed or self._stop.is_set():
                     break
                 self._launch(child)
         finally:
@@ -272,7 +276,8 @@ class Supervisor:
 
         Switches: yes. In the supervisor greenlet.
         """
-        self._closing = True
+        self.closed = True
+        self.changed.set()
         self._due.clear()
         reason = self._stop.reason or "stop"
         if self._makers:
@@ -304,7 +309,7 @@ class Supervisor:
 
     def _launch(self, child: Child) -> None:
         greenlet = child.make(self._links)
-        if self._closing:  # the stop came while it was being made
+        if self.closed:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False
         self._live.add(child)
@@ -325,13 +330,9 @@ class Supervisor:
 
     def _settle(self, child: Child, error: BaseException | None) -> None:
         child.error = error
-        if (
-            self._closing
-            or self._stop.is_set()
-            or child.stopping
-            or not self._policy.restarts(error)
-        ):
-            self._end(child, error is not None)
+        stopping = self.closed or self._stop.is_set() or child.stopping
+        if stopping or not self._policy.restarts(error):
+            self._end(child, given_up=error is not None)
             return
         delay = child.next_delay(self._policy)
         if delay is None:
@@ -344,7 +345,8 @@ class Supervisor:
     def _end(self, child: Child, given_up: bool) -> None:
         child.ended, child.given_up = True, given_up
         if given_up:
-            self.failed.append(child)
+            if not (self.closed or self._stop.is_set()):
+                self.failed.append(child)
             emit(ConsumerGivenUp(child.name, child.error))
         self.changed.set()
 
