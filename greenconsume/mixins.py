@@ -136,17 +136,23 @@ class ConsumerMixin:
         """
         restart_limit = self.restart_limit
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
-        while not self.should_stop:
-            try:
-                if restart_limit.can_consume(_tokens):
-                    for _ in self.consume(limit=None, **kwargs):
-                        pass
-                else:
-                    sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
-            except LinkLostError as exc:
-                debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, once for all
-            except errors:
-                warn(W_CONN_LOST, exc_info=True)
+        try:
+            while not self.should_stop:
+                try:
+                    if restart_limit.can_consume(_tokens):
+                        for _ in self.consume(limit=None, **kwargs):
+                            pass
+                    else:
+                        sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
+                except LinkLostError as exc:
+                    debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, once for all
+                except errors:
+                    warn(W_CONN_LOST, exc_info=True)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Called when `run` ends, however it does."""
 
     def consume(
         self,
@@ -200,6 +206,8 @@ class ConsumerMixin:
                     conn.heartbeat_check()
                 if idle.expired:
                     raise
+            except StoppedError:
+                return  # an orderly end: `extra_context` and `on_consume_end` are yet to run
             except OSError:
                 if not stopping():
                     raise
@@ -371,9 +379,12 @@ class ConsumerProducerMixin(ConsumerMixin):
 
     def on_consume_end(self, connection: Any, channel: Any) -> None:
         """Close the producer's connection."""
-        if self._producer_connection is not None:
-            self._producer_connection.close()
-            self._producer_connection = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        conn, self._producer_connection = self._producer_connection, None
+        if conn is not None:
+            conn.close()
 
     @property
     def producer(self) -> Any:
@@ -386,7 +397,13 @@ class ConsumerProducerMixin(ConsumerMixin):
         if self._producer_connection is None:
             conn = self.connection.clone()
             self._connect(conn, publishing=True)
-            self._producer_connection = conn
+            if self._producer_connection is None:
+                self._producer_connection = conn
+            else:  # another greenlet of this consumer was faster
+                conn.close()
+        elif not self._producer_connection.connected:
+            # Not left to kombu, which would wait for the broker deaf to a stop.
+            self._connect(self._producer_connection, publishing=True)
         return self._producer_connection
 
 

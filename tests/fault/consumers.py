@@ -134,6 +134,8 @@ def running(*consumers: ConsumerMixin, within: float = 10.0) -> Iterator[list[Co
 class ConfirmedPublisher:
     """Publishes persistent messages, each until the broker has confirmed it, whatever happens.
 
+    A context, at whose end nothing of it is left.
+
     Attributes:
         confirmed: The bodies that the broker has confirmed.
     """
@@ -156,6 +158,12 @@ class ConfirmedPublisher:
         self._stop.set()
         gevent.joinall(self._greenlets, timeout=60.0, raise_error=True)
         assert all(greenlet.ready() for greenlet in self._greenlets)
+
+    def __enter__(self) -> ConfirmedPublisher:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        gevent.killall(self._greenlets)
         self._connection.close()
 
     def _run(self) -> None:

@@ -60,10 +60,10 @@ def test_a_thousand_consumers_survive_the_loss_of_their_broker_under_load(
     for queue in queues:
         declare(amqp_url, queue)
     handled: Counter[Any] = Counter()
-    publisher = ConfirmedPublisher(amqp_url, queues)
     runtime = Runtime(connection_to(amqp_url), links=LINK_COUNT)
     spawn_collectors(runtime, queues, handled)
-    with observing(LinkDown, LinkUp, ConnectFailed) as events, runtime:
+    publishing = ConfirmedPublisher(amqp_url, queues)
+    with observing(LinkDown, LinkUp, ConnectFailed) as events, publishing as publisher, runtime:
         publisher.start(20)
         wait_until(lambda: len(handled) > 1000, within=20.0)
         before = socket_count(), alive(gevent.Greenlet)
