@@ -206,10 +206,8 @@ class ConsumerMixin:
                     conn.heartbeat_check()
                 if idle.expired:
                     raise
-            except StoppedError:
-                return  # an orderly end: `extra_context` and `on_consume_end` are yet to run
-            except OSError:
-                if not stopping():
+            except (OSError, StoppedError):
+                if not stopping():  # else an orderly end: `on_consume_end` is yet to be called
                     raise
             else:
                 handled += 1
@@ -346,9 +344,15 @@ class ConsumerMixin:
         if life.links is None:
             life.links = LinkPool()
         tell = self.on_connection_error if _is_overridden(self, "on_connection_error") else None
-        life.links.connect(conn, life.stop, tell, self.connect_max_retries, publishing)
-        if isinstance(conn.connection, Session) and not publishing:
-            conn.connection.stop = life.stop  # until it consumes, a stop ends its calls
+        stop, retries = life.stop, self.connect_max_retries
+        if publishing and stop.is_set():
+            stop, retries = StopSignal(), 0  # for a handler that finishes: one attempt
+        life.links.connect(conn, stop, tell, retries, publishing)
+        session = _session_of(conn)
+        if session is not None and publishing:
+            session.publish_stop = life.stop  # a broker may block its publishers for hours
+        elif session is not None:
+            session.stop = life.stop  # until it consumes, a stop ends its calls
 
     def maybe_conn_error(self, fun: Callable[[], object]) -> Any:
         """Call `fun`, ignoring connection and channel errors."""

@@ -71,7 +71,8 @@ def register() -> None:
 def require_green(connection: kombu.Connection) -> None:
     """Check that consuming from `connection`, or from any of its alternates, cannot stop the hub.
 
-    Emits `PollingTransport`, once in a process for each transport that has to be polled.
+    Registers the green transports first. Emits `PollingTransport`, once in a process for each transport
+    that has to be polled.
 
     Raises:
         UnsupportedTransportError: A transport is unknown, lacks a library, or waits in C; the message

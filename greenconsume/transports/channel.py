@@ -165,24 +165,23 @@ class Channel(PublishingChannel):
         """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
         if self.connection is None:
             return None
+        self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
         self.stop_dispatching(consumer_tag)
-        self.no_ack_consumers.discard(consumer_tag)
-        return self.send_method(
-            spec.Basic.Cancel,
-            argsig,
-            (consumer_tag, nowait),
-            wait=None if nowait else spec.Basic.CancelOk,
-        )
+        return None if nowait else self.wait(spec.Basic.CancelOk)
 
     def announce_stop(self) -> None:
-        """Tell the broker to send no more, without waiting; give back what was not started."""
-        for tag in list(self._consuming):
-            self.stop_dispatching(tag)
+        """Tell the broker to send no more, without waiting; give back what was not started.
+
+        In this order: the broker sends what it gets back to whoever still consumes.
+        """
+        tags = list(self._consuming)
+        for tag in tags:
             if self._link.failure is None:
-                self.flush()
                 self._link._write_method(
                     self.channel_id, spec.Basic.Cancel, dumps("sb", (tag, True))
                 )
+        for tag in tags:
+            self.stop_dispatching(tag)
 
     def stop_dispatching(self, consumer_tag: str) -> None:
         """Forget a consumer's callback and give its undispatched messages back. Never switches."""
@@ -246,7 +245,9 @@ class Channel(PublishingChannel):
             self._session.put(self, ConsumerCancelled(text, spec.Basic.Cancel), _raise)
 
     def _on_basic_cancel_ok(self, consumer_tag: str) -> None:
-        """Nothing is left to do: the callback went when the cancel was sent."""
+        """Its last delivery was before this; the callback went when the cancel was sent."""
+        if not self._session.backlog:  # else its messages that need no ack may still wait
+            self.no_ack_consumers.discard(consumer_tag)
 
     def message_to_python(self, raw_message: Any) -> Any:
         """Make a delivery a `Message`; one that is a message already stays as it is."""

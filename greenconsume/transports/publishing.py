@@ -72,7 +72,8 @@ class PublishingChannel(CallingChannel):
         """As py-amqp's `basic_publish`; waits only while the broker blocks, or `HIGH_WATER` is unsent."""
         if self.connection is None:
             raise RecoverableConnectionError("basic_publish: connection closed")
-        self._link.wait_publishable(Deadline(timeout), self._session.stop)
+        stop = self._session.stop or self._session.publish_stop
+        self._link.wait_publishable(Deadline(timeout), stop)
         args = (0, exchange, routing_key, mandatory, immediate)
         self.send_method(spec.Basic.Publish, argsig, args, msg)
         self._published += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -25,11 +26,23 @@ from greenconsume.transports.link import Link
 _TURN = 0.002
 
 
+class _Waiter:
+    """One greenlet's wait for an event that others wait for, too: its stop signal is its own."""
+
+    __slots__ = ("is_set", "set", "wait")
+
+    def __init__(self, event: Event) -> None:
+        self.is_set = event.is_set
+        self.wait = event.wait
+        self.set = partial(event.set)  # equal to no other, so that it unlinks nobody else's
+
+
 class Session:
     """A share of a link: channels, and the inbox of what was delivered on them.
 
     Attributes:
         stop: While set up: the signal that ends a wait for a reply, with `StoppedError`.
+        publish_stop: The signal that ends a wait for a broker that blocks publishers, if any.
         deadline: While closing: when every wait for a reply ends, with `TimeoutError`.
     """
 
@@ -39,6 +52,7 @@ class Session:
         self.channels: dict[int, Channel] = {}
         self.is_closing = False
         self.stop: StopSignal | None = None
+        self.publish_stop: StopSignal | None = None
         self.deadline: Deadline | None = None
         self.lasting_queues: set[str] = set()  # declared here, and not deleted when unused
         self.paused: list[tuple[Channel, str, bytes]] = []
@@ -113,7 +127,7 @@ class Session:
             if deadline.expired:
                 raise socket.timeout("timed out")
             self._arrival.clear()
-            wait(self._arrival, deadline, stop)
+            wait(_Waiter(self._arrival), deadline, stop)
             self._turn_began = monotonic()
 
     @property
@@ -165,10 +179,14 @@ class Session:
         self.stop = None
         self.deadline = self.deadline or Deadline(self.link.close_timeout)
         channels = list(self.channels.values())
-        for channel in channels:
-            channel.ask_to_close()
-        for channel in channels:
-            channel.await_closed(self.deadline)
+        try:
+            for channel in channels:
+                channel.ask_to_close()
+            for channel in channels:
+                channel.await_closed(self.deadline)
+        except BaseException:  # a kill must not leave the link with a session that nobody has
+            self.collect()
+            raise
         self._leave()
         if not self.link.sessions:
             self.link.close(deadline=self.deadline)

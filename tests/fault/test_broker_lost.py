@@ -130,10 +130,11 @@ def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
         return consumer
 
     def reconnect(times: int) -> tuple[int, ...]:
-        for _ in range(times):
+        for number in range(times):
             up = len(links)
-            publish(amqp_url, queue_name, range(len(sent), len(sent) + 5))
-            sent.extend(range(5))
+            if number % 5 == 0:
+                publish(amqp_url, queue_name, range(len(sent), len(sent) + 20))
+                sent.extend(range(20))
             proxy.cut()
             wait_until(lambda: len(links) > up, within=5.0)
             all_consume(runtime)

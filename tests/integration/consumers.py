@@ -78,6 +78,10 @@ class Answerer(ConsumerProducerMixin):
         return [Consumer([self.queue], callbacks=[self.on_request], prefetch_count=10)]
 
     def on_request(self, body: Any, message: Any) -> None:
+        self.answer(body, message)
+        message.ack()
+
+    def answer(self, body: Any, message: Any) -> None:
         properties = message.properties
         self.producer.publish(
             {"answer": body},
@@ -86,7 +90,6 @@ class Answerer(ConsumerProducerMixin):
             correlation_id=properties.get("correlation_id"),
         )
         self.answered_count += 1
-        message.ack()
 
 
 def green_connection(url: str, **options: Any) -> Connection:

@@ -61,15 +61,23 @@ class Failing(Orders):
 class Plain:
     pass
 
-runtime = Runtime(restart=RestartPolicy(max_restarts=1, backoff=0.0, max_backoff=0.0))
+runtime = Runtime()
 runtime.spawn(Orders)
 failing = Runtime(restart=RestartPolicy(max_restarts=1, backoff=0.0, max_backoff=0.0))
 failing.spawn(Orders)
 failing.spawn(Failing)
 """
 
-# What a child of the test run must not take from it.
-OPTIONS = ("BROKER", "REPLICAS", "LINKS", "DRAIN_TIMEOUT", "CANCEL_TIMEOUT", "LOG_LEVEL", "LOG_FORMAT")
+# A child of the test run takes none of its options from it.
+OPTIONS = (
+    "BROKER",
+    "REPLICAS",
+    "LINKS",
+    "DRAIN_TIMEOUT",
+    "CANCEL_TIMEOUT",
+    "LOG_LEVEL",
+    "LOG_FORMAT",
+)
 
 
 class Command:
@@ -194,7 +202,6 @@ def test_a_wrong_password_is_one_line_and_exits_with_1(start: Start, amqp_url: s
 
 def test_a_wrong_virtual_host_is_one_line_and_exits_with_1(start: Start, amqp_url: str) -> None:
     url = urlsplit(amqp_url)._replace(path="/no-such-vhost").geturl()
-    command = start("run", "shop:runtime", "--replicas", "2", "--broker", url)
     command = start("run", "shop:runtime", "--broker", url)
     line = command.error()
     assert command.ends() == 1
@@ -265,14 +272,17 @@ def test_a_third_signal_exits_at_once(start: Start, amqp_url: str, queue_name: s
     assert "drain: exit at once" in command.err
 
 
-def test_a_drain_that_takes_too_long_exits_with_1(start: Start, tmp_path: Path) -> None:
-    with (tmp_path / "shop.py").open("a") as shop:
-        shop.write(
-            "\nclass Stuck(Orders):\n"
-            "    def on_consume_ready(self, connection, channel, consumers, **kwargs):\n"
-            "        channel.queues['orders'].put\n"
-        )
-    command = start("run", "shop:Stuck", "--drain-timeout", "0.2", "--cancel-timeout", "1")
+def test_a_drain_that_takes_too_long_exits_with_1(
+    start: Start, amqp_url: str, queue_name: str
+) -> None:
+    publish(amqp_url, queue_name, ["a"])
+    options = ("--broker", amqp_url, "--drain-timeout", "0.2")
+    command = start("run", "shop:Orders", *options, QUEUE=queue_name)
+    command.wait_for("began a")
+    command.signal()
+    assert command.ends() == 1
+    assert "(drain_timeout of 0.2 s is over)" in command.err
+    assert command.err.splitlines()[-1].startswith("greenconsume: work was abandoned")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

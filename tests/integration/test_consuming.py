@@ -8,23 +8,22 @@ from time import monotonic
 from typing import Any
 
 import gevent
+import kombu
 import pytest
 from gevent.event import Event
 from kombu import Exchange, Producer, Queue
 from kombu import mixins as kombu_mixins
 
-from greenconsume import Runtime, spawn
-from greenconsume.events import ConsumerState, LinkUp
+from greenconsume import Runtime
+from greenconsume.events import ConsumerState
 from tests.integration.consumers import (
     SOON,
-    Answerer,
     Recorder,
     channel_count,
     consuming,
     green_connection,
-    observed,
 )
-from tests.messages import declare, publish, queue_depth
+from tests.messages import publish, queue_depth
 from tests.waiting import wait_until
 
 # -- limits and timeouts --------------------------------------------------------------------------
@@ -51,10 +50,12 @@ def test_timeout_is_idle_time_that_is_not_rounded_up(amqp_url, queue_name):
     """HAZARDS row 25."""
     consumer = Recorder(amqp_url, queue_name)
     publish(amqp_url, queue_name, 2)
+    handled = consumer.consume(timeout=0.3)
+    next(handled)
+    next(handled)
     began = monotonic()
     with pytest.raises(socket.timeout):
-        for _ in consumer.consume(timeout=0.3):
-            began = monotonic()
+        next(handled)
     assert 0.3 <= monotonic() - began < 0.6
     assert consumer.bodies == [0, 1]
 
@@ -74,11 +75,15 @@ def test_messages_that_keep_coming_put_a_timeout_off(amqp_url, queue_name):
     publish(amqp_url, queue_name, 1)
     with green_connection(amqp_url) as connection:
         producer = Producer(connection.channel())
+
+        def publish_later(body: int, _message: Any) -> None:
+            if body < 5:
+                gevent.spawn_later(0.1, producer.publish, body + 1, routing_key=queue_name)
+
+        consumer.handle = publish_later
         with pytest.raises(socket.timeout):
-            for count, _ in enumerate(consumer.consume(timeout=0.2), 2):
-                if count <= 6:
-                    gevent.spawn_later(0.1, producer.publish, count, routing_key=queue_name)
-    assert consumer.bodies == [0, 2, 3, 4, 5, 6]
+            list(consumer.consume(timeout=0.2))
+    assert consumer.bodies == [0, 1, 2, 3, 4, 5]
 
 
 def test_on_iteration_is_called_every_safety_interval_while_idle(amqp_url, queue_name):
@@ -93,24 +98,28 @@ def test_on_iteration_is_called_every_safety_interval_while_idle(amqp_url, queue
 # -- a generator that is left early ---------------------------------------------------------------
 
 
-def unacknowledged(url: str, queue: str) -> Recorder:
-    return Recorder(url, queue, lambda _, message: setattr(message, "_state", "ACK"))
+def leave_by_close(messages: Any) -> None:
+    next(messages)
+    messages.close()
 
 
-@pytest.mark.parametrize("leave", ["break", "close", "raise"])
+def leave_by_break(messages: Any) -> None:
+    for _ in messages:
+        break
+    del messages  # the last reference, but for the caller's
+
+
+def leave_by_error(messages: Any) -> None:
+    next(messages)
+    with pytest.raises(LookupError):
+        messages.throw(LookupError)
+
+
+@pytest.mark.parametrize("leave", [leave_by_close, leave_by_break, leave_by_error])
 def test_consume_left_early_closes_its_connection(rabbitmq, amqp_url, queue_name, leave):
     publish(amqp_url, queue_name, 20)
     consumer = Recorder(amqp_url, queue_name)
-    messages = consumer.consume()
-    try:
-        for _ in messages:
-            if leave == "raise":
-                raise LookupError
-            break
-    except LookupError:
-        messages = messages.throw(LookupError) if leave == "never" else messages
-    assert rabbitmq.connection_count(amqp_url) == 1
-    messages.close()
+    leave(consumer.consume())
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
     assert rabbitmq.queue_counts(amqp_url, queue_name) == (19, 0, 0)
     assert consumer.bodies == [0]
@@ -172,8 +181,8 @@ def test_the_hooks_are_called_in_kombus_order(amqp_url, queue_name):
             calls.append("end")
 
     publish(amqp_url, queue_name, 1)
-    for _ in Telling(amqp_url, queue_name).consume(limit=1, colour="green"):
-        calls.append("yield")
+    messages = Telling(amqp_url, queue_name).consume(limit=1, colour="green")
+    calls.extend("yield" for _ in messages)
     ready = "ready {'colour': 'green'}"
     assert calls == ["revived", "get_consumers", ready, "message", "yield", "end"]
 
@@ -195,9 +204,12 @@ def test_a_message_that_arrives_with_its_consume_ok_is_handled(amqp_url, queue_n
 
 @pytest.mark.parametrize("options", [{"no_ack": True}, {"prefetch_count": None}])
 def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name, options):
-    """Its backlog stays bounded, it gets all of its messages, and its neighbour does not notice."""
-    declare(amqp_url, queue_name)
-    publish(amqp_url, queue_name, 20_000)
+    """Its backlog stays bounded, it gets all of its messages, and its neighbour does not notice.
+
+    What the broker had sent before it heard of the pause comes on top of the bound.
+    """
+    publish(amqp_url, queue_name, range(15_000))
+    publish(amqp_url, queue_name, range(15_000, 30_000))
     backlogs: list[int] = []
 
     class Slow(Recorder):
@@ -220,37 +232,25 @@ def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name,
         began = monotonic()
         other.consumer.wait_for(500)
         took = monotonic() - began
-        assert len(slow.consumer.bodies) < 20_000
-        slow.consumer.wait_for(20_000, within=60)
-    assert slow.consumer.bodies == list(range(20_000))
-    assert max(backlogs) < 5000
+        assert len(slow.consumer.bodies) < 30_000
+        slow.consumer.wait_for(30_000, within=60)
+    assert slow.consumer.bodies == list(range(30_000))
+    assert max(backlogs) < 15_000
     assert took < 5.0
 
 
 # -- channels -------------------------------------------------------------------------------------
 
 
-class Channelled(Recorder):
-    """Consumes on three channels: its own, and two that it opens."""
-
-    def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-        client = channel.connection.client
-        others = [client.channel(), client.channel()]
-        return [
-            Consumer([self.queue], callbacks=[self.on_task], prefetch_count=1),
-            *(Consumer([self.queue], callbacks=[self.on_task], channel=one) for one in others),
-        ]
-
-
 class OwnConsumers(Recorder):
     """Makes kombu consumers itself, on channels that it opens, with a prefetch each."""
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-        from kombu import Consumer as KombuConsumer
-
         client = channel.connection.client
         return [
-            KombuConsumer(client.channel(), [self.queue], callbacks=[self.on_task], prefetch_count=n)
+            kombu.Consumer(
+                client.channel(), [self.queue], callbacks=[self.on_task], prefetch_count=n
+            )
             for n in (1, 5, 20)
         ]
 
@@ -290,22 +290,6 @@ class Plain(kombu_mixins.ConsumerMixin):
         message.ack()
 
 
-class PlainAnswerer(kombu_mixins.ConsumerProducerMixin):
-    """A consumer that publishes, as written for kombu."""
-
-    def __init__(self, connection: Any, queue: str) -> None:
-        self.connection = connection
-        self.queue = queue
-
-    def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-        return [Consumer([Queue(self.queue)], on_message=self.on_message, prefetch_count=5)]
-
-    def on_message(self, message: Any) -> None:
-        reply_to = message.properties["reply_to"]
-        self.producer.publish(message.payload, exchange="", routing_key=reply_to)
-        message.ack()
-
-
 def test_a_kombu_mixin_is_spawned_and_stops_at_once(amqp_url, queue_name):
     consumer = Plain(green_connection(amqp_url), queue_name)
     publish(amqp_url, queue_name, 3)
@@ -326,68 +310,7 @@ def test_kombu_mixins_share_the_links_of_a_runtime(rabbitmq, amqp_url, queue_nam
     assert all(child.state is ConsumerState.STOPPED for child in children)
 
 
-def test_a_kombu_producer_mixin_publishes_over_a_link_of_its_own(rabbitmq, amqp_url, queue_name):
-    answers = f"{queue_name}-answers"
-    declare(amqp_url, answers)
-    with consuming(PlainAnswerer(green_connection(amqp_url), queue_name)):
-        ask(amqp_url, queue_name, answers, range(10))
-        wait_until(lambda: queue_depth(amqp_url, answers) == 10)
-        wait_until(lambda: rabbitmq.connection_count(amqp_url) == 2)
-    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
-
-
-# -- consumers that publish -----------------------------------------------------------------------
-
-
-def ask(url: str, queue: str, answers: str, questions: Any) -> None:
-    with green_connection(url) as connection:
-        producer = Producer(connection)
-        for n in questions:
-            producer.publish(n, routing_key=queue, reply_to=answers, correlation_id=str(n))
-
-
-def test_a_question_is_answered_and_correlated(amqp_url, queue_name):
-    answers = f"{queue_name}-answers"
-    seen: dict[str, Any] = {}
-
-    def note(body: Any, message: Any) -> None:
-        seen[message.properties["correlation_id"]] = body["answer"]
-
-    with consuming(Answerer(amqp_url, queue_name), Recorder(amqp_url, answers, note)):
-        ask(amqp_url, queue_name, answers, range(100))
-        wait_until(lambda: len(seen) == 100)
-    assert seen == {str(n): n for n in range(100)}
-
-
-def test_a_hundred_producing_consumers_share_one_publishing_link(rabbitmq, amqp_url, queue_name):
-    """Law 6: no link both consumes and publishes."""
-    answers = f"{queue_name}-answers"
-    declare(amqp_url, answers)
-    runtime = Runtime(amqp_url)
-    children = runtime.spawn(partial(Answerer, queue=queue_name), replicas=100)
-    with observed(LinkUp) as links, runtime:
-        ask(amqp_url, queue_name, answers, range(2000))
-        wait_until(lambda: queue_depth(amqp_url, answers) == 2000, SOON)
-        assert sum(child.consumer.answered_count > 0 for child in children) > 50
-        wait_until(lambda: rabbitmq.connection_count(amqp_url) == 2)
-    assert len(links) == 3  # consuming, publishing, and the one that asked
-    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
-
-
-def test_a_producing_consumer_that_fails_for_good_leaves_no_link(rabbitmq, amqp_url, queue_name):
-    class Failing(Answerer):
-        def on_iteration(self) -> None:
-            if self.answered_count:
-                raise LookupError("not the broker's error")
-
-    answers = f"{queue_name}-answers"
-    declare(amqp_url, answers)
-    greenlet = spawn(Failing(amqp_url, queue_name))
-    assert greenlet.ready.wait(SOON)
-    ask(amqp_url, queue_name, answers, [1])
-    assert greenlet.join(SOON)
-    assert isinstance(greenlet.exception, LookupError)
-    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
+# -- queues and links -----------------------------------------------------------------------------
 
 
 def test_consumers_declare_what_they_consume(amqp_url, queue_name):

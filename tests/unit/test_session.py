@@ -79,6 +79,11 @@ def draining(connection, stop, times=10**9):
     return gevent.spawn(drain)
 
 
+def without_delay(peer):
+    """Have what the peer sends leave at once, as a broker's does, though earlier bytes are on their way."""
+    peer._line._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def settled(peer):
     """What became of each delivery, by channel and tag, however the settles were merged."""
     delivered, found = Counter(), {}
@@ -133,6 +138,7 @@ def test_heartbeats_and_part_frames_do_not_extend_a_drain(connect, peer):
     """HAZARDS.md row 4."""
     connection = connect(peer)
     consuming(connection, lambda message: None)
+    without_delay(peer)
     slow = frames.deliver(1, TAG, 1, bytes(200))
 
     def trickle():
@@ -354,6 +360,7 @@ def stop_at(connect, peer, data, cut, rest_comes=True, **options):
     del peer.received[:]
     connection = connect(peer, **options)
     consumer, link = Stoppable(connection), connection.connection.link
+    without_delay(peer)
     sent_at = monotonic()
     peer.send(data[:cut])
     wait_until(lambda: link._last_read >= sent_at or not cut)
