@@ -37,7 +37,11 @@ from greenconsume.events import (
 )
 from greenconsume.greenlets import ConsumerGreenlet
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
+
+
+#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker.
+_MARGIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +213,22 @@ class Supervisor:
         changed: Set whenever a consumer has ended and it was decided what becomes of it.
     """
 
-    def __init__(self, policy: RestartPolicy, stop: StopSignal, links: Any) -> None:
+    def __init__(
+        self,
+        policy: RestartPolicy,
+        stop: StopSignal,
+        links: Any,
+        rungs: Rungs | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
         self.failed: list[Child] = []
         self.exhausted: list[Child] = []
         self.changed = Event()
         self._policy = policy
         self._stop = stop
         self._links = links
+        self._rungs = rungs or Rungs()
+        self._defaults = defaults or {}
         self._live: set[Child] = set()
         self._ended: deque[Child] = deque()
         self._due: list[tuple[float, int, Child]] = []
@@ -260,12 +273,15 @@ class Supervisor:
             wait(self._wake, Deadline(self._until_due()), self._stop)
 
     def drain(self, timeout: float, cancel_timeout: float, hurry: StopSignal) -> tuple[int, int]:
-        """Stop every consumer; kill those that still run after `timeout`, or once `hurry` is set.
+        """Stop every consumer; kill those that still run after both timeouts, or once `hurry` is set.
+
+        Each consumer drains its own handlers, up to the same deadlines; what is killed here is a consumer
+        that hangs elsewhere.
 
         Args:
-            timeout: Seconds that they have to end by themselves.
-            cancel_timeout: Seconds to wait for those that were killed.
-            hurry: Ends the first wait.
+            timeout: Seconds that handlers have to end by themselves.
+            cancel_timeout: Seconds that they have after they were cancelled.
+            hurry: Ends the wait.
 
         Returns:
             How many ended by themselves, and how many were killed.
@@ -283,16 +299,16 @@ class Supervisor:
             emit(DrainStarted(running, reason, timeout))
         for child in tuple(self._live):
             child.stop(reason)
-        self._await_ended(Deadline(timeout), hurry)
+        self._await_ended(Deadline(timeout + cancel_timeout + _MARGIN), hurry)
         killed = len(self._live)
         if killed:
-            self._kill(hurry.reason or f"drain_timeout of {timeout:g} s is over", cancel_timeout)
+            self._kill(hurry.reason or "both timeouts of the drain are over")
         return running - killed, killed
 
-    def _kill(self, reason: str, cancel_timeout: float) -> None:
+    def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
         gevent.killall([child.greenlet for child in self._live], block=False)
-        self._await_ended(Deadline(cancel_timeout), None)
+        self._await_ended(Deadline(_MARGIN), None)
 
     def _await_ended(self, deadline: Deadline, hurry: StopSignal | None) -> None:
         while True:
@@ -304,6 +320,8 @@ class Supervisor:
 
     def _launch(self, child: Child) -> None:
         greenlet = child.make(self._links)
+        lifecycle = lifecycle_of(greenlet.consumer)
+        lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
         if self._closing:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False
