@@ -178,10 +178,14 @@ class DrainEscalated(Event):
 
 @dataclass(frozen=True, slots=True)
 class DrainFinished(Event):
-    """A runtime has stopped: how many consumers stopped by themselves, and how many were killed."""
+    """A runtime has stopped: how many consumers stopped by themselves, and how many were killed.
+
+    `cancelled_handlers` were cancelled or killed; their messages are the broker's again.
+    """
 
     drained: int
     killed: int
+    cancelled_handlers: int
     seconds: float
 
 

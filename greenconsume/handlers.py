@@ -311,7 +311,6 @@ class Handling:
 
     def kill(self, job: Job, reason: str) -> None:
         """Kill a handler that did not end; its message is left to the broker. Never switches."""
-        self.killed += 1
         emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, True))
         job.kill()
 
@@ -374,6 +373,7 @@ class _Climber:
                     rungs.kill.reason or f"cancel_timeout of {settings.cancel_timeout:g} s is over"
                 )
                 for job in handling.running():
+                    handling.killed += 1
                     handling.kill(job, why)
                 self._wait(Deadline(1.0), None)
         handling.finished += started - handling.cancelled - handling.killed

@@ -27,7 +27,7 @@ from greenconsume.events import ConsumerState
 from greenconsume.handlers import Handler, Handling, handling_of
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links import LinkPool
-from greenconsume.policies import FailurePolicy, Requeue
+from greenconsume.policies import FailurePolicy
 from greenconsume.stopping import Deadline, StopSignal
 from greenconsume.transports.amqp import LinkLostError, Session
 
@@ -52,7 +52,8 @@ class ConsumerMixin:
         connection: A `kombu.Connection`; it is cloned, never used itself.
         connect_max_retries: Failed attempts to connect that are followed by another; None: all.
         should_stop: Assign True, from any greenlet or thread, to stop.
-        on_error: What becomes of a message whose callback raised: `Requeue(delay)`, `Reject()`, `Retry(…)`.
+        on_error: What becomes of a message whose callback raised: `Requeue(delay)` or `Reject()`;
+            None: as its runtime says, else `Requeue(1.0)`.
         concurrency: How many callbacks run at once, each in a greenlet; None: inline, one after the other.
         partition_by: Messages with the same key run one after the other, in order: the name of a header,
             "routing_key", or a callable that is given the message. Needs `concurrency`.
@@ -66,7 +67,7 @@ class ConsumerMixin:
 
     connection: Any
     connect_max_retries: int | None = None
-    on_error: FailurePolicy = Requeue()
+    on_error: FailurePolicy | None = None
     concurrency: int | None = None
     partition_by: str | Callable[[Any], Hashable] | None = None
     handler_timeout: float | None = None
@@ -151,17 +152,23 @@ class ConsumerMixin:
         """
         restart_limit = self.restart_limit
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
-        while not self.should_stop:
-            try:
-                if restart_limit.can_consume(_tokens):
-                    for _ in self.consume(limit=None, **kwargs):
-                        pass
-                else:
-                    sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
-            except LinkLostError as exc:
-                debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, once for all
-            except errors:
-                warn(W_CONN_LOST, exc_info=True)
+        try:
+            while not self.should_stop:
+                try:
+                    if restart_limit.can_consume(_tokens):
+                        for _ in self.consume(limit=None, **kwargs):
+                            pass
+                    else:
+                        sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
+                except LinkLostError as exc:
+                    debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, once for all
+                except errors:
+                    warn(W_CONN_LOST, exc_info=True)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Called when `run` ends, however it does."""
 
     def consume(
         self,
@@ -399,15 +406,18 @@ class ConsumerMixin:
 
 
 class ConsumerProducerMixin(ConsumerMixin):
-    """A consumer that also publishes, on a connection of its own: a consuming link publishes nothing."""
+    """A consumer that also publishes, over another link: a consuming link publishes nothing."""
 
     _producer_connection: Any = None
 
     def on_consume_end(self, connection: Any, channel: Any) -> None:
         """Close the producer's connection."""
-        if self._producer_connection is not None:
-            self._producer_connection.close()
-            self._producer_connection = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        conn, self._producer_connection = self._producer_connection, None
+        if conn is not None:
+            conn.close()
 
     @property
     def producer(self) -> Any:
@@ -420,7 +430,13 @@ class ConsumerProducerMixin(ConsumerMixin):
         if self._producer_connection is None:
             conn = self.connection.clone()
             self._connect(conn, publishing=True)
-            self._producer_connection = conn
+            if self._producer_connection is None:
+                self._producer_connection = conn
+            else:  # another greenlet of this consumer was faster
+                conn.close()
+        elif not self._producer_connection.connected:
+            # Not left to kombu, which would wait for the broker deaf to a stop.
+            self._connect(self._producer_connection, publishing=True)
         return self._producer_connection
 
 

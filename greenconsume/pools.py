@@ -17,7 +17,6 @@ from gevent.event import Event
 from greenconsume.errors import Interrupt
 from greenconsume.stopping import Deadline, StopSignal, wait
 
-
 #: The key of a job that waits for no other.
 ALONE = object()
 

@@ -39,7 +39,6 @@ from greenconsume.greenlets import ConsumerGreenlet
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 
-
 #: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker.
 _MARGIN = 1.0
 
@@ -116,7 +115,7 @@ class Child:
         self._make = make
         # A consumer made hours later, by the supervisor, has its spawner's context variables.
         self._context = contextvars.copy_context()
-        self._restarts: deque[float] = deque()
+        self._restarts: list[float] = []
         self._asked = False
 
     @property
@@ -180,7 +179,7 @@ class Child:
         """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
         now = monotonic()
         while self._restarts and now - self._restarts[0] >= policy.period:
-            self._restarts.popleft()
+            del self._restarts[0]
         if len(self._restarts) >= policy.max_restarts:
             return None
         self._restarts.append(now)
@@ -201,16 +200,20 @@ class Child:
         """Take back the stop that its runtime asked for when it was stopped last."""
         lifecycle_of(self.consumer).stop.clear()
         if _should_stop(self.consumer):
-            self.consumer.should_stop = False
+            try:
+                self.consumer.should_stop = False
+            except Exception:  # a user's read-only `should_stop`: theirs to clear
+                pass
 
 
 class Supervisor:
     """Restarts the consumers of a runtime until it stops, then drains them.
 
     Attributes:
-        failed: The consumers that were given up, for whatever reason.
+        failed: The consumers that were given up before a stop was asked for.
         exhausted: Those of them that used up their restarts.
         changed: Set whenever a consumer has ended and it was decided what becomes of it.
+        closed: Draining, or past it: nothing is started any more.
     """
 
     def __init__(
@@ -224,19 +227,20 @@ class Supervisor:
         self.failed: list[Child] = []
         self.exhausted: list[Child] = []
         self.changed = Event()
+        self.closed = False
         self._policy = policy
         self._stop = stop
         self._links = links
         self._rungs = rungs or Rungs()
         self._defaults = defaults or {}
         self._live: set[Child] = set()
+        self._drained: tuple[Child, ...] = ()
         self._ended: deque[Child] = deque()
         self._due: list[tuple[float, int, Child]] = []
         self._numbers = count()  # children that are due at the same time have no order
         self._makers = Group()
         self._adding = 0
         self._empty = True
-        self._closing = False
         self._wake = Event()
 
     def add(self, children: Iterable[Child]) -> None:
@@ -250,7 +254,7 @@ class Supervisor:
         self._adding += 1
         try:
             for child in children:
-                if self._stop.is_set():
+                if self.closed or self._stop.is_set():
                     break
                 self._launch(child)
         finally:
@@ -272,8 +276,8 @@ class Supervisor:
                 return
             wait(self._wake, Deadline(self._until_due()), self._stop)
 
-    def drain(self, timeout: float, cancel_timeout: float, hurry: StopSignal) -> tuple[int, int]:
-        """Stop every consumer; kill those that still run after both timeouts, or once `hurry` is set.
+    def drain(self, timeout: float, cancel_timeout: float) -> tuple[int, int]:
+        """Stop every consumer; kill those that still run after both timeouts, or soon after the kill rung.
 
         Each consumer drains its own handlers, up to the same deadlines; what is killed here is a consumer
         that hangs elsewhere.
@@ -281,29 +285,38 @@ class Supervisor:
         Args:
             timeout: Seconds that handlers have to end by themselves.
             cancel_timeout: Seconds that they have after they were cancelled.
-            hurry: Ends the wait.
 
         Returns:
             How many ended by themselves, and how many were killed.
 
         Switches: yes. In the supervisor greenlet.
         """
-        self._closing = True
+        self.closed = True
+        self.changed.set()
         self._due.clear()
         reason = self._stop.reason or "stop"
         if self._makers:
             self._makers.kill(timeout=cancel_timeout)
         self._settle_ended()
         running = len(self._live)
+        self._drained = tuple(self._live)
         if self._stop.is_set():
             emit(DrainStarted(running, reason, timeout))
         for child in tuple(self._live):
             child.stop(reason)
-        self._await_ended(Deadline(timeout + cancel_timeout + _MARGIN), hurry)
+        self._await_ended(Deadline(timeout + cancel_timeout + _MARGIN), self._rungs.kill)
+        self._await_ended(Deadline(_MARGIN if self._rungs.kill.is_set() else 0.0), None)
         killed = len(self._live)
         if killed:
-            self._kill(hurry.reason or "both timeouts of the drain are over")
+            self._kill(self._rungs.kill.reason or "both timeouts of the drain are over")
         return running - killed, killed
+
+    @property
+    def cancelled_handlers(self) -> int:
+        """How many handlers were cancelled or killed by the drain."""
+        consumers = {id(child.consumer): child.consumer for child in self._drained}
+        handlings = (lifecycle_of(consumer).handling for consumer in consumers.values())
+        return sum(each.cancelled + each.killed for each in handlings if each is not None)
 
     def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
@@ -322,7 +335,7 @@ class Supervisor:
         greenlet = child.make(self._links)
         lifecycle = lifecycle_of(greenlet.consumer)
         lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
-        if self._closing:  # the stop came while it was being made
+        if self.closed:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False
         self._live.add(child)
@@ -343,13 +356,9 @@ class Supervisor:
 
     def _settle(self, child: Child, error: BaseException | None) -> None:
         child.error = error
-        if (
-            self._closing
-            or self._stop.is_set()
-            or child.stopping
-            or not self._policy.restarts(error)
-        ):
-            self._end(child, error is not None)
+        stopping = self.closed or self._stop.is_set() or child.stopping
+        if stopping or not self._policy.restarts(error):
+            self._end(child, given_up=error is not None)
             return
         delay = child.next_delay(self._policy)
         if delay is None:
@@ -362,7 +371,8 @@ class Supervisor:
     def _end(self, child: Child, given_up: bool) -> None:
         child.ended, child.given_up = True, given_up
         if given_up:
-            self.failed.append(child)
+            if not (self.closed or self._stop.is_set()):
+                self.failed.append(child)
             emit(ConsumerGivenUp(child.name, child.error))
         self.changed.set()
 

@@ -13,6 +13,10 @@ from tests.waiting import wait_until
 
 SETTLE_SECONDS = 2.0
 
+# Where there is no /proc, greenlets alone are watched.
+FDS, THREADS = "/proc/self/fd", "/proc/self/task"
+HAS_PROC = os.path.isdir(FDS)
+
 
 class LeakWatch:
     """What was there when a test began; afterwards, what has come since and is still there.
@@ -67,9 +71,9 @@ class LeakWatch:
 
 def _sockets() -> dict[str, int]:
     found = {}
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in os.listdir(FDS) if HAS_PROC else ():
         try:
-            name = os.readlink(f"/proc/self/fd/{fd}")
+            name = os.readlink(f"{FDS}/{fd}")
         except OSError:  # the descriptor of the listing itself
             continue
         if name.startswith("socket:"):
@@ -78,8 +82,10 @@ def _sockets() -> dict[str, int]:
 
 
 def _thread_count() -> int:
+    if not HAS_PROC:
+        return 0
     pooled: int = gevent.get_hub().threadpool.size
-    return len(os.listdir("/proc/self/task")) - pooled
+    return len(os.listdir(THREADS)) - pooled
 
 
 def _describe(fd: int, name: str) -> str:

@@ -20,6 +20,7 @@ Delivery = tuple[str, int, bool, str, str, Any, Any]
 Frame = tuple[int, int, Any]
 
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
+_KINDS = frozenset((METHOD, HEADER, BODY, HEARTBEAT))
 #: The type of what is no frame but a `Delivery`, put together from its three.
 DELIVERY = 0
 HEARTBEAT_FRAME = b"\x08\x00\x00\x00\x00\x00\x00\xce"
@@ -105,6 +106,8 @@ class FrameParser:
         if available < _OVERHEAD:
             return None
         kind, channel, size = _header.unpack_from(buffer, offset)
+        if kind not in _KINDS:
+            raise _no_frame(buffer, offset)
         self._wanted = size + _OVERHEAD
         if self.max_size and self._wanted > self.max_size:
             raise FrameSyntaxError(
@@ -114,11 +117,16 @@ class FrameParser:
         if available < self._wanted:
             return None
         if buffer[offset + self._wanted - 1] != _END:
-            raise UnexpectedFrame(
-                f"the broker sent no AMQP 0-9-1 frame: {buffer[offset : offset + 8]!r} "
-                "(is this really an AMQP port?)"
-            )
+            raise _no_frame(buffer, offset)
         return offset + self._wanted
+
+
+def _no_frame(buffer: bytes, offset: int) -> BaseException:
+    error: BaseException = UnexpectedFrame(
+        f"the broker sent no AMQP 0-9-1 frame: {buffer[offset : offset + 8]!r} "
+        "(is this really an AMQP port?)"
+    )
+    return error
 
 
 def _deliver_args(buffer: bytes, at: int, end: int) -> tuple[str, int, bool, str, str]:
@@ -158,8 +166,8 @@ def decode_body(properties: dict[str, Any], body: Any) -> Any:
     if encoding:
         try:
             return body.decode(encoding)
-        except (LookupError, UnicodeError, AttributeError):
-            pass  # binary, or not what it says: the serializer decides
+        except Exception:  # what a codec may raise: it is binary, or not what it says
+            pass  # the serializer decides
     return body
 
 

@@ -56,6 +56,9 @@ DEFAULT_CLOSE_TIMEOUT = 5.0
 DEFAULT_CALL_TIMEOUT = 60.0
 #: A hub that was busy is given this long to read what had arrived before silence is judged.
 _GRACE = 0.05
+# By py-amqp's default the kernel drops a broker that takes no bytes for a second, as one does that blocks
+# its publishers; here the heartbeats judge.
+_SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 0} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
 
 
 class LinkLostError(RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
@@ -137,7 +140,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             self.ssl,
             self.read_timeout,
             self.write_timeout,
-            socket_settings=self.socket_settings,
+            socket_settings={**_SOCKET_SETTINGS, **(self.socket_settings or {})},
         )
         self.transport.connect()
         self.transport.sock.settimeout(None)  # TLS leaves the connect timeout on
@@ -168,8 +171,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._write_method(
             0, spec.Connection.Close, amqp.serialization.dumps("BsBB", (0, "", 0, 0))
         )
-        wait(self._closed, deadline)
-        self.fail(RecoverableConnectionError("the link was closed"))
+        try:
+            wait(self._closed, deadline)
+        finally:  # after a kill, too
+            self.fail(RecoverableConnectionError("the link was closed"))
 
     def fail(self, error: BaseException) -> None:
         """End the link now: drop the socket and tell every channel and session. Never switches."""

@@ -262,7 +262,6 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
 
     #: Its `drain_events` waits without polling and takes a `stop`.
     wakes = True
-    polling_interval = None
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from time import monotonic
 
 import amqp
@@ -152,7 +153,10 @@ def test_whatever_was_done_to_the_broker_recover_brings_it_back(rabbitmq_fault):
 
 def test_two_databases_of_redis_are_apart_and_empty(redis_server, redis_url):
     other = redis_server.url(redis_server.fresh_database())
-    with redis.Redis.from_url(redis_url) as one, redis.Redis.from_url(other) as two:
+    with ExitStack() as stack:
+        one, two = map(redis.Redis.from_url, (redis_url, other))
+        stack.callback(one.connection_pool.disconnect)
+        stack.callback(two.connection_pool.disconnect)
         assert (one.dbsize(), two.dbsize()) == (0, 0)
         one.set("key", "one")
         assert two.get("key") is None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 
 import amqp
+import gevent
 import pytest
 from kombu import Connection, Consumer, Exchange, Producer, Queue
 
 from tests import frames
-from tests.messages import stock_connection
+from tests.messages import publish, stock_connection
 from tests.peer import REFUSES_PASSWORD, REFUSES_VHOST
 from tests.servers import HOST
 
@@ -61,6 +62,23 @@ def test_properties_and_a_body_of_many_frames_arrive_unchanged(peer):
     assert bytes(message.body) == body
     assert (message.headers, message.properties["priority"]) == ({"n": 1}, 3)
     assert message.properties["correlation_id"] == "c"
+
+
+def test_a_body_is_cut_into_frames_that_are_not_too_large():
+    data = bytearray(frames.deliver(1, "t", 1, b"x" * 10_000, frame_max=4096))
+    method, header, *bodies = frames.parse(data)
+    assert (method.name, header.name, len(data)) == ("basic.deliver", "header", 0)
+    assert [len(body.payload) for body in bodies] == [4088, 4088, 1824]
+
+
+def test_publish_returns_when_all_is_confirmed(peer):
+    greenlet = gevent.spawn(publish, peer.url, "q", 3)
+    peer.wait_for("body", 3)
+    peer.send(frames.basic_ack(1, 2, multiple=True))
+    greenlet.join(timeout=0.02)
+    assert not greenlet.ready()
+    peer.send(frames.basic_ack(1, 3))
+    assert greenlet.get(timeout=2) == 3
 
 
 def test_what_a_client_publishes_is_put_together(peer):

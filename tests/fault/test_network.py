@@ -1,0 +1,194 @@
+"""What networks do: cut, cut in mid-frame, half-open, stalled, slow. Nothing is lost; consumers come back."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from time import monotonic
+from typing import Any
+
+import gevent
+import pytest
+from gevent.event import Event
+
+from greenconsume import Runtime, spawn
+from greenconsume.events import LinkDown, LinkUp
+from tests.fault.consumers import (
+    AT_ONCE,
+    Collector,
+    Unlimited,
+    connection_to,
+    consuming,
+    duplicates,
+    everything,
+    observing,
+    running,
+    stop_and_join,
+)
+from tests.messages import publish, queue_depth
+from tests.proxy import DIRECTIONS
+from tests.waiting import wait_until
+
+PREFETCH = 10
+
+
+def settled(url: str, queue: str) -> None:
+    """Wait until the queue is empty, also of what was delivered and not acknowledged."""
+    wait_until(lambda: queue_depth(url, queue) == 0, within=5.0)
+
+
+def test_a_link_lost_while_a_handler_runs_brings_its_consumer_back(proxy, amqp_url, queue_name):
+    """HAZARDS row 13: the late ack is a counted no-op, and the consumer does not sit there silent."""
+    publish(amqp_url, queue_name, 1)
+    begun, go_on = Event(), Event()
+
+    def work(_body: Any) -> None:
+        begun.set()
+        go_on.wait()
+
+    consumer = Collector(connection_to(proxy.url), queue_name, work=work)
+    with observing(LinkDown) as lost, running(consumer):
+        assert begun.wait(2.0)
+        proxy.cut()
+        wait_until(lambda: lost)
+        gevent.sleep(0.1)
+        go_on.set()
+        wait_until(lambda: consumer.handled[0] == 2, within=5.0)
+        publish(amqp_url, queue_name, [1])
+        wait_until(lambda: consumer.handled[1] == 1)
+    settled(amqp_url, queue_name)
+
+
+def test_a_cut_at_any_byte_loses_nothing(proxy, amqp_url, queue_name):
+    """HAZARDS rows 1 and 13: a link that was cut in a frame is closed, never used again."""
+    count = 300
+    handled: Counter[Any] = Counter()
+    consumer = Collector(connection_to(proxy.url), queue_name, handled, PREFETCH)
+    consumer.restart_limit = Unlimited()
+    cuts = 0
+    with observing(LinkDown) as lost, running(consumer) as (greenlet,):
+        for first in range(0, count, 10):
+            proxy.truncate_at(random.Random(first).randrange(1, 900))
+            publish(amqp_url, queue_name, range(first, first + 10))
+            wait_until(lambda: len(lost) > cuts, within=5.0)
+            cuts = len(lost)
+            wait_until(lambda: greenlet.ready.is_set(), within=5.0)
+        wait_until(everything(handled, count), within=20.0)
+        stop_and_join(greenlet)
+    assert duplicates(handled) <= PREFETCH * cuts
+    settled(amqp_url, queue_name)
+
+
+def test_a_cut_at_any_byte_of_the_handshake_and_set_up_is_tried_again(make_proxy, amqp_url, queue_name):
+    """HAZARDS row 22: the sockets of attempts that failed are closed; the leak check looks."""
+    byte_counts = [*range(1, 12), *range(20, 621, 20)]
+    proxies = [make_proxy(amqp_url) for _ in byte_counts]
+    for proxy, byte_count in zip(proxies, byte_counts, strict=True):
+        proxy.truncate_at(byte_count)
+    with running(*(Collector(connection_to(each.url), queue_name) for each in proxies)) as greenlets:
+        assert [each.connection_count for each in proxies] == [2] * len(proxies)
+        assert [each.open_count for each in proxies] == [1] * len(proxies)
+        for greenlet in greenlets:
+            greenlet.stop()
+    assert all(greenlet.successful() for greenlet in greenlets)
+
+
+def test_a_half_open_link_is_noticed_by_its_heartbeat(proxy, amqp_url, queue_name):
+    """HAZARDS row 5: a peer that vanished without a word is noticed within three intervals."""
+    consumer = Collector(connection_to(proxy.url, heartbeat=1), queue_name, prefetch=PREFETCH)
+    with observing(LinkDown) as lost, running(consumer):
+        proxy.half_open()
+        began = monotonic()
+        publish(amqp_url, queue_name, 20)
+        wait_until(lambda: lost, within=5.0)
+        assert 1.0 < monotonic() - began < 3.2
+        wait_until(everything(consumer.handled, 20), within=5.0)
+    assert duplicates(consumer.handled) == 0
+
+
+@pytest.mark.parametrize("direction", [None, *DIRECTIONS])
+def test_a_stall_within_the_heartbeat_loses_nothing_and_keeps_the_link(
+    proxy, amqp_url, queue_name, direction
+):
+    """HAZARDS rows 5 and 8: neither a write nor the link times out for a pause."""
+    consumer = Collector(connection_to(proxy.url, heartbeat=4), queue_name, prefetch=PREFETCH)
+    with observing(LinkDown) as lost, running(consumer):
+        proxy.stall(direction)
+        publish(amqp_url, queue_name, 100)
+        gevent.sleep(1.0)
+        assert not everything(consumer.handled, 100)()
+        proxy.resume()
+        wait_until(everything(consumer.handled, 100), within=5.0)
+        settled(amqp_url, queue_name)
+        assert lost == []
+    assert duplicates(consumer.handled) == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_stop_during_a_stall_is_bounded_and_loses_nothing(
+    proxy, amqp_url, queue_name, direction
+):
+    """HAZARDS row 17: closing does not wait for a network that is gone."""
+    publish(amqp_url, queue_name, 100)
+    consumer = Collector(connection_to(proxy.url), queue_name, prefetch=PREFETCH)
+    with running(consumer) as (greenlet,):
+        proxy.stall(direction)
+        gevent.sleep(0.05)
+        assert stop_and_join(greenlet) < 0.2 + AT_ONCE
+    handled_before = set(consumer.handled)
+    proxy.resume()
+    wait_until(lambda: proxy.open_count == 0, within=5.0)
+    rest = Collector(connection_to(amqp_url), queue_name, consumer.handled, PREFETCH)
+    with running(rest):
+        wait_until(everything(consumer.handled, 100), within=5.0)
+        settled(amqp_url, queue_name)
+    assert duplicates(consumer.handled) <= len(handled_before)
+
+
+def test_many_acks_into_a_stalled_socket_are_all_sent_once_it_flows_again(
+    proxy, amqp_url, queue_name
+):
+    """HAZARDS row 8: an ack's write times out half sent, because the reader's settimeout applies to it."""
+    count = 20_000
+    publish(amqp_url, queue_name, count)
+    consumer = Collector(connection_to(proxy.url, heartbeat=10), queue_name, prefetch=0)
+    proxy.stall("to_server")
+    proxy.resume()
+    with observing(LinkDown) as lost, running(consumer):
+        wait_until(lambda: len(consumer.handled) > 50, within=5.0)
+        proxy.stall("to_server")
+        gevent.sleep(1.5)
+        proxy.resume()
+        wait_until(everything(consumer.handled, count), within=20.0)
+        settled(amqp_url, queue_name)
+        assert lost == []
+    assert duplicates(consumer.handled) == 0
+
+
+def test_latency_slows_down_and_breaks_nothing(proxy, amqp_url, queue_name):
+    proxy.latency(0.05)
+    consumer = Collector(connection_to(proxy.url), queue_name, prefetch=PREFETCH)
+    with running(consumer) as (greenlet,):
+        publish(amqp_url, queue_name, 50)
+        wait_until(everything(consumer.handled, 50), within=10.0)
+        settled(amqp_url, queue_name)
+        assert stop_and_join(greenlet) < 0.5
+    assert duplicates(consumer.handled) == 0
+
+
+def test_a_hundred_consumers_of_one_link_come_back_from_every_fault(proxy, amqp_url, queue_name):
+    """HAZARDS row 28: one link, one dialer; duplicates are bounded by what was prefetched."""
+    handled: Counter[Any] = Counter()
+    with observing(LinkUp, LinkDown) as links, Runtime(connection_to(proxy.url)) as runtime:
+        runtime.spawn(lambda c: Collector(c, queue_name, handled, prefetch=1), replicas=100)
+        wait_until(lambda: all(child.started for child in runtime.children), within=10.0)
+        for fault in range(3):
+            publish(amqp_url, queue_name, range(fault * 500, fault * 500 + 500))
+            proxy.cut()
+            wait_until(lambda: len(links) == 2 * fault + 3, within=5.0)
+            wait_until(lambda: all(c.greenlet.ready.is_set() for c in runtime.children), within=5.0)
+        wait_until(everything(handled, 1500), within=10.0)
+        settled(amqp_url, queue_name)
+        assert proxy.open_count == 1
+    assert [type(each) for each in links] == [LinkUp, LinkDown] * 3 + [LinkUp]
+    assert duplicates(handled) <= 3 * 100

@@ -1,0 +1,217 @@
+"""A stop on a real broker: how soon it is done, and what becomes of the messages in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from time import monotonic
+from typing import Any
+
+import gevent
+import pytest
+from gevent import monkey
+from gevent.event import Event
+from kombu import Queue
+
+from greenconsume import Runtime, spawn
+from greenconsume.events import ConsumerState
+from tests.integration.consumers import SOON, Recorder, consuming
+from tests.messages import publish, queue_depth
+from tests.waiting import wait_until
+
+
+def in_this_greenlet(action: Callable[[], object]) -> None:
+    action()
+
+
+def in_another_greenlet(action: Callable[[], object]) -> None:
+    gevent.spawn(action).join()
+
+
+def in_a_pool_thread(action: Callable[[], object]) -> None:
+    gevent.get_hub().threadpool.spawn(action)
+
+
+def in_a_native_thread(action: Callable[[], object]) -> None:
+    monkey.get_original("_thread", "start_new_thread")(action, ())
+
+
+WAYS = [in_this_greenlet, in_another_greenlet, in_a_pool_thread, in_a_native_thread]
+
+
+class Stopwatch:
+    """Stops a consumer, somewhere, and takes the time until its greenlet has been joined."""
+
+    def __init__(self, url: str, queue: str) -> None:
+        self.consumer = Recorder(url, queue)
+        self.greenlet = spawn(self.consumer)
+        self.began = 0.0
+        assert self.greenlet.ready.wait(SOON)
+
+    def stop(self) -> None:
+        self.began = monotonic()
+        self.consumer.should_stop = True
+
+    def measure(self, somewhere: Callable[[Callable[[], object]], None]) -> float:
+        somewhere(self.stop)
+        assert self.greenlet.join(SOON)
+        ended = monotonic()
+        assert self.greenlet.state is ConsumerState.STOPPED
+        return ended - self.began
+
+
+@pytest.mark.parametrize("somewhere", WAYS, ids=lambda way: way.__name__)
+def test_should_stop_ends_an_idle_consumer_in_20_ms(amqp_url, queue_name, somewhere):
+    times = [Stopwatch(amqp_url, queue_name).measure(somewhere) for _ in range(50)]
+    assert median(times) < 0.02
+
+
+def test_a_stop_in_the_middle_of_starting_ends_the_consumer(amqp_url, queue_name):
+    """Whatever it waits for then: the connect, the handshake, the channel, a declare."""
+    for turns in range(30):
+        greenlet = spawn(Recorder(amqp_url, queue_name))
+        for _ in range(turns):
+            gevent.sleep(0)
+        greenlet.stop()
+        began = monotonic()
+        assert greenlet.join(SOON)
+        assert monotonic() - began < 1.0
+        assert greenlet.exception is None
+
+
+def test_a_stop_wakes_a_consumer_that_overrides_on_iteration(amqp_url, queue_name):
+    class Ticking(Recorder):
+        def on_iteration(self) -> None:
+            pass
+
+    with consuming(Ticking(amqp_url, queue_name)) as [greenlet]:
+        greenlet.stop()
+        began = monotonic()
+        assert greenlet.join(SOON)
+        assert monotonic() - began < 0.5
+
+
+def test_a_shadowed_should_stop_is_seen_within_the_safety_interval(amqp_url, queue_name):
+    class Shadowing(Recorder):
+        should_stop = False
+
+        def run(self, *args: Any, **kwargs: Any) -> None:
+            super().run(*args, safety_interval=0.1, **kwargs)
+
+    consumer = Shadowing(amqp_url, queue_name)
+    with consuming(consumer) as [greenlet]:
+        consumer.should_stop = True
+        assert greenlet.join(2.0)
+
+
+def test_a_consumer_runs_again_after_a_stop(amqp_url, queue_name):
+    consumer = Recorder(amqp_url, queue_name)
+    for body in ("first", "second"):
+        consumer.should_stop = False
+        with consuming(consumer):
+            publish(amqp_url, queue_name, [body])
+            wait_until(lambda body=body: body in consumer.bodies)
+    assert consumer.bodies == ["first", "second"]
+
+
+def test_a_stop_in_a_handler_lets_it_finish_and_handles_no_other(rabbitmq, amqp_url, queue_name):
+    """HAZARDS row 12 and 17: what was prefetched is given back, and what was begun is acked."""
+    publish(amqp_url, queue_name, 50)
+    begun, finish = Event(), Event()
+
+    def handle(_body: Any, _message: Any) -> None:
+        begun.set()
+        finish.wait(SOON)
+
+    consumer = Recorder(amqp_url, queue_name, handle)
+    with consuming(consumer) as [greenlet]:
+        assert begun.wait(SOON)
+        greenlet.stop()
+        wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (49, 1, 0))
+        assert not greenlet.ready()
+        finish.set()
+        assert greenlet.join(SOON)
+    assert consumer.bodies == [0]
+    assert queue_depth(amqp_url, queue_name) == 49
+
+
+def test_orderly_stops_under_load_neither_lose_nor_repeat_a_message(amqp_url, queue_name):
+    """HAZARDS row 12 and 17: twenty stops, each with a prefetch full of messages."""
+    total = publish(amqp_url, queue_name, 4000)
+    handled: list[int] = []
+
+    def handle(body: int, _message: Any) -> None:
+        handled.append(body)
+        gevent.sleep(0)
+
+    for goal in range(50, 1050, 50):
+        with consuming(Recorder(amqp_url, queue_name, handle, prefetch_count=100)):
+            wait_until(lambda goal=goal: len(handled) >= goal, SOON)
+    assert len(handled) < total
+    assert handled == list(range(len(handled)))
+    assert queue_depth(amqp_url, queue_name) == total - len(handled)
+
+
+def test_consumers_of_one_link_stop_under_load_without_loss(amqp_url, queue_name):
+    total = publish(amqp_url, queue_name, 3000)
+    handled: list[int] = []
+
+    def handle(body: int, _message: Any) -> None:
+        if body % 7 == 0:
+            gevent.sleep(0.001)
+        handled.append(body)
+
+    while len(handled) < total:
+        runtime = Runtime(amqp_url)
+        runtime.spawn(partial(Recorder, queue=queue_name, handle=handle), replicas=10)
+        with runtime:
+            goal = min(total, len(handled) + 500)
+            wait_until(lambda goal=goal: len(handled) >= goal, SOON)
+    assert sorted(handled) == list(range(total))
+
+
+def test_stopping_an_unacknowledged_consumer_closes_its_channel_in_order(amqp_url, queue_name):
+    """What still comes for it after the cancel is not rejected, which the broker would take amiss."""
+    publish(amqp_url, queue_name, 3000)
+    seen: list[int] = []
+    consumer = Recorder(amqp_url, queue_name, lambda body, _: seen.append(body), no_ack=True)
+    with consuming(consumer) as [greenlet]:
+        wait_until(lambda: seen)
+    assert greenlet.exception is None
+    assert seen == list(range(len(seen)))
+
+
+def test_ten_greenlets_stop_the_same_consumer_at_once(amqp_url, queue_name):
+    with consuming(Recorder(amqp_url, queue_name)) as [greenlet]:
+        gevent.joinall([gevent.spawn(greenlet.stop, f"greenlet {n}") for n in range(10)])
+        assert greenlet.join(SOON)
+        assert greenlet.state is ConsumerState.STOPPED
+
+
+def stop_of_a_thousand(url: str, prefix: str) -> float:
+    numbers = iter(range(1000))
+
+    def make(connection: Any) -> Recorder:
+        queue = Queue(f"{prefix}-{next(numbers) % 100}", durable=False)
+        return Recorder(connection, queue)
+
+    runtime = Runtime(url, links=2)
+    children = runtime.spawn(make, replicas=1000)
+    with runtime:
+        assert all(child.state is ConsumerState.CONSUMING for child in children)
+        began = monotonic()
+        runtime.stop()
+        assert runtime.join(30)
+        seconds = monotonic() - began
+    assert all(child.state is ConsumerState.STOPPED for child in children)
+    return seconds
+
+
+@pytest.mark.slow
+def test_a_thousand_consumers_over_shared_links_stop_in_a_second(amqp_url, queue_name):
+    """The best of three: the machine may have others to serve."""
+    times = []
+    while len(times) < 3 and min(times, default=9.0) >= 1.0:
+        times.append(stop_of_a_thousand(amqp_url, queue_name))
+    assert min(times) < 1.0

@@ -1,0 +1,94 @@
+"""Owns consumers that need no broker, and the recording of events; for tests of what runs consumers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from greenconsume.events import ConsumerState, Event, subscribe
+from greenconsume.lifecycle import lifecycle_of
+
+
+class Idle:
+    """Consumes nothing until it is stopped; remembers how often it ran."""
+
+    def __init__(self, connection: Any = None) -> None:
+        self.connection = connection
+        self.runs = 0
+
+    def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+        return []
+
+    def run(self) -> None:
+        self.runs += 1
+        life = lifecycle_of(self)
+        life.enter(ConsumerState.CONSUMING)
+        life.stop.wait()
+        life.enter(ConsumerState.DRAINING)
+
+
+class Connecting(Idle):
+    """Never comes to consume: its broker is away."""
+
+    def run(self) -> None:
+        self.runs += 1
+        life = lifecycle_of(self)
+        life.enter(ConsumerState.CONNECTING)
+        life.stop.wait()
+
+
+class Stubborn(Idle):
+    """Hears no stop: only a kill ends it."""
+
+    def run(self) -> None:
+        self.runs += 1
+        lifecycle_of(self).enter(ConsumerState.CONSUMING)
+        never = type(lifecycle_of(self).stop)()
+        never.wait()
+
+
+class Scripted(Idle):
+    """Runs once for each entry of its script: an error is raised, None returns, `idle` consumes."""
+
+    def __init__(self, *script: BaseException | str | None, after: str | None = "idle") -> None:
+        super().__init__()
+        self.script = list(script)
+        self.after = after
+
+    def run(self) -> None:
+        step = self.script.pop(0) if self.script else self.after
+        if isinstance(step, BaseException):
+            self.runs += 1
+            raise step
+        if step == "idle":
+            super().run()
+        else:
+            self.runs += 1
+
+
+def failing(error: Callable[[], BaseException] = lambda: ValueError("no such thing")) -> type[Idle]:
+    """Return a class each of whose instances fails whenever it runs."""
+
+    class Failing(Idle):
+        def run(self) -> None:
+            self.runs += 1
+            raise error()
+
+    return Failing
+
+
+@contextmanager
+def recording() -> Iterator[list[Event]]:
+    """Collect every event."""
+    events: list[Event] = []
+    unsubscribe = subscribe(events.append)
+    try:
+        yield events
+    finally:
+        unsubscribe()
+
+
+def of_type(events: list[Event], kind: type[Any]) -> list[Any]:
+    """Return the events of one type."""
+    return [event for event in events if isinstance(event, kind)]
