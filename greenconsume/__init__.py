@@ -16,8 +16,11 @@ Where it is written; a module imports only what stands below it::
     targets        what may be spawned, and the broker it is spawned for
     supervisor     RestartPolicy; which failure restarts what, and the drain ladder
     greenlets      spawn, ConsumerGreenlet: one consumer's life
+    adapting       how a plain kombu mixin becomes one of ours
     mixins         ConsumerMixin, ConsumerProducerMixin: kombu's interface
-    handlers       Requeue, Reject: what becomes of a message whose handler failed
+    handlers       the boundary around the callbacks, their timeouts and their drain
+    pools          the greenlets that callbacks run in: how many at once, in which order
+    policies       Requeue, Reject: what becomes of a message whose handler failed
     deliveries     a message's life: settled once, on the channel it came from
     links          many consumers over a few links
     transports     green transports for kombu: amqp, memory; a fallback for the others
@@ -42,20 +45,23 @@ __all__ = [
     "ConsumerGreenlet",
     "ConsumerMixin",
     "ConsumerProducerMixin",
+    "HandlerTimeout",
     "Reject",
     "Requeue",
     "RestartPolicy",
     "Runtime",
+    "Shutdown",
     "patch_all",
     "require_patched",
     "spawn",
 ]
 
 if TYPE_CHECKING:
+    from greenconsume.errors import HandlerTimeout, Shutdown
     from greenconsume.greenlets import ConsumerGreenlet, spawn
-    from greenconsume.handlers import Reject, Requeue
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
+    from greenconsume.policies import Reject, Requeue
     from greenconsume.runtime import Runtime
     from greenconsume.supervisor import RestartPolicy
 else:
@@ -63,10 +69,12 @@ else:
         "ConsumerGreenlet": "greenlets",
         "ConsumerMixin": "mixins",
         "ConsumerProducerMixin": "mixins",
-        "Reject": "handlers",
-        "Requeue": "handlers",
+        "HandlerTimeout": "errors",
+        "Reject": "policies",
+        "Requeue": "policies",
         "RestartPolicy": "supervisor",
         "Runtime": "runtime",
+        "Shutdown": "errors",
         "patch_all": "patching",
         "require_patched": "patching",
         "spawn": "greenlets",

@@ -70,3 +70,27 @@ class RestartLimitError(GreenconsumeError):
     def __init__(self, message: str, consumers: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.consumers = consumers
+
+
+class Interrupt(BaseException):
+    """What greenconsume raises inside a handler to end it, at its next switch.
+
+    No `Exception`, so that `except Exception` in a handler does not swallow it: catch it to clean up, and
+    raise it again. A handler that goes on is killed at the next deadline.
+    """
+
+
+class Shutdown(Interrupt):
+    """The consumer stops, and this handler outlasted `drain_timeout`; its message goes back unaltered."""
+
+
+class HandlerTimeout(Interrupt):
+    """The handler outlasted `handler_timeout`; its message meets the consumer's failure policy.
+
+    Attributes:
+        seconds: The limit that was exceeded.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the handler took longer than {seconds:g} s")
+        self.seconds = seconds

@@ -120,6 +120,37 @@ class HandlerFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class HandlerInterrupted(Event):
+    """A running handler was told to end (`killed` False), or killed because it did not."""
+
+    consumer: str
+    delivery_tag: Any
+    reason: str
+    killed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerDrained(Event):
+    """A consumer stopped: what became of the messages that it held."""
+
+    consumer: str
+    finished: int
+    given_back: int
+    cancelled: int
+    killed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchTooSmall(Event):
+    """A consumer's prefetch is below its concurrency: handlers will stand idle."""
+
+    consumer: str
+    prefetch: int
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
 class StaleSettle(Event):
     """A message was settled after its channel was gone; the broker has it back already."""
 
@@ -147,10 +178,14 @@ class DrainEscalated(Event):
 
 @dataclass(frozen=True, slots=True)
 class DrainFinished(Event):
-    """A runtime has stopped: how many consumers stopped by themselves, and how many were killed."""
+    """A runtime has stopped: how many consumers stopped by themselves, and how many were killed.
+
+    `cancelled_handlers` were cancelled or killed; their messages are the broker's again.
+    """
 
     drained: int
     killed: int
+    cancelled_handlers: int
     seconds: float
 
 

@@ -15,10 +15,11 @@ from gevent import GreenletExit
 from gevent.event import Event
 
 import greenconsume.logs  # noqa: F401  # for its hook: a consumer's errors belong in the log
+from greenconsume.adapting import adapt
 from greenconsume.errors import AlreadyRunningError
 from greenconsume.events import ConsumerGivenUp, ConsumerState, emit
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
-from greenconsume.mixins import adapt, request_stop
+from greenconsume.mixins import request_stop
 from greenconsume.patching import require_patched
 
 _ENDED = (ConsumerState.STOPPED, ConsumerState.FAILED)

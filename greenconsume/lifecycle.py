@@ -11,7 +11,7 @@ from typing import Any
 from gevent.event import Event
 
 from greenconsume.events import ConsumerChanged, ConsumerState, emit
-from greenconsume.stopping import StopSignal
+from greenconsume.stopping import Rungs, StopSignal
 
 _ATTRIBUTE = "_greenconsume"
 _numbers = count(1)
@@ -20,7 +20,17 @@ _numbers = count(1)
 class Lifecycle:
     """One consumer's life; made when it is first asked for, and kept on the consumer itself."""
 
-    __slots__ = ("links", "name", "owned", "ready", "state", "stop")
+    __slots__ = (
+        "_rungs",
+        "defaults",
+        "handling",
+        "links",
+        "name",
+        "owned",
+        "ready",
+        "state",
+        "stop",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -28,7 +38,21 @@ class Lifecycle:
         self.state = ConsumerState.STARTING
         self.ready = Event()  # set while consuming
         self.links: Any = None  # the LinkPool it connects over; None: one of its own
+        self.handling: Any = None  # its handlers, once it consumed
+        self.defaults: dict[str, Any] = {}  # what its runtime sets where the consumer does not
+        self._rungs: Rungs | None = None
         self.owned = False  # it runs in a ConsumerGreenlet: no foreign code below it on the stack
+
+    @property
+    def rungs(self) -> Rungs:
+        """What hurries its drain; a runtime's consumers share one."""
+        if self._rungs is None:
+            self._rungs = Rungs()
+        return self._rungs
+
+    @rungs.setter
+    def rungs(self, rungs: Rungs) -> None:
+        self._rungs = rungs
 
     def enter(self, state: ConsumerState) -> None:
         """Go to `state` and tell the hooks; entering the present one is no event. Never switches."""

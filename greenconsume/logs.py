@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from greenconsume.events import (
     ConnectFailed,
     ConsumerChanged,
+    ConsumerDrained,
     ConsumerGivenUp,
     ConsumerRestarting,
     DrainEscalated,
@@ -25,10 +26,12 @@ from greenconsume.events import (
     DrainStarted,
     Event,
     HandlerFailed,
+    HandlerInterrupted,
     LinkBlocked,
     LinkDown,
     LinkUp,
     PollingTransport,
+    PrefetchTooSmall,
     StaleSettle,
     subscribe,
 )
@@ -212,9 +215,35 @@ def _(event: DrainEscalated) -> Line:
 
 @describe.register
 def _(event: DrainFinished) -> Line:
-    level = logging.WARNING if event.killed else logging.INFO
-    text = "stopped in %.2f s: %d consumers drained, %d killed"
-    return Line("runtime", level, text, (event.seconds, event.drained, event.killed))
+    level = logging.WARNING if event.killed or event.cancelled_handlers else logging.INFO
+    text = "stopped in %.2f s: %d consumers drained, %d killed; %d handlers cancelled"
+    numbers = (event.seconds, event.drained, event.killed, event.cancelled_handlers)
+    return Line("runtime", level, text, numbers)
+
+
+@describe.register
+def _(event: HandlerInterrupted) -> Line:
+    text = "%s: %s the handler of message %s: %s"
+    what = "killed" if event.killed else "interrupted"
+    args = (event.consumer, what, event.delivery_tag, event.reason)
+    level = logging.WARNING if event.killed else logging.DEBUG  # a drain sums up those it interrupts
+    return Line("handlers", level, text, args)
+
+
+@describe.register
+def _(event: ConsumerDrained) -> Line:
+    level = logging.WARNING if event.cancelled or event.killed else logging.DEBUG
+    text = "%s drained: %d finished, %d given back, %d cancelled, %d killed"
+    numbers = (event.finished, event.given_back, event.cancelled, event.killed)
+    return Line("handlers", level, text, (event.consumer, *numbers))
+
+
+@describe.register
+def _(event: PrefetchTooSmall) -> Line:
+    text = "%s: a prefetch of %d leaves handlers idle: concurrency is %d; set none, or a larger one"
+    return Line(
+        "handlers", logging.WARNING, text, (event.consumer, event.prefetch, event.concurrency)
+    )
 
 
 @cache

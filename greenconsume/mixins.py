@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any
 
+from gevent import GreenletExit
 from kombu import Connection, Consumer, Producer
-from kombu import mixins as kombu_mixins
 from kombu.common import ignore_errors
 from kombu.utils.compat import nested
 from kombu.utils.encoding import safe_repr
 from kombu.utils.limits import TokenBucket
 
-from greenconsume.deliveries import DelayedRequeues
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState
-from greenconsume.handlers import FailurePolicy, Handler, Requeue
+from greenconsume.handlers import Handler, Handling, handling_of
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links import LinkPool
+from greenconsume.policies import FailurePolicy
 from greenconsume.stopping import Deadline, StopSignal
 from greenconsume.transports.amqp import LinkLostError, Session
 
@@ -52,12 +52,28 @@ class ConsumerMixin:
         connection: A `kombu.Connection`; it is cloned, never used itself.
         connect_max_retries: Failed attempts to connect that are followed by another; None: all.
         should_stop: Assign True, from any greenlet or thread, to stop.
-        on_error: What becomes of a message whose callback raised: `Requeue(delay)` or `Reject()`.
+        on_error: What becomes of a message whose callback raised: `Requeue(delay)` or `Reject()`;
+            None: as its runtime says, else `Requeue(1.0)`.
+        concurrency: How many callbacks run at once, each in a greenlet; None: inline, one after the other.
+        partition_by: Messages with the same key run one after the other, in order: the name of a header,
+            "routing_key", or a callable that is given the message. Needs `concurrency`.
+        handler_timeout: Seconds after which `HandlerTimeout` is raised in a callback; None: never.
+        auto_settle: Acknowledge a message whose callback returned without settling it.
+        drain_timeout: Seconds that a stop leaves running callbacks to end by themselves; None: as its
+            runtime says, else 30.
+        cancel_timeout: Seconds that callbacks have to end after `Shutdown` was raised in them; None: as
+            its runtime says, else 5.
     """
 
     connection: Any
     connect_max_retries: int | None = None
-    on_error: FailurePolicy = Requeue()
+    on_error: FailurePolicy | None = None
+    concurrency: int | None = None
+    partition_by: str | Callable[[Any], Hashable] | None = None
+    handler_timeout: float | None = None
+    auto_settle: bool = False
+    drain_timeout: float | None = None
+    cancel_timeout: float | None = None
 
     # -- what users define or override ------------------------------------------------------------
 
@@ -186,6 +202,9 @@ class ConsumerMixin:
         except StoppedError:
             if not life.stop.is_set():
                 raise
+        finally:
+            if life.handling is not None and life.stop.is_set():
+                life.handling.finish()
         debug("consume exiting")
 
     def _consume(
@@ -193,12 +212,11 @@ class ConsumerMixin:
     ) -> Iterator[None]:
         drain, waits = self._drain_of(conn)
         tick = safety_interval if self._needs_ticks() or not waits else None
-        on_iteration = self.on_iteration if _is_overridden(self, "on_iteration") else None
+        on_iteration = self.on_iteration if _is_overridden(self, "on_iteration") else int
         stopping = self._stopping()
         handled, idle = 0, Deadline(timeout or None)
         while not stopping() and not (limit and handled >= limit):
-            if on_iteration is not None:
-                on_iteration()
+            on_iteration()  # int, which does nothing, where there is none
             try:
                 drain(_least(tick, idle.remaining) if timeout else tick)
             except socket.timeout:
@@ -273,49 +291,64 @@ class ConsumerMixin:
         """Connect, and cancel and close in the end, which `close_timeout` bounds."""
         with self.establish_connection() as conn:
             self.on_connection_revived()
-            debug("Connected to %s", conn.as_uri())
+            if logger.isEnabledFor(logging.DEBUG):
+                debug("Connected to %s", conn.as_uri())
             session = _session_of(conn)
             if session is not None:
                 session.heartbeat_tick()  # raises; kombu would connect again, deaf to a stop
             channel = conn.default_channel
             cls = partial(Consumer, channel, on_decode_error=self.on_decode_error)
-            requeues = DelayedRequeues()
-            consumers = self._guarded(self.get_consumers(cls, channel), requeues)
+            handling = handling_of(self)
+            consumers = self._guarded(self.get_consumers(cls, channel), handling)
             with self._consume_from(*consumers) as entered:
-                with self._ending(conn, requeues):
+                with self._ending(conn, handling):
                     yield conn, channel, entered
             debug("Consumers canceled")
             self.on_consume_end(conn, channel)
         debug("Connection closed")
 
-    def _guarded(self, consumers: Any, requeues: DelayedRequeues) -> list[Any]:
+    def _guarded(self, consumers: Any, handling: Handling) -> list[Any]:
         """Put the boundary around what the consumers call; they register it when they are entered."""
         if not isinstance(consumers, (list, tuple)) and not hasattr(consumers, "__iter__"):
             raise InvalidConsumerError(
                 f"{type(self).__name__}.get_consumers returned {consumers!r}: "
                 "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
             )
-        life = lifecycle_of(self)
         guarded = list(consumers)
         for consumer in guarded:
-            handler = Handler(consumer, life.name, self.on_error, requeues, life.owned)
-            consumer._receive_callback = handler
+            consumer._receive_callback = Handler(consumer, handling)
+            handling.fit_prefetch(consumer)
         return guarded
 
     @contextmanager
-    def _ending(self, conn: Any, requeues: DelayedRequeues) -> Iterator[None]:
-        """From its exit on, every wait for the broker is bounded by one deadline."""
-        life = lifecycle_of(self)
-        announce = getattr(_session_of(conn), "announce_stop", None)
-        if announce is not None:
-            life.stop.link(announce)
+    def _ending(self, conn: Any, handling: Handling) -> Iterator[None]:
+        """From its exit on handlers are drained, then every wait for the broker has one deadline."""
+        life, session = lifecycle_of(self), _session_of(conn)
+        if session is not None:
+            life.stop.link(session.announce_stop)
+        handling.begin()
         try:
             yield
+        except socket.timeout:  # an OSError, but the link is well
+            handling.end()
+            raise
+        except _errors_of(conn):
+            raise  # what handlers hold is the broker's again; they end by themselves
+        except GreenletExit:
+            handling.abandon()
+            raise
+        except BaseException:  # an error of the user's, or the end of a generator
+            handling.end()
+            raise
+        else:
+            life.enter(ConsumerState.DRAINING if life.stop.is_set() else life.state)
+            handling.end()
         finally:
             life.enter(ConsumerState.DRAINING if life.stop.is_set() else ConsumerState.CONNECTING)
-            requeues.cancel()
-            if announce is not None:
-                life.stop.unlink(announce)
+            handling.retire()
+            if session is not None:
+                life.stop.unlink(session.announce_stop)
+                handling.given_back += session.given_back_count
             _bound_close(conn)
 
     def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]:
@@ -377,7 +410,7 @@ class ConsumerMixin:
 
 
 class ConsumerProducerMixin(ConsumerMixin):
-    """A consumer that also publishes, on a connection of its own: a consuming link publishes nothing."""
+    """A consumer that also publishes, over another link: a consuming link publishes nothing."""
 
     _producer_connection: Any = None
 
@@ -418,62 +451,6 @@ def request_stop(consumer: Any, reason: str = "stop") -> None:
         consumer.should_stop = True
 
 
-def adapt(consumer: Any) -> Any:
-    """Make a plain `kombu.mixins` instance behave as ours, in place; return it.
-
-    What its class took from kombu is replaced, what it defines itself stays.
-
-    Raises:
-        InvalidConsumerError: It is no consumer.
-    """
-    if isinstance(consumer, ConsumerMixin):
-        return consumer
-    if not callable(getattr(consumer, "get_consumers", None)) or not callable(
-        getattr(consumer, "run", None)
-    ):
-        raise InvalidConsumerError(
-            f"{consumer!r} is no consumer: subclass greenconsume.ConsumerMixin and define get_consumers"
-        )
-    if isinstance(consumer, kombu_mixins.ConsumerMixin):
-        stopped = vars(consumer).pop("should_stop", False)
-        consumer.__class__ = _adapted(type(consumer))
-        if stopped:
-            lifecycle_of(consumer).stop.set("should_stop")
-    return consumer
-
-
-_adapted_classes: dict[type, type] = {}
-
-
-def _adapted(cls: type) -> type:
-    """Return a subclass of `cls` that takes from us what `cls` takes from kombu."""
-    if cls not in _adapted_classes:
-        ours: dict[str, Any] = {}
-        for mixin in (ConsumerMixin, ConsumerProducerMixin):
-            kombus = getattr(kombu_mixins, mixin.__name__)
-            if issubclass(cls, kombus):
-                ours.update(_replacements(cls, vars(mixin)))
-        _adapted_classes[cls] = type(cls.__name__, (cls,), {**ours, "__module__": cls.__module__})
-    return _adapted_classes[cls]
-
-
-def _replacements(cls: type, names: Any) -> dict[str, Any]:
-    skipped = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"}
-    return {
-        name: value
-        for name, value in names.items()
-        if name not in skipped and _owner_of(cls, name) in _KOMBUS
-    }
-
-
-#: Where a name comes from that a user's class did not define.
-_KOMBUS = (None, kombu_mixins.ConsumerMixin, kombu_mixins.ConsumerProducerMixin)
-
-
-def _owner_of(cls: type, name: str) -> type | None:
-    return next((base for base in cls.__mro__ if name in vars(base)), None)
-
-
 def _session_of(conn: Any) -> Session | None:
     """Return what an AMQP connection holds; unlike `conn.connection`, never a new one."""
     session = conn._connection if isinstance(conn, Connection) else None
@@ -486,6 +463,12 @@ def _bound_close(conn: Any) -> None:
     if session is not None:
         session.stop = None
         session.deadline = session.deadline or Deadline(session.link.close_timeout)
+
+
+def _errors_of(conn: Any) -> tuple[type[BaseException], ...]:
+    if not isinstance(conn, Connection):
+        return ()
+    return (*conn.connection_errors, *conn.channel_errors)
 
 
 def _is_overridden(consumer: Any, name: str) -> bool:

@@ -27,7 +27,9 @@ from greenconsume.errors import (
 )
 from greenconsume.links import LinkPool
 from greenconsume.patching import require_patched
-from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.policies import FailurePolicy
+from greenconsume.pools import Slots
+from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 from greenconsume.supervisor import Child, RestartPolicy, Supervisor
 from greenconsume.targets import alternatives_of, connection_to, maker_of
 
@@ -57,15 +59,21 @@ class Runtime:
         drain_timeout: float = 30.0,
         cancel_timeout: float = 5.0,
         restart: RestartPolicy | None = None,
+        concurrency: int | None = None,
+        max_handlers: int | None = None,
+        on_error: FailurePolicy | None = None,
     ) -> None:
         """Make a runtime; nothing is connected before `start`.
 
         Args:
             broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
             links: How many connections to the broker all consumers share.
-            drain_timeout: Seconds that a stop leaves the consumers to end by themselves.
-            cancel_timeout: Seconds to wait for those that had to be killed, and for the links to close.
+            drain_timeout: Seconds that a stop leaves running handlers to end by themselves.
+            cancel_timeout: Seconds that they have after `Shutdown` was raised in them; then a kill.
             restart: When a consumer that ended is started again; by default `RestartPolicy()`.
+            concurrency: How many handlers run at once of a consumer that does not say; None: inline.
+            max_handlers: How many handlers run at once in all consumers together that have a concurrency.
+            on_error: What becomes of a failed message where the consumer does not say so itself.
 
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
@@ -74,6 +82,9 @@ class Runtime:
         """
         if not links >= 1:
             raise ValueError(f"links must be 1 or more, not {links!r}")
+        for name, number in (("concurrency", concurrency), ("max_handlers", max_handlers)):
+            if number is not None and not number >= 1:
+                raise ValueError(f"{name} must be 1 or more, or None, not {number!r}")
         if not (drain_timeout >= 0 and cancel_timeout >= 0):
             raise ValueError(
                 "drain_timeout and cancel_timeout must be 0 seconds or more, "
@@ -85,6 +96,9 @@ class Runtime:
         self.drain_timeout = drain_timeout
         self.cancel_timeout = cancel_timeout
         self.restart = restart or RestartPolicy()
+        self.concurrency = concurrency
+        self.max_handlers = max_handlers
+        self.on_error = on_error
         self._stop = StopSignal()
         self._run: _Run | None = None
         self._names: Counter[str] = Counter()
@@ -188,10 +202,10 @@ class Runtime:
         run.raise_failure(self.restart)
         return True
 
-    def kill(self, reason: str = "kill") -> None:
-        """Cut the drain short: what still runs is killed, and the links are closed. The last resort.
+    def cancel(self, reason: str = "cancel") -> None:
+        """Stop, and do not wait for running handlers: `Shutdown` is raised in them now.
 
-        What a killed handler had done is left to the broker to redeliver. Use `join` to wait.
+        Their messages go back to the broker. Use `join` to wait.
 
         Raises:
             ForkedError: The runtime was made in another process.
@@ -202,16 +216,31 @@ class Runtime:
         run = self._run
         self._stop.set(reason)
         if run is not None:
-            run.hurry.set(reason)
+            run.rungs.cancel.set(reason)
+
+    def kill(self, reason: str = "kill") -> None:
+        """Cut the drain short: what still runs is killed, and the links are closed. The last resort.
+
+        What a killed handler had done is left to the broker to redeliver. Use `join` to wait.
+
+        Raises:
+            ForkedError: The runtime was made in another process.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self.cancel(reason)
+        if self._run is not None:
+            self._run.rungs.kill.set(reason)
 
     def run(self) -> bool:
         """Run until a stop, SIGTERM or SIGINT, or until every consumer has ended by itself; then drain.
 
-        The first signal drains; a second one skips the wait and kills what still runs; a third one exits
-        the process at once, with code 1. In another thread than the main one signals are left alone.
+        The first signal drains; a second one cancels the handlers that still run, a third one kills them;
+        a fourth one exits the process at once, with code 1. In another thread than the main one signals
+        are left alone.
 
         Returns:
-            Whether all consumers ended by themselves: `False` means that work was abandoned.
+            Whether all consumers and handlers ended by themselves: `False` means that work was abandoned.
 
         Raises:
             RestartLimitError: Consumers used up their restarts; the others were drained.
@@ -225,7 +254,7 @@ class Runtime:
             self.start()
             run = self._run
             self.join()
-        return run is None or run.killed_count == 0
+        return run is None or not run.abandoned
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -275,13 +304,15 @@ class _Run:
     """One start of a runtime, up to its end: its supervisor, its links and the greenlet of both."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.hurry = StopSignal()
-        self.killed_count = 0
+        self.rungs = Rungs()
+        self.abandoned = False
         self._stop = runtime._stop
         self._links = LinkPool(runtime.links)
         self._timeouts = (runtime.drain_timeout, runtime.cancel_timeout)
         self._pid = os.getpid()
-        self.supervisor = Supervisor(runtime.restart, self._stop, self._links)
+        self.supervisor = Supervisor(
+            runtime.restart, self._stop, self._links, self.rungs, _defaults_of(runtime)
+        )
         self._greenlet = gevent.Greenlet(self._serve)
         self._greenlet.name = "greenconsume supervisor"
 
@@ -324,9 +355,24 @@ class _Run:
 
     def _drain(self) -> None:
         began = monotonic()
-        drained, self.killed_count = self.supervisor.drain(*self._timeouts, self.hurry)
-        self._links.close(0.0 if self.hurry.is_set() else self._timeouts[1])
-        events.emit(events.DrainFinished(drained, self.killed_count, monotonic() - began))
+        drained, killed = self.supervisor.drain(*self._timeouts)
+        self._links.close(0.0 if self.rungs.kill.is_set() else self._timeouts[1])
+        cancelled = self.supervisor.cancelled_handlers
+        self.abandoned = bool(killed or cancelled)
+        events.emit(events.DrainFinished(drained, killed, cancelled, monotonic() - began))
+
+
+def _defaults_of(runtime: Runtime) -> dict[str, Any]:
+    """Return what holds for consumers that do not say otherwise."""
+    limit = runtime.max_handlers
+    given = {
+        "drain_timeout": runtime.drain_timeout,
+        "cancel_timeout": runtime.cancel_timeout,
+        "concurrency": runtime.concurrency,
+        "on_error": runtime.on_error,
+        "slots": None if limit is None else Slots(limit),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 class _Starting:
@@ -391,7 +437,7 @@ class _Ladder:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._rungs = iter((runtime.stop, runtime.kill))
+        self._rungs = iter((runtime.stop, runtime.cancel, runtime.kill))
 
     def climb(self, signum: int) -> None:
         name = signal.Signals(signum).name

@@ -84,6 +84,16 @@ class StopSignal:
         return f"<StopSignal {'unset' if self.reason is None else self.reason!r}>"
 
 
+class Rungs:
+    """What hurries a drain: skip the wait for running handlers, or the wait for cancelled ones, too."""
+
+    __slots__ = ("cancel", "kill")
+
+    def __init__(self) -> None:
+        self.cancel = StopSignal()
+        self.kill = StopSignal()
+
+
 class Deadline:
     """A point in monotonic time; `None` seconds make one that never comes."""
 
@@ -132,6 +142,29 @@ def wait(event: _Waitable, deadline: Deadline, stop: StopSignal | None = None) -
     finally:
         stop.unlink(event.set)
     return event.is_set()
+
+
+def wait_open(gate: Event, deadline: Deadline, stop: StopSignal | None = None) -> bool:
+    """Wait as `wait` does, for an event that others wait for, too: the stop signal does not set it.
+
+    Returns:
+        Whether `gate` is set.
+
+    Switches: yes, unless it is set already.
+    """
+    if gate.is_set() or stop is None:
+        return bool(gate.wait(deadline.remaining))
+    either = Event()
+
+    def notify(_gate: Event) -> None:
+        either.set()
+
+    gate.rawlink(notify)
+    try:
+        wait(either, deadline, stop)
+    finally:
+        gate.unlink(notify)
+    return bool(gate.is_set())
 
 
 _signals: weakref.WeakSet[StopSignal] = weakref.WeakSet()

@@ -37,7 +37,10 @@ from greenconsume.events import (
 )
 from greenconsume.greenlets import ConsumerGreenlet
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
+
+#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker.
+_MARGIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,14 @@ class Supervisor:
         closed: Draining, or past it: nothing is started any more.
     """
 
-    def __init__(self, policy: RestartPolicy, stop: StopSignal, links: Any) -> None:
+    def __init__(
+        self,
+        policy: RestartPolicy,
+        stop: StopSignal,
+        links: Any,
+        rungs: Rungs | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
         self.failed: list[Child] = []
         self.exhausted: list[Child] = []
         self.changed = Event()
@@ -221,7 +231,10 @@ class Supervisor:
         self._policy = policy
         self._stop = stop
         self._links = links
+        self._rungs = rungs or Rungs()
+        self._defaults = defaults or {}
         self._live: set[Child] = set()
+        self._drained: tuple[Child, ...] = ()
         self._ended: deque[Child] = deque()
         self._due: list[tuple[float, int, Child]] = []
         self._numbers = count()  # children that are due at the same time have no order
@@ -263,13 +276,15 @@ class Supervisor:
                 return
             wait(self._wake, Deadline(self._until_due()), self._stop)
 
-    def drain(self, timeout: float, cancel_timeout: float, hurry: StopSignal) -> tuple[int, int]:
-        """Stop every consumer; kill those that still run after `timeout`, or once `hurry` is set.
+    def drain(self, timeout: float, cancel_timeout: float) -> tuple[int, int]:
+        """Stop every consumer; kill those that still run after both timeouts, or soon after the kill rung.
+
+        Each consumer drains its own handlers, up to the same deadlines; what is killed here is a consumer
+        that hangs elsewhere.
 
         Args:
-            timeout: Seconds that they have to end by themselves.
-            cancel_timeout: Seconds to wait for those that were killed.
-            hurry: Ends the first wait.
+            timeout: Seconds that handlers have to end by themselves.
+            cancel_timeout: Seconds that they have after they were cancelled.
 
         Returns:
             How many ended by themselves, and how many were killed.
@@ -284,20 +299,29 @@ class Supervisor:
             self._makers.kill(timeout=cancel_timeout)
         self._settle_ended()
         running = len(self._live)
+        self._drained = tuple(self._live)
         if self._stop.is_set():
             emit(DrainStarted(running, reason, timeout))
         for child in tuple(self._live):
             child.stop(reason)
-        self._await_ended(Deadline(timeout), hurry)
+        self._await_ended(Deadline(timeout + cancel_timeout + _MARGIN), self._rungs.kill)
+        self._await_ended(Deadline(_MARGIN if self._rungs.kill.is_set() else 0.0), None)
         killed = len(self._live)
         if killed:
-            self._kill(hurry.reason or f"drain_timeout of {timeout:g} s is over", cancel_timeout)
+            self._kill(self._rungs.kill.reason or "both timeouts of the drain are over")
         return running - killed, killed
 
-    def _kill(self, reason: str, cancel_timeout: float) -> None:
+    @property
+    def cancelled_handlers(self) -> int:
+        """How many handlers were cancelled or killed by the drain."""
+        consumers = {id(child.consumer): child.consumer for child in self._drained}
+        handlings = (lifecycle_of(consumer).handling for consumer in consumers.values())
+        return sum(each.cancelled + each.killed for each in handlings if each is not None)
+
+    def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
         gevent.killall([child.greenlet for child in self._live], block=False)
-        self._await_ended(Deadline(cancel_timeout), None)
+        self._await_ended(Deadline(_MARGIN), None)
 
     def _await_ended(self, deadline: Deadline, hurry: StopSignal | None) -> None:
         while True:
@@ -309,6 +333,8 @@ class Supervisor:
 
     def _launch(self, child: Child) -> None:
         greenlet = child.make(self._links)
+        lifecycle = lifecycle_of(greenlet.consumer)
+        lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
         if self.closed:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False

@@ -76,7 +76,7 @@ class Channel(PublishingChannel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stale_count = 0
         self._consuming: set[str] = set()
-        self._prefetch_count = 0
+        self.prefetch_count = 0
         self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
         self._ledger = Ledger()
         super().__init__(*args, **kwargs)
@@ -121,7 +121,7 @@ class Channel(PublishingChannel):
                 self.cancel_callbacks[tag] = on_cancel
             if no_ack:
                 self.no_ack_consumers.add(tag)
-            unbounded = no_ack or not self._prefetch_count
+            unbounded = no_ack or not self.prefetch_count
             if unbounded and not exclusive and queue in self._session.lasting_queues:
                 again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
                 self._pausable[tag] = dumps(argsig, again)
@@ -144,7 +144,7 @@ class Channel(PublishingChannel):
 
     def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
         """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
-        self._prefetch_count = prefetch_count
+        self.prefetch_count = prefetch_count
         return super().basic_qos(prefetch_size, prefetch_count, a_global)
 
     def _pause(self, consumer_tag: str) -> None:
@@ -205,6 +205,7 @@ class Channel(PublishingChannel):
 
     def _give_back(self, delivery_tag: int) -> None:
         if self._link.failure is None:
+            self._session.given_back_count += 1
             self._ledger.settle(delivery_tag, REQUEUE)
             self._link.flush_soon(self)
 

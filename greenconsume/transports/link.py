@@ -30,7 +30,7 @@ from gevent.event import Event
 
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
-from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
 from greenconsume.transports.frames import (
     DELIVERY,
     HEARTBEAT_FRAME,
@@ -356,22 +356,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                     stop.check()
                 if deadline.expired:
                     raise RecoverableConnectionError(f"basic_publish: timed out: {why}")
-                self._wait_gate(gate, deadline, stop)
+                wait_open(gate, deadline, stop)
         if self.failure is not None:
             raise self.lost()
-
-    def _wait_gate(self, gate: Event, deadline: Deadline, stop: StopSignal | None) -> None:
-        # The stop signal must not open the gate for the others, so it sets an event of its own.
-        either = Event()
-
-        def notify(_gate: Event) -> None:
-            either.set()
-
-        gate.rawlink(notify)
-        try:
-            wait(either, deadline, stop)
-        finally:
-            gate.unlink(notify)
 
     # -- heartbeats -----------------------------------------------------------------------------
 

@@ -54,6 +54,7 @@ class Session:
         self.stop: StopSignal | None = None
         self.publish_stop: StopSignal | None = None
         self.deadline: Deadline | None = None
+        self.given_back_count = 0  # deliveries that no callback took
         self.lasting_queues: set[str] = set()  # declared here, and not deleted when unused
         self.paused: list[tuple[Channel, str, bytes]] = []
         self._inbox: deque[tuple[Channel | None, Any, Callable[[Any], object]]] = deque()
