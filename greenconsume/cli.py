@@ -120,14 +120,14 @@ def cli(ctx: click.Context) -> None:
     type=_seconds,
     metavar="SECONDS",
     default=30.0,
-    help="How long a stop leaves the consumers to end by themselves.",
+    help="How long a stop leaves what runs to end by itself.",
 )
 @_option(
     "--cancel-timeout",
     type=_seconds,
     metavar="SECONDS",
     default=5.0,
-    help="How long to wait for those that were killed, and for the connections to close.",
+    help="How long what was cancelled then has, and closing the connections.",
 )
 @_option(
     "--log-level",
@@ -162,8 +162,8 @@ def run(
     ./pyproject.toml (drain-timeout = 5), else it has its default. A Runtime, or a consumer that has a
     connection, keeps its own values in place of the defaults; --replicas is not for these.
 
-    SIGTERM and Ctrl-C drain: what has begun is finished. A second signal kills what still runs, a third
-    one exits at once.
+    SIGTERM and Ctrl-C drain: what has begun is finished. A second signal cancels what still runs, a third
+    one kills it, a fourth one exits at once.
 
     Exit codes: 0 drained clean; 1 work was abandoned, a consumer was given up, the broker refused or
     your own code failed; 2 a mistake in the call.
@@ -197,7 +197,7 @@ def _serve(runtime: Runtime) -> None:
         raise click.ClickException(f"{given_up[0].name} was given up: {given_up[0].error!r}{more}")
     if not clean:
         raise click.ClickException(
-            "work was abandoned: consumers were killed, and what they had not settled is the broker's"
+            "work was abandoned: what still ran was cancelled or killed, and its messages are the broker's"
         )
 
 

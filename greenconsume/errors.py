@@ -94,3 +94,63 @@ class HandlerTimeout(Interrupt):
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the handler took longer than {seconds:g} s")
         self.seconds = seconds
+
+
+class PublishError(GreenconsumeError):
+    """A message was not published, or nobody can tell whether it was.
+
+    Attributes:
+        exchange: The name of the exchange that it was published to.
+        routing_key: Its routing key.
+        message_id: Its `message_id` property.
+    """
+
+    def __init__(
+        self, message: str, exchange: str = "", routing_key: str = "", message_id: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.exchange = exchange
+        self.routing_key = routing_key
+        self.message_id = message_id
+
+
+class NackedError(PublishError):
+    """The broker answered that it could not take the message, as for a queue that is full."""
+
+
+class ReturnedError(PublishError):
+    """The message was mandatory and no queue is bound for it: the broker returned it.
+
+    Attributes:
+        reply_code: The broker's code, 312 for `NO_ROUTE`.
+        reply_text: The broker's words.
+    """
+
+    reply_code = 0
+    reply_text = ""
+
+
+class RefusedError(PublishError):
+    """The broker refused the message or what it declares: no such exchange, no permission, too large.
+
+    `__cause__` is the error as py-amqp has it.
+
+    Attributes:
+        reply_code: The broker's code, such as 404.
+        reply_text: The broker's words.
+    """
+
+    reply_code = 0
+    reply_text = ""
+
+
+class UnconfirmedError(PublishError):
+    """The message may or may not have arrived: its link was lost, or its publisher stopped, too early."""
+
+
+class PublishTimeoutError(UnconfirmedError, TimeoutError):
+    """The broker did not confirm the message in time; `__cause__` says why, where that is known."""
+
+
+class BlockedError(PublishTimeoutError):
+    """The broker blocked its publishers, as it does when it is low on memory or disk, until the timeout."""

@@ -21,6 +21,7 @@ from greenconsume.events import ConsumerGivenUp, ConsumerState, emit
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.mixins import request_stop
 from greenconsume.patching import require_patched
+from greenconsume.stopping import FORK
 
 _ENDED = (ConsumerState.STOPPED, ConsumerState.FAILED)
 
@@ -157,6 +158,8 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
             raise
         except BaseException as error:  # one's end must reach neither the hub nor its siblings
             self._fail(error)
+            if isinstance(error, SystemExit) and self._lifecycle.stop.reason == FORK:
+                raise  # a forked child that exits: gevent takes it to the main greenlet
         else:
             self._lifecycle.enter(ConsumerState.STOPPED)
 

@@ -30,7 +30,10 @@ from greenconsume.events import (
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.policies import FailurePolicy, Requeue
 from greenconsume.pools import HandlerPool, Job
-from greenconsume.stopping import Deadline, wait_open
+from greenconsume.stopping import FORK, Deadline, wait_open
+
+#: What `json.loads` calls in the end; without white space around, nothing else is left of it.
+_scan = json.JSONDecoder().scan_once
 
 
 def decode(message: Any) -> Any:
@@ -53,9 +56,12 @@ def decode(message: Any) -> Any:
     ):
         return message.decode()
     try:
-        decoded = message._decoded_cache = json.loads(body)
-    except ValueError:
+        decoded, end = _scan(body, 0)
+    except (ValueError, StopIteration):
         return message.decode()  # which says what is wrong with it in kombu's words
+    if end != len(body):
+        return message.decode()
+    message._decoded_cache = decoded
     return decoded
 
 
@@ -192,6 +198,8 @@ class Handling:
     def _is_the_handlers_own(self, job: Job, exc: BaseException) -> bool:
         if job.killed or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
             return False
+        if isinstance(exc, SystemExit) and self._life.stop.reason == FORK:
+            return False  # a forked child that exits, in a copy of the handler
         if job is not self._inline:
             return True
         return self._life.owned and not getattr(gevent.getcurrent(), "killed", False)

@@ -358,12 +358,18 @@ class ConsumerMixin:
     @contextmanager
     def establish_connection(self) -> Iterator[Any]:
         """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop."""
-        with self.create_connection() as conn:
-            self._connect(conn)
-            try:
-                yield conn
-            finally:
-                _bound_close(conn)
+        session: Session | None = None
+        try:
+            with self.create_connection() as conn:
+                self._connect(conn)
+                session = _session_of(conn)
+                try:
+                    yield conn
+                finally:
+                    _bound_close(conn)
+        finally:
+            if session is not None and not session.left:
+                session.collect()  # a kill cut its close short, in kombu's code
 
     def create_connection(self) -> Any:
         """Return the connection to consume with: a clone of `connection`."""

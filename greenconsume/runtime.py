@@ -266,6 +266,8 @@ class Runtime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and os.getpid() != self._pid:
+            return  # a forked child leaves the block, by sys.exit() for one: nothing in here is its own
         self.stop()
         try:
             self.join()

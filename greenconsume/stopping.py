@@ -17,6 +17,9 @@ from gevent.event import Event
 
 from greenconsume.errors import StoppedError
 
+#: The reason for which a forked child's copies of consumers are stopped.
+FORK = "fork"
+
 
 class StopSignal:
     """An event that remembers why it was set, and wakes everything that waits for it.
@@ -173,7 +176,7 @@ _signals: weakref.WeakSet[StopSignal] = weakref.WeakSet()
 def _stop_in_child() -> None:
     """Stop the copies of this process's consumers that a fork made: they share its sockets."""
     for signal in list(_signals):
-        signal.set("fork")
+        signal.set(FORK)
 
 
 os.register_at_fork(after_in_child=_stop_in_child)

@@ -73,6 +73,11 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         """As `Session.drain_events`."""
         connection.drain_events(timeout=timeout, stop=stop)
 
+    def _collect(self, connection: Session | None) -> None:
+        # kombu calls it, where it is there, in the place of `socket.setdefaulttimeout`.
+        if connection is not None:
+            connection.collect()
+
 
 class SSLTransport(Transport):
     """The same over TLS."""

@@ -18,12 +18,12 @@ from amqp.exceptions import (
     RecoverableConnectionError,
     error_for_code,
 )
-from amqp.serialization import dumps, loads
+from amqp.serialization import dumps
 from gevent.event import Event
 from kombu.transport import pyamqp
 
 from greenconsume.stopping import Deadline, wait
-from greenconsume.transports.frames import decode_body
+from greenconsume.transports.frames import decode_args, decode_body
 
 if TYPE_CHECKING:
     from greenconsume.transports.session import Session
@@ -60,7 +60,7 @@ _REPLIES = frozenset(
 class Reply:
     """What one call waits for; kept in line after its caller gave up, so that its reply meets nobody."""
 
-    __slots__ = ("args", "error", "event", "methods", "on_reply")
+    __slots__ = ("args", "error", "event", "methods", "on_reply", "sig")
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class Reply:
         self.methods = methods
         self.on_reply = on_reply
         self.event = Event()
+        self.sig: tuple[int, int] | None = None
         self.args: list[Any] = []
         self.error: BaseException | None = None
 
@@ -153,6 +154,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         callback: Callable[..., object] | None = None,
         timeout: float | None = None,
         returns_tuple: bool = False,
+        undo: Callable[..., object] | None = None,
     ) -> Any:
         """Park until the reader brings one of the replies `method`; see `send_method`.
 
@@ -161,6 +163,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             callback: Called by the reader with the reply; it must not switch.
             timeout: Seconds; by default the link's `call_timeout`.
             returns_tuple: Return all arguments of the reply, not the first.
+            undo: Called, in the place of `callback`, with a reply whose caller gave up.
 
         Raises:
             TimeoutError: No reply in time. One that comes later is dropped.
@@ -169,7 +172,13 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         methods = tuple(method) if isinstance(method, list) else (method,)
         reply = Reply(methods, callback)
         self._replies.append(reply)
-        self._park(reply.event, timeout)
+        try:
+            self._park(reply.event, timeout)
+        except BaseException:  # a kill and a gevent.Timeout too
+            reply.on_reply = undo
+            if undo is not None and reply.sig is not None:
+                undo(reply.sig, *reply.args)
+            raise
         if reply.error is not None:
             raise reply.error
         if returns_tuple:
@@ -196,7 +205,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         method = self._METHODS.get(method_sig)
         if method is None:
             raise AMQPNotImplementedError(f"Unknown AMQP method {method_sig!r}")
-        args = loads(method.args, payload, 4)[0] if method.args else []
+        args = decode_args(method.args, payload) if method.args else []
         if method.content:
             if self.auto_decode:
                 content.body = decode_body(content.properties, content.body)
@@ -212,7 +221,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         for reply in self._replies:
             if method_sig in reply.methods:
                 self._replies.remove(reply)
-                reply.args = args
+                reply.sig, reply.args = method_sig, args
                 if reply.on_reply is not None:
                     reply.on_reply(method_sig, *args)
                 reply.event.set()
@@ -233,6 +242,13 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             self._session.put(self, error(), _raise)
         elif not waiting:
             self._error = error()
+
+    def _tell(self, error: BaseException) -> None:
+        """Have `error` raised where the channel is drained, or else at its next use."""
+        if self._is_consuming:
+            self._session.put(self, error, _raise)
+        else:
+            self._error = error
 
     def _fail_waiters(self, error: Callable[[], BaseException]) -> bool:
         replies = list(self._replies)
@@ -302,7 +318,8 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     def collect(self) -> None:
         """Leave the session. Never switches."""
         self.is_open = False
-        self._session.channels.pop(self.channel_id, None)
+        if self._session.channels.get(self.channel_id) is self:  # else its id has another owner
+            del self._session.channels[self.channel_id]
         self.connection = None
         self.events.clear()
 

@@ -6,6 +6,7 @@ settled once, on the channel and in the life of the channel that it came from (l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,9 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
 
     def ack(self, multiple: bool = False) -> None:
         """As `kombu.Message.ack`. Never switches."""
-        if not self._settled_stale("ACK"):
+        if not multiple and self._state == "RECEIVED" and self._settled_at_once():
+            self._state = "ACK"  # type: ignore[misc]  # the slot is in kombu's class
+        elif not self._settled_stale("ACK"):
             super().ack(multiple=multiple)
 
     def reject(self, requeue: bool = False) -> None:
@@ -55,6 +58,12 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
         """As `kombu.Message.requeue`. Never switches."""
         if not self._settled_stale("REQUEUED"):
             super().requeue()
+
+    def _settled_at_once(self) -> bool:
+        channel = self.channel
+        if channel is None or self.epoch != channel.epoch:
+            return False
+        return bool(channel.settle(self.delivery_tag, ACK))
 
     def _settled_stale(self, state: str) -> bool:
         if self.channel is None or self.channel.holds(self.epoch) or self.acknowledged:
@@ -79,6 +88,7 @@ class Channel(PublishingChannel):
         self.prefetch_count = 0
         self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
         self._ledger = Ledger()
+        self._flushing = False
         super().__init__(*args, **kwargs)
 
     @property
@@ -86,14 +96,13 @@ class Channel(PublishingChannel):
         return bool(self._consuming)
 
     def _end_epoch(self) -> None:
-        self._session.take_back(self._returnable)
+        self._session.take_back(self._can_go_back)
         super()._end_epoch()
         self.callbacks.clear()
         self.cancel_callbacks.clear()
         self._consuming.clear()
         self._pausable.clear()
         self._ledger.clear()
-        self.no_ack_consumers.clear()
 
     # -- consuming ------------------------------------------------------------------------------------
 
@@ -119,8 +128,8 @@ class Channel(PublishingChannel):
             self._consuming.add(tag)
             if on_cancel:
                 self.cancel_callbacks[tag] = on_cancel
-            if no_ack:
-                self.no_ack_consumers.add(tag)
+            change = self.no_ack_consumers.add if no_ack else self.no_ack_consumers.discard
+            change(tag)
             unbounded = no_ack or not self.prefetch_count
             if unbounded and not exclusive and queue in self._session.lasting_queues:
                 again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
@@ -131,7 +140,11 @@ class Channel(PublishingChannel):
         if nowait:
             register(None, consumer_tag)
             return consumer_tag
-        return str(self.wait(spec.Basic.ConsumeOk, callback=register))
+        return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=self._unconsume))
+
+    def _unconsume(self, _sig: Any, tag: str) -> None:
+        self.stop_dispatching(tag)
+        self._send_cancel(tag)
 
     def queue_declare(self, queue: str = "", *args: Any, **kwargs: Any) -> Any:
         """As py-amqp's. Remembers which queues outlive a consumer that is paused."""
@@ -151,9 +164,13 @@ class Channel(PublishingChannel):
         # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own.
         args = self._pausable.pop(consumer_tag)
         self._session.paused.append((self, consumer_tag, args))
-        self._link._write_method(
-            self.channel_id, spec.Basic.Cancel, dumps("sb", (consumer_tag, True))
-        )
+        self._send_cancel(consumer_tag)
+
+    def _send_cancel(self, consumer_tag: str) -> None:
+        if self._link.failure is None:
+            self._link._write_method(
+                self.channel_id, spec.Basic.Cancel, dumps("sb", (consumer_tag, True))
+            )
 
     def resume(self, consumer_tag: str, args: bytes) -> None:
         """Consume again with a consumer that was paused, unless it was stopped since. Never switches."""
@@ -176,10 +193,7 @@ class Channel(PublishingChannel):
         """
         tags = list(self._consuming)
         for tag in tags:
-            if self._link.failure is None:
-                self._link._write_method(
-                    self.channel_id, spec.Basic.Cancel, dumps("sb", (tag, True))
-                )
+            self._send_cancel(tag)
         for tag in tags:
             self.stop_dispatching(tag)
 
@@ -190,7 +204,7 @@ class Channel(PublishingChannel):
         self._pausable.pop(consumer_tag, None)
 
         def undispatched(channel: Channel | None, item: Any) -> bool:
-            return self._returnable(channel, item) and item[0] == consumer_tag
+            return self._can_go_back(channel, item) and item[0] == consumer_tag
 
         for delivery in self._session.take_back(undispatched):
             self._give_back(delivery[1])
@@ -200,7 +214,7 @@ class Channel(PublishingChannel):
         self.callbacks.pop(consumer_tag, None)
         return self.cancel_callbacks.pop(consumer_tag, None)
 
-    def _returnable(self, channel: Channel | None, item: Any) -> bool:
+    def _can_go_back(self, channel: Channel | None, item: Any) -> bool:
         return channel is self and type(item) is tuple and item[0] not in self.no_ack_consumers
 
     def _give_back(self, delivery_tag: int) -> None:
@@ -262,26 +276,30 @@ class Channel(PublishingChannel):
 
     def basic_ack(self, delivery_tag: int, multiple: bool = False, argsig: str = "Lb") -> None:
         """Acknowledge; sent at the hub's next turn, merged with its neighbours. Never switches."""
-        if multiple or not self._settle(delivery_tag, ACK):
+        if multiple or not self.settle(delivery_tag, ACK):
             super().basic_ack(delivery_tag, multiple, argsig)
         if multiple:
             self._ledger.forget_up_to(delivery_tag)
 
     def basic_reject(self, delivery_tag: int, requeue: bool, argsig: str = "Lb") -> None:
         """Reject; sent as `basic_ack` is. Never switches."""
-        if not self._settle(delivery_tag, REQUEUE if requeue else REJECT):
+        if not self.settle(delivery_tag, REQUEUE if requeue else REJECT):
             super().basic_reject(delivery_tag, requeue, argsig)
 
-    def _settle(self, delivery_tag: int, how: int) -> bool:
+    def settle(self, delivery_tag: int, how: int) -> bool:
+        """Note a settle, to be sent at the hub's next turn; return False if it must go the long way."""
         if self.connection is None or self._link.failure is not None or self._error is not None:
             return False  # said the long way, which raises why it cannot
         if not self._ledger.settle(delivery_tag, how):
             return False
-        self._link.flush_soon(self)
+        if not self._flushing:
+            self._flushing = True
+            self._link.flush_soon(self)
         return True
 
     def flush(self) -> None:
         """Queue the settles that were made since the last time, merged. Never switches."""
+        self._flushing = False
         if self._ledger.pending and self._link.failure is None:
             settles = self._ledger.flush()
             self._link.write([encode(self.channel_id, settle) for settle in settles])
@@ -299,9 +317,14 @@ class Channel(PublishingChannel):
             if sig == spec.Basic.GetOk and not no_ack:
                 self._ledger.deliver(args[0])
 
+        def undo(sig: tuple[int, int], *args: Any) -> None:
+            register(sig, *args)
+            if sig == spec.Basic.GetOk and not no_ack:
+                self._give_back(args[0])
+
         self.send_method(spec.Basic.Get, argsig, (0, queue, no_ack))
         methods = [spec.Basic.GetOk, spec.Basic.GetEmpty]
-        found = self.wait(methods, callback=register, returns_tuple=True)
+        found = self.wait(methods, callback=register, returns_tuple=True, undo=undo)
         return self._on_get_ok(*found) if len(found) > 1 else None
 
     def holds(self, epoch: int) -> bool:
@@ -317,8 +340,14 @@ class Channel(PublishingChannel):
 def _message(channel: Channel, delivery: Delivery) -> Message:
     """Return the delivery as kombu's message; what `Message.__init__` does, for the plain case."""
     consumer_tag, delivery_tag, redelivered, exchange, routing_key, properties, body = delivery
+    errors: list[Any] = []
     if type(properties) is bytes:
-        properties, body = decode_content(properties, body)
+        try:
+            properties, body = decode_content(properties, body)
+        except (
+            Exception
+        ):  # a publisher's fault, such as a date in the year 55000, is told as kombu does
+            properties, errors = {}, [sys.exc_info()]
     headers = properties.get("application_headers") or {}
     if "compression" in headers or channel.Message is not Message:
         raw = _raw_message(channel, (*delivery[:5], properties, body))
@@ -326,7 +355,7 @@ def _message(channel: Channel, delivery: Delivery) -> Message:
         return message
     message = Message.__new__(Message)
     message.epoch = channel.epoch
-    message.errors = []
+    message.errors = errors
     message.channel = channel
     message.delivery_tag = delivery_tag
     message.content_type = properties.get("content_type")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import Struct
+from struct import error as struct_error
 from typing import Any
 
 import amqp
 from amqp.exceptions import FrameSyntaxError, UnexpectedFrame
+from amqp.serialization import dumps, loads
 
 #: A delivery as it came: consumer tag, delivery tag, redelivered, exchange, routing key, its properties
 #: (still encoded, or the dict that py-amqp made of them) and its body (`str` where py-amqp decoded it).
@@ -35,8 +37,17 @@ _header = Struct(">BHI")
 _method = Struct(">BHIHH")
 _content = Struct(">BHIHHQ")
 _tag = Struct(">Q?")
-_size = Struct(">Q")
+_flags = Struct(">H")
+_octet = Struct(">B")
+_octets = [bytes((value,)) for value in range(256)]
 _DELIVER = b"\x00\x3c\x00\x3c"
+_PUBLISH = (60, 40)
+_USUAL_TYPES = {"s": str, "o": int, "F": dict}
+#: The name of each property, its flag, and the type of which its values mostly are.
+_PROPERTIES = tuple(
+    (name, 1 << (15 - at), _USUAL_TYPES.get(kind))
+    for at, (name, kind) in enumerate(amqp.Message.PROPERTIES)
+)
 
 
 class FrameParser:
@@ -68,7 +79,7 @@ class FrameParser:
         while (end := self._end_of_frame(buffer, offset)) is not None:
             kind, channel, _ = _header.unpack_from(buffer, offset)
             if kind == METHOD and buffer.startswith(_DELIVER, offset + 7):
-                delivery = self._delivery(buffer, offset, end)
+                delivery = self._delivery(buffer, offset, end, channel)
                 if delivery is not None:
                     yield DELIVERY, channel, delivery[0]
                     offset = delivery[1]
@@ -78,27 +89,37 @@ class FrameParser:
         rest = buffer[offset:]
         self._chunks, self._buffered = ([rest], len(rest)) if rest else ([], 0)
 
-    def _delivery(self, buffer: bytes, start: int, end: int) -> tuple[Delivery, int] | None:
+    def _delivery(
+        self, buffer: bytes, start: int, end: int, channel: int
+    ) -> tuple[Delivery, int] | None:
         """Return the delivery that starts here and where it ends, if header and one body frame follow.
 
-        Anything else (a body over several frames, one that is not all here) is left to py-amqp's decoder.
+        Anything else (a body over several frames, one that is not all here or not well-formed) is left to
+        `_end_of_frame`, which says what is wrong, and to py-amqp's decoder.
         """
-        header_end = self._end_of_frame(buffer, end)
-        if header_end is None or not buffer.startswith(
-            b"\x02" + buffer[start + 1 : start + 3], end
-        ):
+        limit = len(buffer)
+        if limit - end < _content.size:
             return None
-        size = _size.unpack_from(buffer, end + 11)[0]
-        body_end = header_end
-        if size:
-            if (found := self._end_of_frame(buffer, header_end)) is None:
-                return None
-            if buffer[header_end] != BODY or found - header_end - _OVERHEAD != size:
-                return None
-            body_end = found
-        body = buffer[header_end + 7 : body_end - 1] if size else b""
+        kind, on, size, _, _, body_size = _content.unpack_from(buffer, end)
+        body_at = end + size + _OVERHEAD
+        if kind != HEADER or on != channel or body_at > limit or buffer[body_at - 1] != _END:
+            return None
+        if not body_size:
+            return (
+                *_deliver_args(buffer, start + 11, end - 1),
+                buffer[end + 19 : body_at - 1],
+                b"",
+            ), body_at
+        if limit - body_at < _OVERHEAD or (self.max_size and body_size + _OVERHEAD > self.max_size):
+            return None
+        kind, on, size = _header.unpack_from(buffer, body_at)
+        stop = body_at + size + _OVERHEAD
+        if kind != BODY or on != channel or size != body_size:
+            return None
+        if stop > limit or buffer[stop - 1] != _END:
+            return None
         args = _deliver_args(buffer, start + 11, end - 1)
-        return (*args, buffer[end + 19 : header_end - 1], body), body_end
+        return (*args, buffer[end + 19 : body_at - 1], buffer[body_at + 7 : stop - 1]), stop
 
     def _end_of_frame(self, buffer: bytes, offset: int) -> int | None:
         available = len(buffer) - offset
@@ -130,18 +151,21 @@ def _no_frame(buffer: bytes, offset: int) -> BaseException:
 
 
 def _deliver_args(buffer: bytes, at: int, end: int) -> tuple[str, int, bool, str, str]:
-    tag_end = at + 1 + buffer[at]
-    delivery_tag, redelivered = _tag.unpack_from(buffer, tag_end)
-    exchange_end = tag_end + 10 + buffer[tag_end + 9]
-    if exchange_end + 1 + buffer[exchange_end] != end:
-        raise FrameSyntaxError("the broker sent a basic.deliver whose arguments do not fill it")
-    return (
-        buffer[at + 1 : tag_end].decode(),
-        delivery_tag,
-        redelivered,
-        buffer[tag_end + 10 : exchange_end].decode(),
-        buffer[exchange_end + 1 : end].decode(),
-    )
+    try:
+        tag_end = at + 1 + buffer[at]
+        delivery_tag, redelivered = _tag.unpack_from(buffer, tag_end)
+        exchange_end = tag_end + 10 + buffer[tag_end + 9]
+        if exchange_end + 1 + buffer[exchange_end] != end:
+            raise FrameSyntaxError("the broker sent a basic.deliver whose arguments do not fill it")
+        return (
+            buffer[at + 1 : tag_end].decode("utf-8", "surrogateescape"),
+            delivery_tag,
+            redelivered,
+            buffer[tag_end + 10 : exchange_end].decode("utf-8", "surrogateescape"),
+            buffer[exchange_end + 1 : end].decode("utf-8", "surrogateescape"),
+        )
+    except (IndexError, struct_error) as exc:
+        raise FrameSyntaxError(f"the broker sent a malformed basic.deliver: {exc}") from exc
 
 
 def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
@@ -150,14 +174,42 @@ def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
     if known is not None:
         properties = known.copy()
     else:
-        message = amqp.Message()
-        message._load_properties(amqp.Message.CLASS_ID, encoded, 0)
-        properties = message.properties
+        properties = _decode_properties(encoded)
         if not encoded[0] & _HAS_HEADERS:  # headers are mutable, and seldom the same twice
             if len(_known_properties) >= _KNOWN_LIMIT:
                 _known_properties.clear()
             _known_properties[encoded] = properties.copy()
     return properties, decode_body(properties, body)
+
+
+def _decode_properties(encoded: bytes) -> dict[str, Any]:
+    message = amqp.Message()
+    try:
+        message._load_properties(amqp.Message.CLASS_ID, encoded, 0)
+    except UnicodeDecodeError:
+        message._load_properties(amqp.Message.CLASS_ID, _Lenient(encoded), 0)
+    properties: dict[str, Any] = message.properties
+    return properties
+
+
+def decode_args(format: str, payload: bytes) -> list[Any]:
+    """Return a method's arguments. RabbitMQ takes any bytes as a routing key: surrogates stand for them."""
+    try:
+        args: list[Any] = loads(format, payload, 4)[0]
+    except UnicodeDecodeError:
+        args = loads(format, _Lenient(payload), 4)[0]
+    return args
+
+
+class _Lenient(bytes):
+    """Bytes of which any part is decoded without an error."""
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        return _Lenient(part) if isinstance(part, bytes) else part
+
+    def decode(self, *_args: Any) -> str:  # type: ignore[override]  # whatever is asked for
+        return super().decode("utf-8", "surrogateescape")
 
 
 def decode_body(properties: dict[str, Any], body: Any) -> Any:
@@ -176,10 +228,29 @@ def encode_method(channel: int, sig: tuple[int, int], args: bytes) -> bytes:
     return b"%b%b\xce" % (_method.pack(METHOD, channel, 4 + len(args), *sig), args)
 
 
+def encode_publish(
+    channel: int, address: tuple[str, str, bool, bool], message: Any, max_size: int
+) -> list[bytes]:
+    """Return the frames of `Basic.Publish`, byte for byte those of py-amqp; see `encode_content`.
+
+    Args:
+        channel: The channel's id.
+        address: Exchange, routing key, whether it is mandatory, whether it is immediate.
+        message: An `amqp.Message`.
+        max_size: The largest frame that was agreed; 0 for any.
+    """
+    exchange, routing_key, mandatory, immediate = address
+    bits = (1 if mandatory else 0) | (2 if immediate else 0)
+    args = b"\0\0%b%b%c" % (_short(exchange or ""), _short(routing_key or ""), bits)
+    return encode_content(channel, _PUBLISH, args, message, max_size)
+
+
 def encode_content(
     channel: int, sig: tuple[int, int], args: bytes, message: Any, max_size: int
 ) -> list[bytes]:
-    """Return the frames of one method with content, to be written with nothing in between.
+    """Return the frames of one method with content, to be written with none of its channel in between.
+
+    Each of the bytes returned is a whole frame, or several.
 
     Args:
         channel: The channel's id.
@@ -191,11 +262,48 @@ def encode_content(
     body = message.body
     if isinstance(body, str):
         body = body.encode(message.properties.setdefault("content_encoding", "utf-8"))
-    properties = message._serialize_properties()
-    header = _content.pack(HEADER, channel, 12 + len(properties), sig[0], 0, len(body))
-    frames = [encode_method(channel, sig, args), header, properties, b"\xce"]
+    properties, length = _encode_properties(message), len(body)
+    method = _method.pack(METHOD, channel, 4 + len(args), *sig)
+    header = _content.pack(HEADER, channel, 12 + len(properties), sig[0], 0, length)
     size = (max_size or 131072) - _OVERHEAD
-    for start in range(0, len(body), size):
-        part = body[start : start + size]
-        frames += (_header.pack(BODY, channel, len(part)), part, b"\xce")
+    if 12 + len(properties) > size:  # sent, it would end the link of everybody who shares it
+        raise FrameSyntaxError(
+            f"a message's properties and headers take {len(properties)} bytes, more than fit into a "
+            f"frame of {size + _OVERHEAD}: put them into its body, or raise frame_max at the broker"
+        )
+    if 0 < length <= size:
+        start = _header.pack(BODY, channel, length)
+        return [b"%b%b\xce%b%b\xce%b%b\xce" % (method, args, header, properties, start, body)]
+    frames = [b"%b%b\xce%b%b\xce" % (method, args, header, properties)]
+    view = memoryview(body)  # a slice of bytes would be one copy more
+    for at in range(0, length, size):
+        part = view[at : at + size]
+        frames.append(b"".join((_header.pack(BODY, channel, len(part)), part, b"\xce")))
     return frames
+
+
+def _encode_properties(message: Any) -> bytes:
+    """Return what py-amqp's `_serialize_properties` does, in a fifth of its time for the usual types."""
+    flags, parts = 0, [b""]
+    get = message.properties.get
+    for name, flag, kind in _PROPERTIES:
+        value = get(name)
+        if value is None:
+            continue
+        flags |= flag
+        if type(value) is str and kind is str:
+            parts.append(_short(value))
+        elif type(value) is int and kind is int and 0 <= value <= 255:
+            parts.append(_octets[value])
+        elif kind is dict and type(value) is dict:
+            parts.append(dumps("F", (value,)) if value else b"\0\0\0\0")
+        else:  # a timestamp, or a type that py-amqp converts, or refuses
+            encoded: bytes = message._serialize_properties()
+            return encoded
+    parts[0] = _flags.pack(flags)
+    return b"".join(parts)
+
+
+def _short(text: str | bytes) -> bytes:
+    encoded = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    return _octet.pack(len(encoded)) + encoded

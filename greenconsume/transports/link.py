@@ -39,6 +39,7 @@ from greenconsume.transports.frames import (
     encode_content,
     encode_method,
 )
+from greenconsume.transports.outgoing import Outgoing
 
 if TYPE_CHECKING:
     from greenconsume.transports.channel import Channel
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 #: One `recv` asks for this many bytes, the largest frame RabbitMQ sends by default.
 READ_SIZE = 131072
-#: Publishers wait while more bytes than this are unsent.
+#: Publishers wait while more bytes than this are unsent, and those of a channel while a large body of it is.
 HIGH_WATER = 1 << 20
 #: Seconds between connection heartbeats unless the user sets others.
 DEFAULT_HEARTBEAT = 30.0
@@ -99,8 +100,8 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._free_ids: list[int] = []
         self._last_id = 0
         self._settling: list[Channel] = []
-        self._outgoing: list[bytes] = []
-        self._outgoing_size = 0
+        self._outgoing = Outgoing()
+        self._sending = 0
         self._unsent, self._writable, self._unblocked = Event(), Event(), Event()
         self._opened, self._closed, self._dead = Event(), Event(), Event()
         self._writable.set()
@@ -267,7 +268,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         # The reader is about to drop the socket: one try that cannot block, or none over TLS.
         if not self.ssl:
             try:
-                self.transport.sock._sock.send(b"".join(self._outgoing))
+                self.transport.sock._sock.send(self._outgoing.take())
             except OSError:
                 pass  # the broker closes by itself, too
 
@@ -309,10 +310,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         """
         if self.failure is not None:
             raise self.lost()
-        self._outgoing += frames
-        self._outgoing_size += sum(map(len, frames))
-        if self._outgoing_size > HIGH_WATER:
-            self._writable.clear()
+        self._outgoing.put(frames)
         self._unsent.set()
 
     def flush_soon(self, channel: Channel) -> None:
@@ -329,18 +327,46 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                 settling, self._settling = self._settling, []
                 for channel in settling:
                     channel.flush()
-                data = b"".join(self._outgoing)
-                self._outgoing.clear()
+                data = self._outgoing.take()
+                self._sending = len(data)
                 sendall(data)
-                self._outgoing_size -= len(data)
-                if self._outgoing_size <= HIGH_WATER:
-                    self._writable.set()
-                self._last_write = monotonic()
+                self._note_sent()
+                if self._outgoing:
+                    gevent.sleep(0)  # sendall does not switch while the kernel takes all
         except OSError as exc:
             self.fail(exc)
 
-    def wait_publishable(self, deadline: Deadline, stop: StopSignal | None = None) -> None:
+    def _note_sent(self) -> None:
+        self._last_write = monotonic()
+        relieved = self._outgoing.relieved or self._sending + self._outgoing.size > HIGH_WATER
+        self._sending, self._outgoing.relieved = 0, False
+        if relieved and self._outgoing.size <= HIGH_WATER:
+            self._writable.set()
+        if self._outgoing:
+            self._unsent.set()
+
+    def _is_full(self, channel: int | None) -> bool:
+        unsent = self._sending + self._outgoing.size
+        return unsent > HIGH_WATER or self._outgoing.holds_large(channel)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker blocks this link's publishers."""
+        return not self._unblocked.is_set()
+
+    def is_publishable(self, channel: int) -> bool:
+        """Whether `wait_publishable` would return at once. Never switches."""
+        return bool(self._unblocked.is_set()) and not self._is_full(channel)
+
+    def wait_publishable(
+        self, deadline: Deadline, stop: StopSignal | None = None, channel: int | None = None
+    ) -> None:
         """Wait while the broker blocks this link's publishers, or too much is unsent.
+
+        Args:
+            deadline: When to give up.
+            stop: Ends the wait.
+            channel: The channel that is to publish; None: any of them.
 
         Raises:
             RecoverableConnectionError: The deadline came first (as py-amqp's `basic_publish`).
@@ -349,16 +375,20 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
         Switches: only while there is something to wait for.
         """
-        blocked, full = "the broker blocks publishers", "the broker takes no more bytes"
-        for gate, why in ((self._unblocked, blocked), (self._writable, full)):
-            while not gate.is_set():
-                if stop is not None:
-                    stop.check()
-                if deadline.expired:
-                    raise RecoverableConnectionError(f"basic_publish: timed out: {why}")
-                wait_open(gate, deadline, stop)
-        if self.failure is not None:
-            raise self.lost()
+        while self.failure is None:
+            if self.blocked:
+                gate, why = self._unblocked, "the broker blocks publishers"
+            elif self._is_full(channel):
+                gate, why = self._writable, "the broker takes no more bytes"
+                gate.clear()
+            else:
+                return
+            if stop is not None:
+                stop.check()
+            if deadline.expired:
+                raise RecoverableConnectionError(f"basic_publish: timed out: {why}")
+            wait_open(gate, deadline, stop)
+        raise self.lost()
 
     # -- heartbeats -----------------------------------------------------------------------------
 

@@ -112,10 +112,12 @@ class Session:
 
         Switches: yes. Any number of greenlets may drain one session.
         """
-        self._breathe()
+        if monotonic() - self._turn_began > _TURN:
+            gevent.sleep(0)
+            self._turn_began = monotonic()
         deadline: Deadline | None = None
         while True:
-            if stop is not None:
+            if stop is not None and stop.reason is not None:
                 stop.check()
             if self._inbox:
                 _, item, callback = self._inbox.popleft()
@@ -124,6 +126,8 @@ class Session:
                 callback(item)
                 return
             self._check_open()
+            if self.paused:  # what paused them went without being handed out
+                self._resume()
             deadline = deadline or Deadline(timeout)
             if deadline.expired:
                 raise socket.timeout("timed out")
@@ -140,11 +144,6 @@ class Session:
         paused, self.paused = self.paused, []
         for channel, consumer_tag, args in paused:
             channel.resume(consumer_tag, args)
-
-    def _breathe(self) -> None:
-        if monotonic() - self._turn_began > _TURN:
-            gevent.sleep(0)
-            self._turn_began = monotonic()
 
     def take_back(self, wanted: Callable[[Channel | None, Any], bool]) -> list[Any]:
         """Remove and return the items of the inbox that are `wanted`. Never switches."""
@@ -202,6 +201,11 @@ class Session:
         if not self.link.sessions:
             self.link.is_closing = True
             self.link.fail(self.link.lost())
+
+    @property
+    def left(self) -> bool:
+        """Whether the link has forgotten the session."""
+        return self not in self.link.sessions
 
     def _leave(self) -> None:
         self.link.sessions.discard(self)

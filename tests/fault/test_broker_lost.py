@@ -154,7 +154,9 @@ def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
             wait_until(lambda: set(range(len(sent))) <= handled.keys(), within=10.0)
             wait_until(lambda: rabbitmq.connection_count(amqp_url) == 1, within=5.0)
     unsubscribe()
-    print(f"\n100 reconnects of 30 consumers: {grown / 1024:.0f} KB, {duplicates(handled)} duplicates")
+    print(
+        f"\n100 reconnects of 30 consumers: {grown / 1024:.0f} KB, {duplicates(handled)} duplicates"
+    )
     assert after == before
     assert grown < 4 << 20
     assert len(lost) == 110

@@ -83,24 +83,29 @@ def test_consumers_go_on_while_publishers_are_blocked(rabbitmq_fault, amqp_url, 
     assert [event.blocked for event in blocked] == [True, False]
 
 
+@pytest.mark.parametrize("confirmed", [False, True])
 def test_a_stop_ends_a_handler_that_publishes_to_a_blocked_broker(
-    rabbitmq_fault, amqp_url, two_queues
+    rabbitmq_fault, amqp_url, two_queues, confirmed
 ):
     """HAZARDS row 17: close hangs on a blocked broker. The message goes back to its queue."""
     source, sink = two_queues
     publish(amqp_url, source, 20)
     rabbitmq_fault.block()
     with observing(LinkBlocked) as blocked, observing(HandlerFailed):
-        greenlet = spawn(Relay(connection_to(amqp_url), source, sink))
+        connection = connection_to(amqp_url, confirm_publish=confirmed)
+        greenlet = spawn(Relay(connection, source, sink))
         wait_until(lambda: blocked, within=5.0)
         gevent.sleep(0.05)
-        # Two connections, one after the other.
-        assert stop_and_join(greenlet) < 2 * CLOSE_TIMEOUT + AT_ONCE
+        # The confirm is given the time of a close, then come two connections.
+        assert stop_and_join(greenlet) < 3 * CLOSE_TIMEOUT + AT_ONCE
         assert greenlet.successful()
     rabbitmq_fault.unblock()
-    with running(Relay(connection_to(amqp_url), source, sink)) as (greenlet,):
-        wait_until(lambda: queue_depth(amqp_url, sink) >= 20, within=5.0)
-    assert rabbitmq_fault.queue_counts(amqp_url, source)[:2] == (0, 0)
+    again = Relay(connection_to(amqp_url), source, sink)
+    with running(again):
+        wait_until(lambda: rabbitmq_fault.queue_counts(amqp_url, source)[:2] == (0, 0), within=5.0)
+    # Without confirms, what was published to a broker that blocks is lost with the connection.
+    missing = 20 - queue_depth(amqp_url, sink)
+    assert missing <= (0 if confirmed else 15)
 
 
 def test_blocked_publishers_go_on_when_the_broker_lets_them(rabbitmq_fault, amqp_url, two_queues):

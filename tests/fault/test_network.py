@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from collections import Counter
 from time import monotonic
 from typing import Any
@@ -10,22 +11,22 @@ from typing import Any
 import gevent
 import pytest
 from gevent.event import Event
+from kombu import Producer
 
-from greenconsume import Runtime, spawn
+from greenconsume import Runtime
 from greenconsume.events import LinkDown, LinkUp
 from tests.fault.consumers import (
     AT_ONCE,
     Collector,
     Unlimited,
     connection_to,
-    consuming,
     duplicates,
     everything,
     observing,
     running,
     stop_and_join,
 )
-from tests.messages import publish, queue_depth
+from tests.messages import declare, publish, queue_depth
 from tests.proxy import DIRECTIONS
 from tests.waiting import wait_until
 
@@ -79,13 +80,17 @@ def test_a_cut_at_any_byte_loses_nothing(proxy, amqp_url, queue_name):
     settled(amqp_url, queue_name)
 
 
-def test_a_cut_at_any_byte_of_the_handshake_and_set_up_is_tried_again(make_proxy, amqp_url, queue_name):
+def test_a_cut_at_any_byte_of_the_handshake_and_set_up_is_tried_again(
+    make_proxy, amqp_url, queue_name
+):
     """HAZARDS row 22: the sockets of attempts that failed are closed; the leak check looks."""
     byte_counts = [*range(1, 12), *range(20, 621, 20)]
     proxies = [make_proxy(amqp_url) for _ in byte_counts]
     for proxy, byte_count in zip(proxies, byte_counts, strict=True):
         proxy.truncate_at(byte_count)
-    with running(*(Collector(connection_to(each.url), queue_name) for each in proxies)) as greenlets:
+    with running(
+        *(Collector(connection_to(each.url), queue_name) for each in proxies)
+    ) as greenlets:
         assert [each.connection_count for each in proxies] == [2] * len(proxies)
         assert [each.open_count for each in proxies] == [1] * len(proxies)
         for greenlet in greenlets:
@@ -125,9 +130,7 @@ def test_a_stall_within_the_heartbeat_loses_nothing_and_keeps_the_link(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_stop_during_a_stall_is_bounded_and_loses_nothing(
-    proxy, amqp_url, queue_name, direction
-):
+def test_a_stop_during_a_stall_is_bounded_and_loses_nothing(proxy, amqp_url, queue_name, direction):
     """HAZARDS row 17: closing does not wait for a network that is gone."""
     publish(amqp_url, queue_name, 100)
     consumer = Collector(connection_to(proxy.url), queue_name, prefetch=PREFETCH)
@@ -163,6 +166,32 @@ def test_many_acks_into_a_stalled_socket_are_all_sent_once_it_flows_again(
         settled(amqp_url, queue_name)
         assert lost == []
     assert duplicates(consumer.handled) == 0
+
+
+def test_collecting_a_connection_leaves_the_process_wide_timeout_alone(
+    proxy, amqp_url, queue_name, monkeypatch
+):
+    """HAZARDS row 21: Connection.collect changes the socket timeout of everybody while others run."""
+    calls: list[Any] = []
+    monkeypatch.setattr(socket, "setdefaulttimeout", calls.append)
+    declare(amqp_url, queue_name)
+    with running(Collector(connection_to(amqp_url), queue_name)) as (greenlet,):
+        connection = connection_to(proxy.url, confirm_publish=True)
+        producer = Producer(connection.default_channel)
+        proxy.stall()
+        began = monotonic()
+        connection.collect()
+        assert monotonic() - began < AT_ONCE
+        proxy.resume()
+        wait_until(lambda: proxy.open_count == 0)
+        producer = Producer(connection.default_channel)
+        proxy.cut()
+        # kombu's own retries collect the connection before they connect again.
+        producer.publish(1, routing_key=queue_name, retry=True, retry_policy={"max_retries": 3})
+        wait_until(lambda: greenlet.consumer.handled[1])
+        connection.close()
+        wait_until(lambda: proxy.open_count == 0)
+    assert calls == []
 
 
 def test_latency_slows_down_and_breaks_nothing(proxy, amqp_url, queue_name):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
 import gevent
 import pytest
-from kombu import Connection, Queue
+from kombu import Queue
 from kombu.mixins import ConsumerMixin as KombuMixin
 from kombu.utils.limits import TokenBucket
 
@@ -292,7 +292,3 @@ def test_a_stop_after_connecting_was_given_up_changes_nothing(refused_url, queue
     gevent.sleep(0.2)
     assert isinstance(greenlet.consumer, ConsumerMixin)
     stop_and_join(greenlet)
-
-
-
-

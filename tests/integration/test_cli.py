@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -243,7 +244,7 @@ def test_a_signal_lets_the_message_at_hand_be_finished(
     assert queue_depth(amqp_url, queue_name) == 0
 
 
-def test_a_second_signal_abandons_the_message_to_the_broker_and_exits_with_1(
+def test_a_second_signal_leaves_the_message_to_the_broker_and_exits_with_1(
     start: Start, amqp_url: str, queue_name: str
 ) -> None:
     publish(amqp_url, queue_name, ["a"])
@@ -253,20 +254,24 @@ def test_a_second_signal_abandons_the_message_to_the_broker_and_exits_with_1(
     command.wait_for("stopping 1 consumers within 30.0 s (SIGINT)")
     command.signal(signal.SIGTERM)
     assert command.ends() == 1
-    assert "drain: kill what is left; consumers still running: 1 (SIGTERM)" in command.err
     assert command.err.splitlines()[-1].startswith("greenconsume: work was abandoned")
     assert "ended" not in command.out
     wait_until(lambda: queue_depth(amqp_url, queue_name) == 1, within=5)
 
 
-def test_a_third_signal_exits_at_once(start: Start, amqp_url: str, queue_name: str) -> None:
+def test_every_further_signal_presses_harder_and_the_last_exits_at_once(
+    start: Start, amqp_url: str, queue_name: str
+) -> None:
     publish(amqp_url, queue_name, ["a"])
-    command = start("run", "shop:Stubborn", "--broker", amqp_url, QUEUE=queue_name)
+    options = ("--broker", amqp_url, "--cancel-timeout", "60")
+    command = start("run", "shop:Stubborn", *options, QUEUE=queue_name)
     command.wait_for("began a")
     command.signal()
     command.wait_for("stopping 1 consumers")
     command.signal()
     command.wait_for("survived")
+    command.signal()
+    wait_until(lambda: command.out.count("survived") > 1, within=5)
     command.signal()
     assert command.ends(within=2.0) == 1
     assert "drain: exit at once" in command.err
@@ -281,7 +286,7 @@ def test_a_drain_that_takes_too_long_exits_with_1(
     command.wait_for("began a")
     command.signal()
     assert command.ends() == 1
-    assert "(drain_timeout of 0.2 s is over)" in command.err
+    assert "stopping 1 consumers within 0.2 s" in command.err
     assert command.err.splitlines()[-1].startswith("greenconsume: work was abandoned")
 
 
@@ -296,8 +301,8 @@ def test_a_signal_ends_the_wait_for_an_unreachable_broker_at_once(
     command.signal(signum)
     assert command.ends() == 0
     assert monotonic() - began < 1.0
-    attempts = [line for line in command.err.splitlines() if "cannot connect" in line]
-    assert len(attempts) == 2
+    attempts = [int(number) for number in re.findall(r"attempt (\d+)", command.err)]
+    assert attempts == [*range(1, len(attempts) + 1)]  # a line for each, whatever waits for it
     assert "s3cret" not in command.err
 
 
