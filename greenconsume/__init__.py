@@ -12,6 +12,7 @@ What runs in a process::
 Where it is written; a module imports only what stands below it::
 
     cli            the command line: `greenconsume run MODULE:TARGET`, exit codes, signals
+    loading        what MODULE:TARGET names, as a runtime with the options that apply
     runtime        Runtime: all consumers of a process together
     targets        what may be spawned, and the broker it is spawned for
     supervisor     RestartPolicy; which failure restarts what, and the drain ladder

@@ -15,6 +15,7 @@ from gevent import GreenletExit
 from gevent.event import Event
 
 import greenconsume.logs  # noqa: F401  # for its hook: a consumer's errors belong in the log
+from greenconsume import transports
 from greenconsume.adapting import adapt
 from greenconsume.errors import AlreadyRunningError
 from greenconsume.events import ConsumerGivenUp, ConsumerState, emit
@@ -60,6 +61,8 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
 
     def __init__(self, consumer: Any, context: contextvars.Context | None = None) -> None:
         require_patched()
+        # Now, as the caller may use the same `Connection`: it keeps the transport that it first finds.
+        transports.register()
         adapted = adapt(consumer)
         lifecycle = lifecycle_of(adapted)
         if lifecycle.owned:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -172,8 +173,7 @@ class _Slot:
     ) -> Link:
         """Return the live link, waiting for the dialer as often as it takes."""
         returning = self._dialled and not self.live
-        self._waiting += 1
-        try:
+        with self._wanted():
             for retries in count():
                 stop.check()
                 if self.live and self.link is not None:
@@ -189,8 +189,6 @@ class _Slot:
                 else:
                     if returning:
                         self._spread(stop)
-        finally:
-            self._leave()
         raise AssertionError("unreachable")
 
     def _spread(self, stop: StopSignal) -> None:
@@ -199,36 +197,49 @@ class _Slot:
         if self._waiting > 1 and stop.wait(random.uniform(0, spread)):
             stop.check()
 
-    def _leave(self) -> None:
-        self._waiting -= 1
-        if self._waiting == 0 and self._dialer is not None:
-            # Nobody wants it any more. What it dials was never used, and closes its socket when killed.
-            self._dialer.kill(block=False)
+    @contextmanager
+    def _wanted(self) -> Iterator[None]:
+        self._waiting += 1
+        try:
+            yield
+        except BaseException:  # a kill too
+            if self._waiting == 1:
+                self._abandon()
+            raise
+        finally:
+            self._waiting -= 1
+
+    def _abandon(self) -> None:
+        """Nobody wants the link any more: end the dialer, or drop what it dialled and nobody used."""
+        if self._dialer is not None:
+            self._dialer.kill(block=False)  # it closes its socket
             self._dialer = None
+        elif self.live and self.link is not None and not self.link.sessions:
+            self.link.close()
 
     def _attempt(self, connection: Connection, stop: StopSignal | None) -> Link:
         ticket = _Ticket()
         self._tickets.append(ticket)
-        self._waiting += 1
         if self._dialer is None:
             self._dialer = gevent.spawn(self._dial, connection.clone())
             self._dialer.name = f"dialer of {connection.as_uri()}"
-        try:
-            wait(ticket.event, Deadline(None), stop)
-        finally:
-            self._leave()
-            if ticket in self._tickets:
-                self._tickets.remove(ticket)
-        if stop is not None:
-            stop.check()
-        if ticket.error is not None:
-            if ticket.delay is None or stop is None:
-                raise ticket.error
-            raise _AttemptFailed(ticket.error, ticket.delay)
-        if self.link is None or not self.link.connected:
-            lost = ConnectionResetError("the new link was lost at once")
-            raise _AttemptFailed(lost, FIRST_DELAY)
-        return self.link
+        with self._wanted():
+            try:
+                wait(ticket.event, Deadline(None), stop)
+            finally:
+                if ticket in self._tickets:
+                    self._tickets.remove(ticket)
+            if stop is not None:
+                stop.check()
+        error, delay = ticket.error, ticket.delay
+        if error is None and self.link is not None:
+            if self.link.connected:
+                return self.link
+            error, delay = ConnectionResetError("the new link was lost at once"), FIRST_DELAY
+        assert error is not None
+        if delay is None or stop is None:
+            raise error
+        raise _AttemptFailed(error, delay)
 
     def _dial(self, connection: Connection) -> None:
         try:
@@ -241,7 +252,7 @@ class _Slot:
 
     def _dial_once(self, connection: Connection, attempt: int, delay: float) -> bool:
         try:
-            self.link = connection.transport.dial()
+            link = connection.transport.dial()
         except _errors_of(connection) as exc:
             if not connection.completes_cycle(attempt - 1):
                 delay = 0.0  # the next of the failover URLs is tried at once
@@ -255,7 +266,10 @@ class _Slot:
         ) as exc:  # no broker's error, so trying again is no remedy: the waiter's to raise
             self._answer(exc, None)
             return True
-        self._dialled = True
+        if self._dialer is not gevent.getcurrent():  # all who waited have left, and a kill is under way
+            link.close()
+            return True
+        self.link, self._dialled = link, True
         self._answer(None, None)
         return True
 
@@ -306,9 +320,12 @@ def _interruptible(action: Callable[[], object], stop: StopSignal) -> None:
     greenlet = gevent.spawn(_outcome, action)
     done = Event()
     greenlet.rawlink(lambda _greenlet: done.set())
-    wait(done, Deadline(None), stop)
+    try:
+        wait(done, Deadline(None), stop)
+    finally:
+        if not greenlet.ready():
+            greenlet.kill(block=False)
     if not greenlet.ready():
-        greenlet.kill(block=False)
         stop.check()
     if greenlet.value is not None:
         raise greenlet.value

@@ -22,6 +22,7 @@ from kombu.utils.compat import nested
 from kombu.utils.encoding import safe_repr
 from kombu.utils.limits import TokenBucket
 
+from greenconsume import transports
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState
 from greenconsume.handlers import Handler, Handling, handling_of
@@ -150,6 +151,7 @@ class ConsumerMixin:
             _tokens: What one start costs.
             **kwargs: Passed to `consume`.
         """
+        transports.register()  # before kombu looks up the transport of our own connection, for good
         restart_limit = self.restart_limit
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
         try:

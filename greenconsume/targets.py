@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 import kombu
+from kombu import mixins as kombu_mixins
 
 from greenconsume import transports
 from greenconsume.errors import InvalidConsumerError
+from greenconsume.mixins import ConsumerMixin
 
 
 def connection_to(broker: Any) -> kombu.Connection:
@@ -75,12 +77,21 @@ def maker_of(target: Any, connection: kombu.Connection, replicas: Any) -> Callab
         ) from exc
     except ValueError:  # it has no signature to look at; calling it will tell
         pass
+    _require_get_consumers(target, name)
     return partial(target, connection)
+
+
+def _require_get_consumers(target: Any, name: str) -> None:
+    """Refuse a class that has the mixins' own `get_consumers` alone, which only raises."""
+    inherited = (ConsumerMixin.get_consumers, kombu_mixins.ConsumerMixin.get_consumers)
+    if getattr(target, "get_consumers", None) in inherited:
+        raise InvalidConsumerError(f"{name} has no get_consumers: define it")
 
 
 def _adopt(instance: Any, connection: kombu.Connection, replicas: int) -> None:
     """Check an instance, and give it the runtime's connection if it has none."""
     name = type(instance).__name__
+    _require_get_consumers(type(instance), name)
     if replicas != 1:
         raise InvalidConsumerError(
             f"an instance of {name} cannot have {replicas} replicas: spawn its class, or a function"

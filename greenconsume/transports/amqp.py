@@ -12,6 +12,7 @@ from typing import Any
 import amqp
 from gevent.lock import BoundedSemaphore
 from kombu.transport import pyamqp
+from kombu.utils.imports import symbol_by_name
 
 from greenconsume.stopping import StopSignal
 from greenconsume.transports.link import DEFAULT_HEARTBEAT, Link, LinkLostError
@@ -26,6 +27,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
 
     `transport_options` are those of `amqp.Connection`, and `close_timeout` and `call_timeout` of `Link`.
     Heartbeats are on, every 30 s, unless `heartbeat` says otherwise; `{"heartbeat": 0}` turns them off.
+    A callable password, or a `credential_provider`, is asked anew for each link that is dialled.
     """
 
     wakes = True
@@ -63,6 +65,9 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         client = self.client
         if not client.heartbeat and "heartbeat" not in (client.transport_options or {}):
             options["heartbeat"] = DEFAULT_HEARTBEAT
+        provider = getattr(client, "credential_provider", None)  # older kombus have none
+        if provider:
+            options.update(_credentials_from(provider))
         link = Link(**options)
         link.uri = client.as_uri()
         return link
@@ -73,11 +78,6 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         """As `Session.drain_events`."""
         connection.drain_events(timeout=timeout, stop=stop)
 
-    def _collect(self, connection: Session | None) -> None:
-        # kombu calls it, where it is there, in the place of `socket.setdefaulttimeout`.
-        if connection is not None:
-            connection.collect()
-
 
 class SSLTransport(Transport):
     """The same over TLS."""
@@ -86,6 +86,14 @@ class SSLTransport(Transport):
         super().__init__(*args, **kwargs)
         if not self.client.ssl:
             self.client.ssl = True
+
+
+def _credentials_from(provider: Any) -> dict[str, str]:
+    """Ask an object, or one of the class that a path names, as kombu's Redis transport has it."""
+    if isinstance(provider, str):
+        provider = symbol_by_name(provider)()
+    names = ("password", "userid")  # the user's name, which comes first, may be left out
+    return dict(zip(names, reversed(provider.get_credentials()), strict=False))
 
 
 __all__ = ["REFUSALS", "Link", "LinkLostError", "SSLTransport", "Session", "Transport"]

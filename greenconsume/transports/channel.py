@@ -85,6 +85,7 @@ class Channel(PublishingChannel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stale_count = 0
         self._consuming: set[str] = set()
+        self._announced: set[str] = set()  # the broker was told already that these end
         self.prefetch_count = 0
         self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
         self._ledger = Ledger()
@@ -101,6 +102,7 @@ class Channel(PublishingChannel):
         self.callbacks.clear()
         self.cancel_callbacks.clear()
         self._consuming.clear()
+        self._announced.clear()
         self._pausable.clear()
         self._ledger.clear()
 
@@ -126,6 +128,7 @@ class Channel(PublishingChannel):
         def register(_sig: Any, tag: str) -> None:
             self.callbacks[tag] = self._taker_of(callback)
             self._consuming.add(tag)
+            self._announced.discard(tag)
             if on_cancel:
                 self.cancel_callbacks[tag] = on_cancel
             change = self.no_ack_consumers.add if no_ack else self.no_ack_consumers.discard
@@ -180,7 +183,7 @@ class Channel(PublishingChannel):
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
         """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
-        if self.connection is None:
+        if self.connection is None or consumer_tag in self._announced:
             return None
         self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
         self.stop_dispatching(consumer_tag)
@@ -192,6 +195,7 @@ class Channel(PublishingChannel):
         In this order: the broker sends what it gets back to whoever still consumes.
         """
         tags = list(self._consuming)
+        self._announced.update(tags)
         for tag in tags:
             self._send_cancel(tag)
         for tag in tags:

@@ -19,7 +19,7 @@ from amqp.exceptions import (
 )
 from gevent.event import Event
 
-from greenconsume.stopping import Deadline, wait
+from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.transports.calls import CallingChannel
 from greenconsume.transports.frames import encode_publish
 
@@ -147,7 +147,7 @@ class PublishingChannel(CallingChannel):
 
     def _wait_publishable(self, timeout: float | None) -> None:
         stop = self._session.stop or self._session.publish_stop
-        self._link.wait_publishable(Deadline(timeout), stop, self.channel_id)
+        self.wait_publishable(Deadline(timeout), stop)
 
     def basic_publish_confirm(
         self, msg: amqp.Message, exchange: str = "", routing_key: str = "", **kwargs: Any
@@ -210,6 +210,25 @@ class PublishingChannel(CallingChannel):
         self._confirms[self._published] = confirm
         if confirm.mandatory or confirm.immediate:
             self._mandatory.setdefault(_key_of(confirm), []).append(confirm)
+
+    @property
+    def publishable(self) -> bool:
+        """Whether `wait_publishable` would return at once."""
+        return bool(self._link.is_publishable(self.channel_id))
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker blocks publishers on this channel's link."""
+        return self._link.blocked
+
+    @property
+    def lost(self) -> bool:
+        """Whether the channel cannot be used any more; one that the broker closed opens itself again."""
+        return self.connection is None or self._link.failure is not None
+
+    def wait_publishable(self, deadline: Deadline, stop: StopSignal | None = None) -> None:
+        """Wait while the broker blocks publishers, or too much is unsent; see `Link.wait_publishable`."""
+        self._link.wait_publishable(deadline, stop, self.channel_id)
 
     def _write_publish(self, message: amqp.Message, *address: Any) -> None:
         self._open_again()

@@ -220,7 +220,7 @@ def idle(options: dict[str, Any]) -> dict[str, float]:
     class Waits(mixin):  # type: ignore[misc,valid-type]  # chosen at run time
         def __init__(self, connection: Connection, number: int) -> None:
             self.connection = connection
-            self.queue = Queue(f"{options['queue']}.{number}", durable=False, auto_delete=True)
+            self.queue = Queue(f"{options['queue']}.{number}", durable=False)
 
         def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
             return [Consumer([self.queue], callbacks=[self.on_task], prefetch_count=10)]

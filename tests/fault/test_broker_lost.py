@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from greenconsume import Runtime
-from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
+from greenconsume.events import LinkDown, LinkUp, subscribe
 from greenconsume.transports.link import Link
 from greenconsume.transports.session import Session
 from tests.fault.consumers import (
@@ -43,10 +43,13 @@ def all_consume(runtime: Runtime, within: float = 10.0) -> float:
     return monotonic() - began
 
 
-def spawn_collectors(runtime: Runtime, queues: list[str], handled: Counter[Any]) -> None:
+def collectors(runtime: Runtime, queues: list[str]) -> Counter[Any]:
+    """Spawn the consumers, an equal share for each queue; returns what they handle."""
+    handled: Counter[Any] = Counter()
     for number in range(CONSUMER_COUNT):
         queue = queues[number % len(queues)]
         runtime.spawn(lambda c, queue=queue: Collector(c, queue, handled, PREFETCH))
+    return handled
 
 
 @pytest.mark.slow
@@ -59,36 +62,42 @@ def test_a_thousand_consumers_survive_the_loss_of_their_broker_under_load(
     queues = [f"{queue_name}-{number}" for number in range(QUEUE_COUNT)]
     for queue in queues:
         declare(amqp_url, queue)
-    handled: Counter[Any] = Counter()
     runtime = Runtime(connection_to(amqp_url), links=LINK_COUNT)
-    spawn_collectors(runtime, queues, handled)
+    handled = collectors(runtime, queues)
     publishing = ConfirmedPublisher(amqp_url, queues)
-    with observing(LinkDown, LinkUp, ConnectFailed) as events, publishing as publisher, runtime:
+    with observing(LinkDown) as lost, publishing as publisher, runtime:
         publisher.start(20)
         wait_until(lambda: len(handled) > 1000, within=20.0)
         before = socket_count(), alive(gevent.Greenlet)
         getattr(rabbitmq_fault, fault)()
-        gevent.sleep(0.5)
-        assert not any(child.greenlet.ready.is_set() for child in runtime.children)
+        wait_until(lambda: not any(child.greenlet.ready.is_set() for child in runtime.children))
         rabbitmq_fault.start()
         seconds = all_consume(runtime)
-        handled_when_back = len(handled)
-        wait_until(lambda: len(handled) > handled_when_back + 1000, within=20.0)
+        goal = len(handled) + 1000
+        wait_until(lambda: len(handled) > goal, within=20.0)
         assert (socket_count(), alive(gevent.Greenlet)) <= before
         publisher.stop()
         wait_until(lambda: publisher.confirmed <= handled.keys(), within=20.0)
-    print(f"\n{fault}: {CONSUMER_COUNT} consumers back {seconds:.2f} s after the broker,")
-    print(f"{len(publisher.confirmed)} confirmed, {duplicates(handled)} duplicates")
+    print(
+        f"\n{fault}: {CONSUMER_COUNT} consumers back {seconds:.2f} s after the broker, "
+        f"{len(publisher.confirmed)} messages confirmed, {duplicates(handled)} duplicates"
+    )
     assert seconds < 10.0
-    assert duplicates(handled) <= CONSUMER_COUNT * PREFETCH + 20
-    lost = [event for event in events if isinstance(event, LinkDown) and event.consumers > 1]
-    assert len(lost) == LINK_COUNT
-    assert sum(event.consumers for event in lost) == CONSUMER_COUNT
-    lines = [record for record in caplog.records if "is lost" in record.getMessage()]
-    assert {record.name for record in lines} == {"greenconsume.links"}
-    assert len(lines) == len([event for event in events if isinstance(event, LinkDown)])
-    assert len(caplog.records) < 60
+    assert duplicates(handled) <= CONSUMER_COUNT * PREFETCH
     assert all(queue_depth(amqp_url, queue) == 0 for queue in queues)
+    each_loss_is_told_once(lost, caplog.records)
+
+
+def each_loss_is_told_once(lost: list[LinkDown], records: list[logging.LogRecord]) -> None:
+    """One event and one line for each link; and little else, for a thousand consumers."""
+    consuming = [event.consumers for event in lost if event.consumers > 1]
+    assert len(consuming) == LINK_COUNT
+    # A broker that shuts down cancels first: some have a new session beside the one that closes.
+    assert sum(consuming) >= CONSUMER_COUNT
+    lines = [record for record in records if "is lost" in record.getMessage()]
+    assert {record.name for record in lines} == {"greenconsume.links"}
+    assert len(lines) == len(lost)
+    assert len(records) < 60
 
 
 def test_a_thousand_reconnects_leave_nothing_behind(make_peer, queue_name):
@@ -121,7 +130,7 @@ def test_a_thousand_reconnects_leave_nothing_behind(make_peer, queue_name):
 def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
     proxy, rabbitmq, amqp_url, queue_name
 ):
-    """HAZARDS rows 22 and 28: 30 consumers, 100 losses: a log line for each, no growth."""
+    """HAZARDS rows 22 and 28: ten consumers, a hundred losses: an event for each, no growth."""
     handled: Counter[Any] = Counter()
 
     def make(connection: Any) -> Collector:
@@ -136,7 +145,7 @@ def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
                 publish(amqp_url, queue_name, range(len(sent), len(sent) + 20))
                 sent.extend(range(20))
             proxy.cut()
-            wait_until(lambda: len(links) > up, within=5.0)
+            wait_until(lambda up=up: len(links) > up, within=5.0)
             all_consume(runtime)
         return socket_count(), alive(gevent.Greenlet), alive(Link), alive(Session)
 
@@ -146,7 +155,7 @@ def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
     sent: list[int] = []
     with observing(LinkUp) as links:
         with Runtime(connection_to(proxy.url)) as runtime:
-            runtime.spawn(make, replicas=30)
+            runtime.spawn(make, replicas=10)
             all_consume(runtime)
             before, memory = reconnect(10), psutil.Process().memory_info().rss
             after = reconnect(100)
@@ -155,7 +164,7 @@ def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
             wait_until(lambda: rabbitmq.connection_count(amqp_url) == 1, within=5.0)
     unsubscribe()
     print(
-        f"\n100 reconnects of 30 consumers: {grown / 1024:.0f} KB, {duplicates(handled)} duplicates"
+        f"\n100 reconnects of 10 consumers: {grown / 1024:.0f} KB, {duplicates(handled)} duplicates"
     )
     assert after == before
     assert grown < 4 << 20

@@ -71,9 +71,9 @@ def test_a_cut_at_any_byte_loses_nothing(proxy, amqp_url, queue_name):
         for first in range(0, count, 10):
             proxy.truncate_at(random.Random(first).randrange(1, 900))
             publish(amqp_url, queue_name, range(first, first + 10))
-            wait_until(lambda: len(lost) > cuts, within=5.0)
+            wait_until(lambda cuts=cuts: len(lost) > cuts, within=5.0)
             cuts = len(lost)
-            wait_until(lambda: greenlet.ready.is_set(), within=5.0)
+            wait_until(greenlet.ready.is_set, within=5.0)
         wait_until(everything(handled, count), within=20.0)
         stop_and_join(greenlet)
     assert duplicates(handled) <= PREFETCH * cuts
@@ -214,7 +214,7 @@ def test_a_hundred_consumers_of_one_link_come_back_from_every_fault(proxy, amqp_
         for fault in range(3):
             publish(amqp_url, queue_name, range(fault * 500, fault * 500 + 500))
             proxy.cut()
-            wait_until(lambda: len(links) == 2 * fault + 3, within=5.0)
+            wait_until(lambda n=2 * fault + 3: len(links) == n, within=5.0)
             wait_until(lambda: all(c.greenlet.ready.is_set() for c in runtime.children), within=5.0)
         wait_until(everything(handled, 1500), within=10.0)
         settled(amqp_url, queue_name)

@@ -182,6 +182,7 @@ def test_a_link_ends_while_its_writer_waits_for_the_broker(
     began = monotonic()
     connection.release()
     assert monotonic() - began < 1.0
+    proxy.resume()
     wait_until(lambda: proxy.open_count == 0)
     assert isinstance(waiting.get(timeout=SOON), RecoverableConnectionError)
     assert "Traceback" not in capfd.readouterr().err

@@ -31,6 +31,12 @@ class Brief(Orders):
 class Plain:
     pass
 
+class Bare(ConsumerMixin):
+    def __init__(self, connection):
+        self.connection = connection
+
+bare = Bare(None)
+
 class NeedsMore(Orders):
     def __init__(self, connection, shop):
         super().__init__(connection)
@@ -281,6 +287,8 @@ def test_a_mistyped_call_is_a_usage_error_that_names_the_help(
         ("shop:Oders", "shop has no Oders: did you mean Orders?"),
         ("shop:Orders.xyzzy", "shop has no Orders.xyzzy"),
         ("shop:Plain", "Plain has no get_consumers"),
+        ("shop:Bare", "Bare has no get_consumers"),
+        ("shop:bare", "Bare has no get_consumers"),
         ("shop:NeedsMore", "NeedsMore cannot be called with the connection alone"),
         ("shop:number", "5 is no consumer"),
         ("shop:make_nothing", "None is no consumer"),
