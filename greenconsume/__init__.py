@@ -13,13 +13,23 @@ Where it is written; a module imports only what stands below it::
 
     cli            the command line: `greenconsume run MODULE:TARGET`, exit codes, signals
     loading        what MODULE:TARGET names, as a runtime with the options that apply
+    publisher      Publisher: confirmed publishing from many greenlets
+    outbox         what a publisher has outstanding, and how it is written again
+    lane           the channel that an outbox writes to
+    publications   one message of a publisher, until it is confirmed or has failed
     runtime        Runtime: all consumers of a process together
+    signals        what SIGTERM and SIGINT do to it
+    blocking       the warning that something keeps every greenlet waiting
     targets        what may be spawned, and the broker it is spawned for
     supervisor     RestartPolicy; which failure restarts what, and the drain ladder
     greenlets      spawn, ConsumerGreenlet: one consumer's life
     adapting       how a plain kombu mixin becomes one of ours
     mixins         ConsumerMixin, ConsumerProducerMixin: kombu's interface
-    handlers       the boundary around the callbacks, their timeouts and their drain
+    draining       how one consumer's handlers are brought to their end, rung by rung
+    overdue        the warning that a message stays unsettled until the broker loses patience
+    batches        messages that a callback is given together
+    handlers       the boundary around the callbacks, and their timeouts
+    settings       what a consumer, its runtime or the defaults say of handlers, checked
     pools          the greenlets that callbacks run in: how many at once, in which order
     policies       Requeue, Reject: what becomes of a message whose handler failed
     deliveries     a message's life: settled once, on the channel it came from
@@ -43,10 +53,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "ConsumerGreenlet",
     "ConsumerMixin",
     "ConsumerProducerMixin",
     "HandlerTimeout",
+    "Publisher",
     "Reject",
     "Requeue",
     "RestartPolicy",
@@ -58,19 +70,23 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from greenconsume.batches import Batch
     from greenconsume.errors import HandlerTimeout, Shutdown
     from greenconsume.greenlets import ConsumerGreenlet, spawn
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
     from greenconsume.policies import Reject, Requeue
+    from greenconsume.publisher import Publisher
     from greenconsume.runtime import Runtime
     from greenconsume.supervisor import RestartPolicy
 else:
     _HOMES = {
+        "Batch": "batches",
         "ConsumerGreenlet": "greenlets",
         "ConsumerMixin": "mixins",
         "ConsumerProducerMixin": "mixins",
         "HandlerTimeout": "errors",
+        "Publisher": "publisher",
         "Reject": "policies",
         "Requeue": "policies",
         "RestartPolicy": "supervisor",

@@ -22,7 +22,7 @@ def adapt(consumer: Any) -> Any:
     Raises:
         InvalidConsumerError: It is no consumer.
     """
-    if isinstance(consumer, ConsumerMixin):
+    if isinstance(consumer, (ConsumerMixin, _Consumer)):
         return consumer
     if not callable(getattr(consumer, "get_consumers", None)) or not callable(
         getattr(consumer, "run", None)
@@ -38,33 +38,26 @@ def adapt(consumer: Any) -> Any:
     return consumer
 
 
+def _in_place_of(theirs: type, ours: type) -> type:
+    """Return a subclass of kombu's mixin with all that ours has.
+
+    As a further base of the user's class it comes after it and before kombu's, also for `super()`.
+    """
+    skipped = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"}
+    names = {name: value for name, value in vars(ours).items() if name not in skipped}
+    return type(ours.__name__, (theirs,), names)
+
+
+_Consumer = _in_place_of(kombu_mixins.ConsumerMixin, ConsumerMixin)
+_ConsumerProducer = _in_place_of(kombu_mixins.ConsumerProducerMixin, ConsumerProducerMixin)
+
 _adapted_classes: dict[type, type] = {}
 
 
 def _adapted(cls: type) -> type:
     """Return a subclass of `cls` that takes from us what `cls` takes from kombu."""
     if cls not in _adapted_classes:
-        ours: dict[str, Any] = {}
-        for mixin in (ConsumerMixin, ConsumerProducerMixin):
-            kombus = getattr(kombu_mixins, mixin.__name__)
-            if issubclass(cls, kombus):
-                ours.update(_replacements(cls, vars(mixin)))
-        _adapted_classes[cls] = type(cls.__name__, (cls,), {**ours, "__module__": cls.__module__})
+        produces = issubclass(cls, kombu_mixins.ConsumerProducerMixin)
+        ours = (_ConsumerProducer, _Consumer) if produces else (_Consumer,)
+        _adapted_classes[cls] = type(cls.__name__, (cls, *ours), {"__module__": cls.__module__})
     return _adapted_classes[cls]
-
-
-def _replacements(cls: type, names: Any) -> dict[str, Any]:
-    skipped = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"}
-    return {
-        name: value
-        for name, value in names.items()
-        if name not in skipped and _owner_of(cls, name) in _KOMBUS
-    }
-
-
-#: Where a name comes from that a user's class did not define.
-_KOMBUS = (None, kombu_mixins.ConsumerMixin, kombu_mixins.ConsumerProducerMixin)
-
-
-def _owner_of(cls: type, name: str) -> type | None:
-    return next((base for base in cls.__mro__ if name in vars(base)), None)

@@ -24,6 +24,15 @@ def is_settleable(message: Any) -> bool:
     return qos is None or message.delivery_tag in qos._delivered
 
 
+def is_live(message: Any) -> bool:
+    """Whether the channel that the message came from can still settle it."""
+    channel = message.channel
+    holds = getattr(channel, "holds", None)
+    if holds is not None and hasattr(message, "epoch"):
+        return bool(holds(message.epoch))
+    return not getattr(channel, "closed", False)
+
+
 class DelayedRequeues:
     """The failed messages of one consumer that wait before they go back to their queue.
 

@@ -110,13 +110,17 @@ class ConsumerGivenUp(Event):
 
 @dataclass(frozen=True, slots=True)
 class HandlerFailed(Event):
-    """A callback raised; `outcome` is what becomes of its message, in words. Never holds the body."""
+    """A callback raised; `outcome` is what becomes of its message, in words. Never holds the body.
+
+    Of a batch the tag and the key are those of its first message, and `message_count` is its length.
+    """
 
     consumer: str
     delivery_tag: Any
     routing_key: str
     error: BaseException
     outcome: str
+    message_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ class HandlerInterrupted(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConsumerDrained(Event):
-    """A consumer stopped: what became of the messages that it held."""
+    """A consumer stopped: what became of the messages that it held, as `Outcome` has it."""
 
     consumer: str
     finished: int
@@ -143,11 +147,54 @@ class ConsumerDrained(Event):
 
 @dataclass(frozen=True, slots=True)
 class PrefetchTooSmall(Event):
-    """A consumer's prefetch is below its concurrency: handlers will stand idle."""
+    """A consumer's prefetch is below its concurrency: handlers will stand idle, or batches not fill."""
 
     consumer: str
     prefetch: int
     concurrency: int
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KillSwitchTripped(Event):
+    """A consumer stops consuming for `pause` seconds: of its last `count` messages, `failed_count` failed."""
+
+    consumer: str
+    failed_count: int
+    count: int
+    pause: float
+
+
+@dataclass(frozen=True, slots=True)
+class KillSwitchReset(Event):
+    """A consumer whose kill switch had tripped `seconds` ago consumes again: a message was handled."""
+
+    consumer: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnsettledTooLong(Event):
+    """A message is unsettled for `seconds`; at `deadline` the broker closes its channel and takes it back."""
+
+    consumer: str
+    delivery_tag: Any
+    seconds: float
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class HubBlocked(Event):
+    """For `seconds` no greenlet has had a turn, because this code runs without ever waiting.
+
+    `consumer` is empty where it is no handler. Emitted in a thread of its own, as the hub is blocked: a hook
+    must not switch, and be as thread-safe as one is.
+    """
+
+    consumer: str
+    delivery_tag: Any
+    seconds: float
+    stack: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +203,15 @@ class StaleSettle(Event):
 
     delivery_tag: Any
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed(Event):
+    """Messages that nobody waited for were not published: how many in one hub turn, and the first's error."""
+
+    uri: str
+    count: int
+    error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +236,49 @@ class DrainEscalated(Event):
 class DrainFinished(Event):
     """A runtime has stopped: how many consumers stopped by themselves, and how many were killed.
 
-    `cancelled_handlers` were cancelled or killed; their messages are the broker's again.
+    Of all their handlers and messages: as `Outcome` has it.
     """
 
     drained: int
     killed: int
+    finished_handlers: int
+    given_back: int
     cancelled_handlers: int
+    killed_handlers: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a drain made of the messages in hand; no event, but what events tell.
+
+    Attributes:
+        finished: Handlers that ended by themselves.
+        given_back: Messages that went back before a handler had started.
+        cancelled: Handlers that ended when `Shutdown` was raised in them; their messages went back.
+        killed: Handlers that were killed; their messages were left to the broker.
+    """
+
+    finished: int = 0
+    given_back: int = 0
+    cancelled: int = 0
+    killed: int = 0
+
+    @property
+    def abandoned(self) -> int:
+        """How many handlers could not do their work."""
+        return self.cancelled + self.killed
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            self.finished + other.finished,
+            self.given_back + other.given_back,
+            self.cancelled + other.cancelled,
+            self.killed + other.killed,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.finished or self.given_back or self.abandoned)
 
 
 class Hook(Protocol):

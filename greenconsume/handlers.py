@@ -1,39 +1,39 @@
 """Owns the boundary around the user's callback: where it runs, what ends it, what its failure means.
 
 Whatever a callback raises stays here (law 5): it is never taken for the broker's error. The consumer
-lives on, the failure is told once with its traceback, and the message meets the consumer's policy.
-Called by `mixins`; callbacks run inline in the consumer's greenlet, or in a `HandlerPool`.
+lives on, the failure is told once with its traceback, and the message meets the consumer's policy. A
+callback that was interrupted has not failed: its message goes back unaltered.
+
+Callbacks run inline in the consumer's greenlet, or in a `HandlerPool`; either way in a copy of the
+consumer's context variables. Called by `mixins`; `draining` ends what runs here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from time import monotonic
+from collections.abc import Callable, Iterator, Sequence
+from json.scanner import make_scanner
+from types import FrameType
 from typing import Any
 
 import gevent
+from gevent import GreenletExit
 from gevent.event import Event
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
-from greenconsume.deliveries import DelayedRequeues, is_settleable
-from greenconsume.errors import HandlerTimeout, Interrupt, InvalidConsumerError, Shutdown
-from greenconsume.events import (
-    ConsumerDrained,
-    HandlerFailed,
-    HandlerInterrupted,
-    PrefetchTooSmall,
-    emit,
-)
-from greenconsume.lifecycle import Lifecycle, lifecycle_of
-from greenconsume.policies import FailurePolicy, Requeue
-from greenconsume.pools import HandlerPool, Job
-from greenconsume.stopping import FORK, Deadline, wait_open
+from greenconsume.deliveries import DelayedRequeues, is_live, is_settleable
+from greenconsume.errors import HandlerTimeout, Interrupt, Shutdown, StoppedError
+from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
+from greenconsume.lifecycle import Lifecycle
+from greenconsume.pools import ALONE, HandlerPool, Job
+from greenconsume.settings import Settings
+from greenconsume.stopping import FORK
 
+#: Seconds between two attempts to kill a handler that goes on, where `cancel_timeout` says less.
+_PATIENCE = 1.0
 #: What `json.loads` calls in the end; without white space around, nothing else is left of it.
-_scan = json.JSONDecoder().scan_once
+_scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
 
 
 def decode(message: Any) -> Any:
@@ -57,23 +57,12 @@ def decode(message: Any) -> Any:
         return message.decode()
     try:
         decoded, end = _scan(body, 0)
-    except (ValueError, StopIteration):
+    except (ValueError, StopIteration, RecursionError):
         return message.decode()  # which says what is wrong with it in kombu's words
     if end != len(body):
         return message.decode()
     message._decoded_cache = decoded
     return decoded
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a consumer's handlers run; see `ConsumerMixin`."""
-
-    on_error: FailurePolicy
-    handler_timeout: float | None
-    drain_timeout: float
-    cancel_timeout: float
-    auto_settle: bool
 
 
 class Handler:
@@ -100,81 +89,108 @@ class Handler:
 
 
 class Handling:
-    """One consumer's handlers: the pool they run in, their policy, and how a stop ends them.
+    """One consumer's handlers: where they run, and what becomes of their messages.
 
     Args:
         life: The consumer's lifecycle. In a greenlet that is not greenconsume's own (`owned`), what is no
             `Exception` (a kill, a `gevent.Timeout`, `SystemExit`) may be meant for somebody else's
             code, and passes.
         settings: How they run.
+
+    Attributes:
         pool: Where they run; None: inline.
-        partition: The key of a message, for a pool that keeps an order.
+        idle: Set while none runs.
+        requeues: The failed messages that wait to go back.
+        given_back: How many messages were given back that no handler had started.
+        cancelled: How many handlers a shutdown ended.
     """
 
-    def __init__(
-        self,
-        life: Lifecycle,
-        settings: Settings,
-        pool: HandlerPool | None = None,
-        partition: Callable[[Any], Hashable] | None = None,
-    ) -> None:
+    def __init__(self, life: Lifecycle, settings: Settings) -> None:
         self.settings = settings
-        self.pool = pool
-        self._partition = partition
         self.requeues = DelayedRequeues()
-        self.finished = self.given_back = self.cancelled = self.killed = 0
+        self.given_back = self.cancelled = 0
+        self.pool: HandlerPool | None = None
         self._life = life
-        self._inline = Job(lambda job: None, None)
-        self._climber: Any = None
+        self._inline: set[Job] = set()
+        if settings.concurrency is None:
+            self.idle = Event()
+            self.idle.set()
+        else:
+            self.pool = HandlerPool(life.name, settings.concurrency, self._work, settings.slots)
+            self.idle = self.pool.idle
 
-    # -- one message ----------------------------------------------------------------------------
+    # -- where it runs --------------------------------------------------------------------------
 
     def submit(self, consumer: Any, message: Any) -> None:
         """Handle `message` in the pool; one that the stop overtakes is given back."""
         assert self.pool is not None
-        job = Job(self._work, message, consumer)
-        if self._partition is not None:
+        job = Job(message, consumer)
+        if self.settings.partition is not None:
             try:
-                job.key = self._partition(message)
-                hash(job.key)
+                key = self.settings.partition(message)
+                hash(key)
             except Exception as exc:  # the user's code, as much as the handler is
                 self._failed(job, exc)
                 return
-        if self._life.stop.is_set() or not self.pool.submit(job, self._life.stop):
-            self._give_back(message)
+            job.key = ALONE if key is None else key
+        if not self.pool.submit(job, self._life.stop, self._is_wanted):
+            self.give_back(message)
+
+    def _is_wanted(self, job: Job) -> bool:
+        # What a lost link had delivered comes again; what needs no ack does not.
+        return getattr(job.consumer, "no_ack", False) or is_live(job.message)
 
     def handle(self, consumer: Any, message: Any) -> None:
         """Handle `message` here and now."""
-        job = self._inline
-        job.message, job.consumer, job.greenlet = message, consumer, gevent.getcurrent()
+        job = Job(message, consumer)
+        self._inline.add(job)
+        self.idle.clear()
         try:
-            self._work(job)
+            job.run(self._work)
         finally:
-            job.greenlet = None
-            if self._climber is not None:
-                self._climber.inline_done.set()
+            self._inline.discard(job)
+            if not self._inline:
+                self.idle.set()
+
+    def fit_prefetch(self, consumer: Any) -> None:
+        """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
+        if self.pool is None:
+            return
+        chosen = self.prefetch_of(consumer)
+        if chosen is None:
+            # As much again as runs, so that the next message is at hand when a handler ends.
+            consumer.qos(prefetch_count=min(2 * self.pool.size, 65535))
+        elif 0 < chosen < self.pool.size:
+            emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))
+
+    @staticmethod
+    def prefetch_of(consumer: Any) -> int | None:
+        """Return the prefetch that the consumer or its channel sets, if one does."""
+        chosen: int | None = getattr(consumer, "prefetch_count", None)
+        if chosen is None:
+            chosen = getattr(consumer.channel, "prefetch_count", 0) or None
+        return chosen
+
+    # -- one message ----------------------------------------------------------------------------
 
     def _work(self, job: Job) -> None:
-        alarm = self.settings.handler_timeout and _Alarm(self, job)
         try:
-            self._receive(job.consumer, job.message)
-            if self.settings.auto_settle and is_settleable(job.message):
+            if self.settings.handler_timeout is None:
+                self._receive(job.consumer, job.message)
+            else:
+                with _Alarm(self, job, self.settings.handler_timeout):
+                    self._receive(job.consumer, job.message)
+            if job.interrupted is not None and self._is_unsettled(job.message):
+                raise job.interrupted  # it was swallowed, and the work is not done
+            if self.settings.auto_settle and self._is_unsettled(job.message):
                 job.message.ack()
-        except Shutdown:
-            self.cancelled += 1
-            self._give_back(job.message)
-        except (
-            Exception,
-            HandlerTimeout,
-        ) as exc:  # the boundary: what the user's code raises ends here
-            self._failed(job, exc)
-        except BaseException as exc:
-            if not self._is_the_handlers_own(job, exc):
+        except BaseException as exc:  # the boundary: what the user's code raises ends here
+            job.shields += 1  # what follows is not the handler's any more
+            if not self._ends_here(job, exc):
                 raise
-            self._failed(job, exc)
-        finally:
-            if alarm:
-                alarm.stop()
+
+    def _is_unsettled(self, message: Any) -> bool:
+        return is_settleable(message)
 
     @staticmethod
     def _receive(consumer: Any, message: Any) -> None:
@@ -195,24 +211,53 @@ class Handling:
             return
         consumer.receive(body, message)
 
-    def _is_the_handlers_own(self, job: Job, exc: BaseException) -> bool:
-        if job.killed or isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+    def _ends_here(self, job: Job, exc: BaseException) -> bool:
+        """Settle what a handler that raised leaves behind; return whether its exception goes no further."""
+        if self._is_foreign(job, exc):
             return False
-        if isinstance(exc, SystemExit) and self._life.stop.reason == FORK:
-            return False  # a forked child that exits, in a copy of the handler
-        if job is not self._inline:
+        if job.killed:
+            return True  # the message is the broker's: the channel closes
+        if self._is_cancelled(job, exc):
+            self.cancelled += 1
+            self.give_back(job.message, started=True)
+        elif isinstance(exc, GreenletExit) and job.interrupted is not None:
+            self._failed(job, job.interrupted)  # it swallowed its timeout, and was killed
+        else:
+            self._failed(job, exc)
+        return True
+
+    def _is_foreign(self, job: Job, exc: BaseException) -> bool:
+        """Whether `exc` is meant for the greenlet itself, or for the whole process."""
+        if isinstance(exc, (Exception, Interrupt)):
+            return False
+        if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
             return True
-        return self._life.owned and not getattr(gevent.getcurrent(), "killed", False)
+        if isinstance(exc, SystemExit) and self._life.stop.reason == FORK:
+            return True  # a forked child that exits, in a copy of the handler
+        if job.killed or job.interrupted is not None or job not in self._inline:
+            return False
+        return not self._life.owned or getattr(gevent.getcurrent(), "killed", False)
+
+    def _is_cancelled(self, job: Job, exc: BaseException) -> bool:
+        # Whatever a handler makes of its Shutdown: it has not failed by itself.
+        if isinstance(exc, StoppedError):
+            return self._life.stop.is_set()  # a wait of this package's own that the stop ended
+        return isinstance(exc, Shutdown) or isinstance(job.interrupted, Shutdown)
 
     def _failed(self, job: Job, exc: BaseException) -> None:
         message = job.message
-        outcome = "left as the handler settled it"
-        if is_settleable(message):
-            outcome = self._settle_failed(message, exc)
-        elif not message.acknowledged:
-            outcome = "lost: its consumer takes messages without acknowledging them"
+        outcome = self._outcome_of(message, exc)
         routing_key = str(message.delivery_info.get("routing_key", ""))
-        emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome))
+        count = len(message) if isinstance(message, Sequence) else 1
+        emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome, count))
+
+    def _outcome_of(self, message: Any, exc: BaseException) -> str:
+        """Have a failed message meet the policy, and return in words what became of it."""
+        if is_settleable(message):
+            return self._settle_failed(message, exc)
+        if message.acknowledged:
+            return "left as the handler settled it"
+        return "lost: its consumer takes messages without acknowledging them"
 
     def _settle_failed(self, message: Any, exc: BaseException) -> str:
         try:
@@ -222,201 +267,91 @@ class Handling:
                 self.requeues.add(message, 1.0)
             return f"requeued in 1 s, because its policy failed: {error!r}"
 
-    def _give_back(self, message: Any) -> None:
-        self.given_back += 1
+    def give_back(self, message: Any, started: bool = False) -> None:
+        """Put a message back into its queue, unaltered."""
         if is_settleable(message):
+            self.given_back += not started
             message.requeue()
 
-    # -- the drain ------------------------------------------------------------------------------
+    def complete(self) -> None:
+        """No more messages come, though the consumer was not stopped: here, nothing waits for more."""
+
+    # -- ending handlers --------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
         """Whether a handler runs."""
-        return self._inline.greenlet is not None or (self.pool is not None and bool(self.pool.jobs))
+        return bool(self._inline) or (self.pool is not None and bool(self.pool.jobs))
 
-    def begin(self) -> None:
-        """The consumer consumes: from now on a stop begins the drain."""
+    def unstarted(self) -> Iterator[Job]:
+        """Yield, and forget, the jobs that wait for their turn."""
         if self.pool is not None:
-            self.pool.open()
-        self._life.stop.link(self._on_stop)
-
-    def end(self) -> None:
-        """The consumer has left its loop: wait, up to the ladder's end, for the handlers that still run.
-
-        Switches: yes, if one runs.
-        """
-        self._life.stop.unlink(self._on_stop)
-        climber = self._climber or _Climber(self)
-        if self._climber is None:
-            climber.climb()
-        else:
-            climber.greenlet.join()
-        self._climber = None
-
-    def finish(self) -> None:
-        """The consumer stops: wait for handlers that a lost link left running, and tell how it went."""
-        began = monotonic()
-        if self.busy:
-            self.end()
-        if self.finished or self.given_back or self.cancelled or self.killed:
-            emit(
-                ConsumerDrained(
-                    self._life.name,
-                    self.finished,
-                    self.given_back,
-                    self.cancelled,
-                    self.killed,
-                    monotonic() - began,
-                )
-            )
-
-    def abandon(self) -> None:
-        """The consumer was killed: its handlers are, too; their messages are left to the broker."""
-        for job in self.running():
-            if job is not self._inline:
-                self.kill(job, "its consumer was killed")
-
-    def fit_prefetch(self, consumer: Any) -> None:
-        """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
-        if self.pool is None:
-            return
-        chosen = getattr(consumer, "prefetch_count", None)
-        if chosen is None:
-            chosen = getattr(consumer.channel, "prefetch_count", 0) or None
-        if chosen is None:
-            # As much again as runs, so that the next message is at hand when a handler ends.
-            consumer.qos(prefetch_count=min(2 * self.pool.size, 65535))
-        elif 0 < chosen < self.pool.size:
-            emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))
-
-    def retire(self) -> None:
-        """Let go of idle greenlets; running handlers, left by a lost link, end by themselves."""
-        self._life.stop.unlink(self._on_stop)
-        self.requeues.cancel()
-        if self.pool is not None:
-            self.pool.close()
-
-    def _on_stop(self) -> None:
-        # In the hub. An idle consumer, one of thousands, needs no greenlet to be drained.
-        if self._climber is None and self.busy:
-            self._climber = _Climber(self)
-            self._climber.greenlet = gevent.spawn(self._climber.climb)
-
-    def return_unstarted(self) -> None:
-        """Give back what waits for its partition's turn."""
-        for job in self.pool.unstarted() if self.pool is not None else ():
-            self._give_back(job.message)
+            yield from self.pool.unstarted()
 
     def running(self) -> list[Job]:
         """Return the jobs that run now."""
-        jobs = list(self.pool.jobs) if self.pool is not None else []
-        return [*jobs, self._inline] if self._inline.greenlet is not None else jobs
+        return [*self._inline, *(self.pool.jobs if self.pool is not None else ())]
 
     def interrupt(self, job: Job, interrupt: Interrupt, reason: str) -> None:
         """Raise `interrupt` in a running handler. Never switches."""
         emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, False))
-        gevent.get_hub().loop.run_callback(job.raise_inside, interrupt)
+        job.interrupt(interrupt)
 
-    def kill(self, job: Job, reason: str) -> None:
-        """Kill a handler that did not end; its message is left to the broker. Never switches."""
+    def kill(self, job: Job, reason: str, by_force: bool) -> None:
+        """Kill a handler that did not end, and no more than it: see `Job.kill`. Never switches."""
         emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, True))
-        job.kill()
+        job.kill(by_force)
+
+    def retire(self) -> None:
+        """Let go of what waits and of idle greenlets: the channel closes. Never switches.
+
+        What has not started is the broker's again; handlers that run end by themselves.
+        """
+        self.requeues.cancel()
+        for _ in self.unstarted():
+            pass  # forgotten
+        if self.pool is not None:
+            self.pool.close()
 
 
-def handling_of(consumer: Any) -> Handling:
-    """Return the consumer's handling, made on first use from its attributes and its runtime's defaults."""
-    life = lifecycle_of(consumer)
-    if life.handling is None:
-        size = _setting(consumer, "concurrency", None)
-        pool = None if size is None else HandlerPool(life.name, size, life.defaults.get("slots"))
-        partition = _partition(_setting(consumer, "partition_by", None))
-        if partition is not None and pool is None:
-            raise InvalidConsumerError(
-                f"{life.name} has partition_by but no concurrency: inline everything is in order anyway"
-            )
-        settings = Settings(
-            on_error=_setting(consumer, "on_error", Requeue()),
-            handler_timeout=_setting(consumer, "handler_timeout", None),
-            drain_timeout=_setting(consumer, "drain_timeout", 30.0),
-            cancel_timeout=_setting(consumer, "cancel_timeout", 5.0),
-            auto_settle=bool(_setting(consumer, "auto_settle", False)),
-        )
-        life.handling = Handling(life, settings, pool, partition)
-    handling: Handling = life.handling
-    return handling
-
-
-def _setting(consumer: Any, name: str, default: Any) -> Any:
-    own = getattr(consumer, name, None)
-    return lifecycle_of(consumer).defaults.get(name, default) if own is None else own
-
-
-def _partition(by: Any) -> Callable[[Any], Hashable] | None:
-    if by is None or callable(by):
-        return by  # type: ignore[no-any-return]  # the user's
-    if by == "routing_key":
-        return lambda message: message.delivery_info.get("routing_key")
-    return lambda message: message.headers.get(by)
-
-
-class _Climber:
-    """The drain ladder of one consumer's handlers: wait, interrupt, kill."""
-
-    def __init__(self, handling: Handling) -> None:
-        self._handling = handling
-        self.inline_done = Event()
-        self.greenlet: Any = None
-
-    def climb(self) -> None:
-        handling, rungs = self._handling, self._handling._life.rungs
-        started = len(handling.running())
-        handling.return_unstarted()
-        settings = handling.settings
-        if not self._wait(Deadline(settings.drain_timeout), rungs.cancel):
-            why = rungs.cancel.reason or f"drain_timeout of {settings.drain_timeout:g} s is over"
-            for job in handling.running():
-                handling.interrupt(job, Shutdown(why), why)
-            if not self._wait(Deadline(settings.cancel_timeout), rungs.kill):
-                why = (
-                    rungs.kill.reason or f"cancel_timeout of {settings.cancel_timeout:g} s is over"
-                )
-                for job in handling.running():
-                    handling.killed += 1
-                    handling.kill(job, why)
-                self._wait(Deadline(1.0), None)
-        handling.finished += started - handling.cancelled - handling.killed
-
-    def _wait(self, deadline: Deadline, hurry: Any) -> bool:
-        pool = self._handling.pool
-        gate = self.inline_done if pool is None else pool.idle
-        return not self._handling.busy or wait_open(gate, deadline, hurry)
+def handler_in(frame: FrameType | None) -> tuple[str, Any]:
+    """Return the consumer and the delivery tag whose handler a stack of frames runs, or ("", None)."""
+    while frame is not None:
+        if frame.f_code is Handling._work.__code__:
+            handling, job = frame.f_locals["self"], frame.f_locals["job"]
+            return handling._life.name, job.message.delivery_tag
+        frame = frame.f_back
+    return "", None
 
 
 class _Alarm:
     """Interrupts one handler at its `handler_timeout`, and kills it where it goes on all the same."""
 
-    __slots__ = ("_handling", "_job", "_message", "_timer")
+    __slots__ = ("_handling", "_job", "_seconds", "_timer")
 
-    def __init__(self, handling: Handling, job: Job) -> None:
-        self._handling, self._job, self._message = handling, job, job.message
-        self._start(handling.settings.handler_timeout or 0.0, self._time_out)
+    def __init__(self, handling: Handling, job: Job, seconds: float) -> None:
+        self._handling, self._job, self._seconds = handling, job, seconds
+
+    def __enter__(self) -> None:
+        self._start(self._seconds, self._time_out)
+
+    def __exit__(self, *_exc: object) -> None:
+        self._timer.stop()
+        self._timer.close()
 
     def _start(self, seconds: float, action: Callable[[], None]) -> None:
         self._timer = gevent.get_hub().loop.timer(seconds)
         self._timer.start(action)
 
+    def _again(self, seconds: float, action: Callable[[], None]) -> None:
+        self.__exit__()
+        self._start(seconds, action)
+
     def _time_out(self) -> None:
-        self.stop()
-        seconds = self._handling.settings.handler_timeout or 0.0
-        self._start(self._handling.settings.cancel_timeout, self._kill)
-        self._handling.interrupt(
-            self._job, HandlerTimeout(seconds), f"handler_timeout of {seconds:g} s is over"
-        )
+        reason = f"handler_timeout of {self._seconds:g} s is over"
+        self._again(self._handling.settings.cancel_timeout, self._kill)
+        self._handling.interrupt(self._job, HandlerTimeout(self._seconds), reason)
 
     def _kill(self) -> None:
-        self.stop()
-        self._handling.kill(self._job, "it went on after its handler_timeout")
-
-    def stop(self) -> None:
-        self._timer.stop()
-        self._timer.close()
+        self._again(max(self._handling.settings.cancel_timeout, _PATIENCE), self._kill)
+        self._handling.kill(self._job, "it goes on after its handler_timeout", by_force=False)

@@ -23,7 +23,7 @@ class Lifecycle:
     __slots__ = (
         "_rungs",
         "defaults",
-        "handling",
+        "drain",
         "links",
         "name",
         "owned",
@@ -38,7 +38,7 @@ class Lifecycle:
         self.state = ConsumerState.STARTING
         self.ready = Event()  # set while consuming
         self.links: Any = None  # the LinkPool it connects over; None: one of its own
-        self.handling: Any = None  # its handlers, once it consumed
+        self.drain: Any = None  # its handlers and how they end, once it connected
         self.defaults: dict[str, Any] = {}  # what its runtime sets where the consumer does not
         self._rungs: Rungs | None = None
         self.owned = False  # it runs in a ConsumerGreenlet: no foreign code below it on the stack

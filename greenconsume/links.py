@@ -29,6 +29,8 @@ OnError = Callable[[BaseException, float], object]
 
 FIRST_DELAY = 1.0
 MAX_DELAY = 4.0
+#: Seconds between two questions to a consumer that can only be asked whether it is to stop.
+ASK_INTERVAL = 1.0
 #: Consumers come back to a new link spread over this many seconds each, up to MAX_SPREAD in all.
 _SPREAD = 0.001
 _MAX_SPREAD = 2.0
@@ -69,6 +71,7 @@ class LinkPool:
         on_error: OnError | None = None,
         max_retries: int | None = None,
         publishing: bool = False,
+        ask: Callable[[], object] | None = None,
     ) -> None:
         """Connect `connection`, trying until it succeeds, over a shared link where its transport has them.
 
@@ -78,6 +81,7 @@ class LinkPool:
             on_error: Called after every failed attempt, in this greenlet.
             max_retries: How many failures are followed by another attempt; None: all.
             publishing: The link must not be one that consumes: the broker blocks publishers by link.
+            ask: Says, when it is asked, whether to stop; for a consumer whose stop nothing signals.
 
         Raises:
             StoppedError: `stop` was set.
@@ -88,12 +92,26 @@ class LinkPool:
         """
         transports.register()
         transports.require_green(connection)
+        with _asking(stop, ask) as stop:
+            self._connect(connection, stop, on_error, max_retries, publishing)
+
+    def _connect(
+        self,
+        connection: Connection,
+        stop: StopSignal,
+        on_error: OnError | None,
+        max_retries: int | None,
+        publishing: bool,
+    ) -> None:
         if not isinstance(connection.transport, Transport):
             _connect_alone(connection, stop, on_error, max_retries)
             return
+        slots = self._slots.setdefault(_broker_of(connection, publishing), [])
         while True:
-            slot = self._choose(connection, publishing)
+            slot = self._choose(slots)
             link = slot.wait_for_link(connection, stop, on_error, max_retries)
+            # What one link has learned holds for all: else its sessions fill the next one the same way.
+            link.make_room(max(each.session_size for each in slots))
             if link.has_room:
                 break
         connection.transport.acquire = slot.link_for(connection)
@@ -112,8 +130,7 @@ class LinkPool:
         """How many links are open."""
         return sum(slot.live for slots in self._slots.values() for slot in slots)
 
-    def _choose(self, connection: Connection, publishing: bool) -> _Slot:
-        slots = self._slots.setdefault(_broker_of(connection, publishing), [])
+    def _choose(self, slots: list[_Slot]) -> _Slot:
         with_room = [slot for slot in slots if slot.has_room]
         if len(slots) < self.size or not with_room:
             slots.append(_Slot())
@@ -149,6 +166,10 @@ class _Slot:
     @property
     def load(self) -> int:
         return self._waiting + (len(self.link.sessions) if self.live and self.link else 0)
+
+    @property
+    def session_size(self) -> int:
+        return self.link.session_size if self.link else 1
 
     @property
     def has_room(self) -> bool:
@@ -266,9 +287,10 @@ class _Slot:
         ) as exc:  # no broker's error, so trying again is no remedy: the waiter's to raise
             self._answer(exc, None)
             return True
-        if self._dialer is not gevent.getcurrent():  # all who waited have left, and a kill is under way
-            link.close()
+        if self._dialer is not gevent.getcurrent():
+            link.close()  # all who waited have left, and a kill is under way
             return True
+        link.make_room(self.session_size)
         self.link, self._dialled = link, True
         self._answer(None, None)
         return True
@@ -293,6 +315,31 @@ class _AttemptFailed(Exception):
         super().__init__(error)
         self.error = error
         self.delay = delay
+
+
+@contextmanager
+def _asking(stop: StopSignal, ask: Callable[[], object] | None) -> Iterator[StopSignal]:
+    """Give a signal that is set with `stop`, and also when `ask`, every now and then, says so."""
+    if ask is None:
+        yield stop
+        return
+    either = StopSignal()
+
+    def follow() -> None:
+        either.set(stop.reason or "should_stop")
+
+    def watch() -> None:
+        while not either.wait(ASK_INTERVAL):
+            if ask():
+                follow()
+
+    stop.link(follow)
+    watcher = gevent.spawn(watch)
+    try:
+        yield either
+    finally:
+        watcher.kill(block=False)
+        stop.unlink(follow)
 
 
 def _connect_alone(

@@ -27,12 +27,17 @@ from greenconsume.events import (
     Event,
     HandlerFailed,
     HandlerInterrupted,
+    HubBlocked,
+    KillSwitchReset,
+    KillSwitchTripped,
     LinkBlocked,
     LinkDown,
     LinkUp,
     PollingTransport,
     PrefetchTooSmall,
+    PublishFailed,
     StaleSettle,
+    UnsettledTooLong,
     subscribe,
 )
 
@@ -44,13 +49,14 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message", 
 
 
 class Line(NamedTuple):
-    """What an event becomes: its logger, level and words, and the error whose traceback is shown."""
+    """What an event becomes: its logger, level and words, and the traceback or stack that is shown."""
 
     module: str
     level: int
     text: str
     args: tuple[object, ...] = ()
     error: BaseException | None = None
+    stack: str | None = None
 
 
 def log(event: Event, /) -> None:
@@ -59,7 +65,11 @@ def log(event: Event, /) -> None:
     logger = _logger(line.module)
     if logger.isEnabledFor(line.level):
         extra = {"greenconsume": _fields(event)}
-        logger.log(line.level, line.text, *line.args, exc_info=line.error, extra=extra)
+        if line.stack is None:
+            logger.log(line.level, line.text, *line.args, exc_info=line.error, extra=extra)
+        else:  # another one than the caller's, which is all that `stack_info` gives
+            where = (logger.name, line.level, __file__, 0, line.text, line.args)
+            logger.handle(logger.makeRecord(*where, None, None, extra, line.stack))
 
 
 class JSONFormatter(logging.Formatter):
@@ -79,6 +89,8 @@ class JSONFormatter(logging.Formatter):
         )
         if record.exc_info:
             shown["traceback"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            shown["stack"] = record.stack_info
         return redact(json.dumps(shown, default=str))
 
 
@@ -184,9 +196,11 @@ def _(event: ConsumerGivenUp) -> Line:
 
 @describe.register
 def _(event: HandlerFailed) -> Line:
-    text = "consumer %s failed on message %s (routing key %r) with %s: %s"
+    text = "consumer %s failed on %s %s (routing key %r) with %s: %s"
+    count = event.message_count
     args = (
         event.consumer,
+        "message" if count == 1 else f"a batch of {count} messages that begins with",
         event.delivery_tag,
         event.routing_key,
         _words(event.error),
@@ -196,9 +210,50 @@ def _(event: HandlerFailed) -> Line:
 
 
 @describe.register
+def _(event: KillSwitchTripped) -> Line:
+    text = "kill switch of %s: %d of %d messages failed; it consumes nothing for %.1f s, then one"
+    args = (event.consumer, event.failed_count, event.count, event.pause)
+    return Line("switches", logging.WARNING, text, args)
+
+
+@describe.register
+def _(event: KillSwitchReset) -> Line:
+    text = "kill switch of %s: a message was handled after %.1f s; it consumes again"
+    return Line("switches", logging.INFO, text, (event.consumer, event.seconds))
+
+
+@describe.register
+def _(event: UnsettledTooLong) -> Line:
+    text = (
+        "consumer %s: message %s has been unsettled for %.0f s; at %.0f s the broker closes the channel, "
+        "and delivers everything on it again"
+    )
+    args = (event.consumer, event.delivery_tag, event.seconds, event.deadline)
+    return Line("deliveries", logging.WARNING, text, args)
+
+
+@describe.register
+def _(event: HubBlocked) -> Line:
+    text = (
+        "the whole process has been blocked for %.1f s by %s: it computes, or waits, without gevent"
+    )
+    who = "code outside of handlers"
+    if event.consumer:
+        who = f"consumer {event.consumer}, message {event.delivery_tag}"
+    return Line("blocking", logging.WARNING, text, (event.seconds, who), stack=event.stack)
+
+
+@describe.register
 def _(event: StaleSettle) -> Line:
     text = "message %s was settled after its channel was gone: the broker has it back (%d so far)"
     return Line("deliveries", logging.DEBUG, text, (event.delivery_tag, event.count))
+
+
+@describe.register
+def _(event: PublishFailed) -> Line:
+    text = "%d messages for %s that nobody waited for were not published; the first: %s"
+    args = (event.count, redact(event.uri), _words(event.error))
+    return Line("publisher", logging.ERROR, text, args)
 
 
 @describe.register
@@ -215,35 +270,44 @@ def _(event: DrainEscalated) -> Line:
 
 @describe.register
 def _(event: DrainFinished) -> Line:
-    level = logging.WARNING if event.killed or event.cancelled_handlers else logging.INFO
-    text = "stopped in %.2f s: %d consumers drained, %d killed; %d handlers cancelled"
-    numbers = (event.seconds, event.drained, event.killed, event.cancelled_handlers)
-    return Line("runtime", level, text, numbers)
+    abandoned = event.killed or event.cancelled_handlers or event.killed_handlers
+    level = logging.WARNING if abandoned else logging.INFO
+    text = (
+        "stopped in %.2f s: consumers: %d drained, %d killed; "
+        "handlers: %d finished, %d cancelled, %d killed; messages given back: %d"
+    )
+    handlers = (event.finished_handlers, event.cancelled_handlers, event.killed_handlers)
+    args = (event.seconds, event.drained, event.killed, *handlers, event.given_back)
+    return Line("runtime", level, text, args)
 
 
 @describe.register
 def _(event: HandlerInterrupted) -> Line:
-    text = "%s: %s the handler of message %s: %s"
+    text = "consumer %s: %s the handler of message %s: %s"
     what = "killed" if event.killed else "interrupted"
     args = (event.consumer, what, event.delivery_tag, event.reason)
-    level = logging.WARNING if event.killed else logging.DEBUG  # a drain sums up those it interrupts
+    # A drain sums up those that it interrupts.
+    level = logging.WARNING if event.killed else logging.DEBUG
     return Line("handlers", level, text, args)
 
 
 @describe.register
 def _(event: ConsumerDrained) -> Line:
     level = logging.WARNING if event.cancelled or event.killed else logging.DEBUG
-    text = "%s drained: %d finished, %d given back, %d cancelled, %d killed"
-    numbers = (event.finished, event.given_back, event.cancelled, event.killed)
+    text = "consumer %s drained: handlers: %d finished, %d cancelled, %d killed; messages given back: %d"
+    numbers = (event.finished, event.cancelled, event.killed, event.given_back)
     return Line("handlers", level, text, (event.consumer, *numbers))
 
 
 @describe.register
 def _(event: PrefetchTooSmall) -> Line:
-    text = "%s: a prefetch of %d leaves handlers idle: concurrency is %d; set none, or a larger one"
-    return Line(
-        "handlers", logging.WARNING, text, (event.consumer, event.prefetch, event.concurrency)
-    )
+    why = f"leaves handlers idle: concurrency is {event.concurrency}"
+    if event.batch_size is not None and event.prefetch < event.batch_size:
+        why = f"never fills a batch of {event.batch_size}: each is handed over by its timeout"
+    elif event.batch_size is not None:
+        why += f", each with a batch of {event.batch_size}"
+    text = "consumer %s: a prefetch of %d %s; set none, or a larger one"
+    return Line("handlers", logging.WARNING, text, (event.consumer, event.prefetch, why))
 
 
 @cache

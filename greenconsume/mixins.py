@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any
 
-from gevent import GreenletExit
 from kombu import Connection, Consumer, Producer
 from kombu.common import ignore_errors
 from kombu.utils.compat import nested
@@ -23,12 +22,14 @@ from kombu.utils.encoding import safe_repr
 from kombu.utils.limits import TokenBucket
 
 from greenconsume import transports
+from greenconsume.draining import Drain, drain_of, seen_off
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState
-from greenconsume.handlers import Handler, Handling, handling_of
+from greenconsume.handlers import Handler, Handling
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links import LinkPool
-from greenconsume.policies import FailurePolicy
+from greenconsume.policies import OnError
+from greenconsume.settings import SETTLE_DEADLINE
 from greenconsume.stopping import Deadline, StopSignal
 from greenconsume.transports.amqp import LinkLostError, Session
 
@@ -53,28 +54,38 @@ class ConsumerMixin:
         connection: A `kombu.Connection`; it is cloned, never used itself.
         connect_max_retries: Failed attempts to connect that are followed by another; None: all.
         should_stop: Assign True, from any greenlet or thread, to stop.
-        on_error: What becomes of a message whose callback raised: `Requeue(delay)` or `Reject()`;
-            None: as its runtime says, else `Requeue(1.0)`.
+        on_error: What becomes of a message whose callback raised: `Requeue(delay)`, `Reject()`, or a mapping
+            from exception classes to policies, the most specific of which counts; None, and what
+            the mapping lacks: as its runtime says, else `Requeue(1.0)`.
         concurrency: How many callbacks run at once, each in a greenlet; None: inline, one after the other.
         partition_by: Messages with the same key run one after the other, in order: the name of a header,
             "routing_key", or a callable that is given the message. Needs `concurrency`.
+        batch_size: The callbacks are given one argument, a `Batch` of up to so many messages, and failures
+            concern all of it that is not settled. `concurrency` counts batches; None is 1 then. Not
+            with `partition_by` or `on_message`.
+        batch_timeout: Seconds after its first message at which a batch is handed over though it is not full.
         handler_timeout: Seconds after which `HandlerTimeout` is raised in a callback; None: never.
         auto_settle: Acknowledge a message whose callback returned without settling it.
         drain_timeout: Seconds that a stop leaves running callbacks to end by themselves; None: as its
             runtime says, else 30.
         cancel_timeout: Seconds that callbacks have to end after `Shutdown` was raised in them; None: as
             its runtime says, else 5.
+        settle_deadline: The seconds after which the broker closes a channel with an unsettled message,
+            RabbitMQ's `consumer_timeout`: at four fifths of it there is a warning. 0: never.
     """
 
     connection: Any
     connect_max_retries: int | None = None
-    on_error: FailurePolicy | None = None
+    on_error: OnError | None = None
     concurrency: int | None = None
     partition_by: str | Callable[[Any], Hashable] | None = None
+    batch_size: int | None = None
+    batch_timeout: float = 1.0
     handler_timeout: float | None = None
     auto_settle: bool = False
     drain_timeout: float | None = None
     cancel_timeout: float | None = None
+    settle_deadline: float | None = SETTLE_DEADLINE
 
     # -- what users define or override ------------------------------------------------------------
 
@@ -103,7 +114,10 @@ class ConsumerMixin:
         """Called before each message, and every `safety_interval` seconds while there is none."""
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """Called for a message whose body cannot be decoded; logs and acknowledges it, as kombu does."""
+        """Called for a message whose body cannot be decoded; logs and acknowledges it, as kombu does.
+
+        That loses it. With `on_decode_error = None` in its place, such a message meets `on_error`.
+        """
         error(
             "Can't decode message body: %r (type:%r encoding:%r raw:%r')",
             exc,
@@ -154,18 +168,20 @@ class ConsumerMixin:
         transports.register()  # before kombu looks up the transport of our own connection, for good
         restart_limit = self.restart_limit
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
+        stopping = self._stopping()
         try:
-            while not self.should_stop:
-                try:
-                    if restart_limit.can_consume(_tokens):
-                        for _ in self.consume(limit=None, **kwargs):
-                            pass
-                    else:
-                        sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
-                except LinkLostError as exc:
-                    debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, once for all
-                except errors:
-                    warn(W_CONN_LOST, exc_info=True)
+            with seen_off(self):
+                while not stopping():
+                    try:
+                        if restart_limit.can_consume(_tokens):
+                            for _ in self.consume(limit=None, **kwargs):
+                                pass
+                        else:
+                            sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
+                    except LinkLostError as exc:
+                        debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, for all
+                    except errors:
+                        warn(W_CONN_LOST, exc_info=True)
         finally:
             self._let_go()
 
@@ -196,17 +212,18 @@ class ConsumerMixin:
         life.enter(ConsumerState.CONNECTING)
         try:
             with self.consumer_context(**kwargs) as (conn, _channel, _consumers):
-                life.enter(ConsumerState.CONSUMING)
+                if not life.stop.is_set():
+                    life.enter(ConsumerState.CONSUMING)
                 if isinstance(conn, Connection):
                     yield from self._consume(conn, limit, timeout, safety_interval)
                 else:
                     yield from self._consume_plain(conn, limit, timeout, safety_interval)
         except StoppedError:
-            if not life.stop.is_set():
+            if not self._stopping()():
                 raise
         finally:
-            if life.handling is not None and life.stop.is_set():
-                life.handling.finish()
+            if life.drain is not None and life.stop.is_set():
+                life.drain.finish()
         debug("consume exiting")
 
     def _consume(
@@ -237,9 +254,10 @@ class ConsumerMixin:
 
     def _stopping(self) -> Callable[[], bool]:
         """Return what tells whether to stop: for each message, so without detours."""
+        stop = lifecycle_of(self).stop
         if _shadows_should_stop(self):
-            return lambda: bool(self.should_stop)
-        return lifecycle_of(self).stop.is_set
+            return lambda: stop.is_set() or bool(self.should_stop)
+        return stop.is_set
 
     def _drain_of(self, conn: Connection) -> tuple[Callable[..., object], bool]:
         """Return what waits for one message, and whether it is woken (or polls)."""
@@ -257,8 +275,8 @@ class ConsumerMixin:
         self, conn: Any, limit: int | None, timeout: float | None, safety_interval: float
     ) -> Iterator[None]:
         """The path for what is no kombu connection (a test's mock): as kombu drives it."""
-        handled, elapsed = 0, 0.0
-        while not self.should_stop and not (limit and handled >= limit):
+        handled, elapsed, stopping = 0, 0.0, self._stopping()
+        while not stopping() and not (limit and handled >= limit):
             self.on_iteration()
             try:
                 conn.drain_events(timeout=safety_interval)
@@ -268,7 +286,7 @@ class ConsumerMixin:
                 if timeout and elapsed >= timeout:
                     raise
             except OSError:
-                if not self.should_stop:
+                if not stopping():
                     raise
             else:
                 handled += 1
@@ -300,10 +318,10 @@ class ConsumerMixin:
                 session.heartbeat_tick()  # raises; kombu would connect again, deaf to a stop
             channel = conn.default_channel
             cls = partial(Consumer, channel, on_decode_error=self.on_decode_error)
-            handling = handling_of(self)
-            consumers = self._guarded(self.get_consumers(cls, channel), handling)
+            drain = drain_of(self)
+            consumers = self._guarded(self.get_consumers(cls, channel), drain.handling)
             with self._consume_from(*consumers) as entered:
-                with self._ending(conn, handling):
+                with self._ending(conn, drain):
                     yield conn, channel, entered
             debug("Consumers canceled")
             self.on_consume_end(conn, channel)
@@ -323,34 +341,14 @@ class ConsumerMixin:
         return guarded
 
     @contextmanager
-    def _ending(self, conn: Any, handling: Handling) -> Iterator[None]:
+    def _ending(self, conn: Any, drain: Drain) -> Iterator[None]:
         """From its exit on handlers are drained, then every wait for the broker has one deadline."""
-        life, session = lifecycle_of(self), _session_of(conn)
-        if session is not None:
-            life.stop.link(session.announce_stop)
-        handling.begin()
+        life = lifecycle_of(self)
         try:
-            yield
-        except socket.timeout:  # an OSError, but the link is well
-            handling.end()
-            raise
-        except _errors_of(conn):
-            raise  # what handlers hold is the broker's again; they end by themselves
-        except GreenletExit:
-            handling.abandon()
-            raise
-        except BaseException:  # an error of the user's, or the end of a generator
-            handling.end()
-            raise
-        else:
-            life.enter(ConsumerState.DRAINING if life.stop.is_set() else life.state)
-            handling.end()
+            with drain.consuming(_session_of(conn), _errors_of(conn)):
+                yield
         finally:
             life.enter(ConsumerState.DRAINING if life.stop.is_set() else ConsumerState.CONNECTING)
-            handling.retire()
-            if session is not None:
-                life.stop.unlink(session.announce_stop)
-                handling.given_back += session.given_back_count
             _bound_close(conn)
 
     def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]:
@@ -388,7 +386,8 @@ class ConsumerMixin:
         stop, retries = life.stop, self.connect_max_retries
         if publishing and stop.is_set():
             stop, retries = StopSignal(), 0  # for a handler that finishes: one attempt
-        life.links.connect(conn, stop, tell, retries, publishing)
+        ask = (lambda: self.should_stop) if _shadows_should_stop(self) else None
+        life.links.connect(conn, stop, tell, retries, publishing, ask)
         session = _session_of(conn)
         if session is not None and publishing:
             session.publish_stop = life.stop  # a broker may block its publishers for hours
@@ -456,7 +455,10 @@ def request_stop(consumer: Any, reason: str = "stop") -> None:
     """Ask `consumer` to stop, also one that shadows `should_stop`. Never switches; from anywhere."""
     lifecycle_of(consumer).stop.set(reason)
     if _shadows_should_stop(consumer):
-        consumer.should_stop = True
+        try:
+            consumer.should_stop = True
+        except AttributeError:
+            pass  # a property without a setter; the signal is heard all the same
 
 
 def _session_of(conn: Any) -> Session | None:

@@ -1,7 +1,8 @@
-"""Owns the greenlets that handlers run in: how many at once, in which order, and how they are ended.
+"""Owns the greenlets that handlers run in: how many at once, in which order, and how they are interrupted.
 
-A `HandlerPool` serves one consumer. Its greenlets are kept and used again: starting one for each message
-costs more than all the rest of a delivery. Called by `handlers`; runs no user code but the jobs it is given.
+A `HandlerPool` serves one consumer. Its greenlets are kept and used again: to start one for each message
+costs more than all the rest of a delivery. What a job does, `handlers` gives; it must not raise, save for
+what is meant to end the greenlet itself. Nothing here waits but `submit`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import contextvars
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gevent
+import greenlet  # type: ignore[import-untyped]  # its stubs are a package of their own
+from gevent import GreenletExit
 from gevent.event import Event
 
 from greenconsume.errors import Interrupt
@@ -19,6 +23,8 @@ from greenconsume.stopping import Deadline, StopSignal, wait
 
 #: The key of a job that waits for no other.
 ALONE = object()
+#: Jobs that may wait for their key's turn in one pool, where the broker's prefetch sets no lower limit.
+MAX_WAITING = 10_000
 
 
 class Slots:
@@ -40,20 +46,32 @@ class Slots:
         self._queue: deque[Event] = deque()
 
     def acquire(self, stop: StopSignal) -> bool:
-        """Take a place, waiting for one; return False, without one, if `stop` came first.
+        """Take a place, waiting for one; return False, without one, if `stop` is set by then.
 
         Switches: only if none is free.
         """
+        if stop.is_set():
+            return False
         if self.free and not self._queue:
             self.free -= 1
             return True
         turn = Event()
         self._queue.append(turn)
-        wait(turn, Deadline(None), stop)
-        if turn in self._queue:  # it was the stop that woke us
-            self._queue.remove(turn)
+        try:
+            wait(turn, Deadline(None), stop)
+        except BaseException:  # a kill: whoever waits behind it is not to wait for ever
+            self._decline(turn)
+            raise
+        if stop.is_set():
+            self._decline(turn)
             return False
         return True
+
+    def _decline(self, turn: Event) -> None:
+        if turn in self._queue:
+            self._queue.remove(turn)
+        else:  # its turn had come
+            self.release()
 
     def release(self) -> None:
         """Give a place back, to whoever has waited longest. Never switches."""
@@ -64,53 +82,116 @@ class Slots:
 
 
 class Job:
-    """One handler at work: what it runs, for which message, and how it is interrupted.
+    """One handler at work: for which message, in which context, and how it is interrupted.
 
     Attributes:
+        key: Jobs with the same key run one after the other.
+        context: The context variables of the consumer's greenlet, when the message came.
         greenlet: Where it runs; None before it started and after it ended.
-        killed: It was killed: whatever it raises now is no failure of the handler's.
+        interrupted: What was raised in it, if something was.
+        killed: It was told to end for good; what it leaves unsettled is the broker's.
+        shields: While it is not 0, interrupts wait.
     """
 
     __slots__ = (
+        "_pending",
         "consumer",
         "context",
         "greenlet",
-        "interrupt",
+        "interrupted",
         "key",
         "killed",
         "message",
-        "run",
         "shields",
     )
 
-    def __init__(self, run: Callable[[Job], None], message: Any, consumer: Any = None) -> None:
-        self.run = run
+    def __init__(self, message: Any, consumer: Any = None, key: Hashable = ALONE) -> None:
         self.message = message
         self.consumer = consumer
-        self.key: Hashable = ALONE
-        self.context: contextvars.Context | None = None
+        self.key = key
+        self.context = contextvars.copy_context()
         self.greenlet: Any = None
-        self.interrupt: Interrupt | None = None
-        self.shields = 0
+        self.interrupted: Interrupt | None = None
         self.killed = False
+        self.shields = 0
+        self._pending: BaseException | None = None
 
-    def raise_inside(self, interrupt: Interrupt) -> None:
-        """Raise `interrupt` in the handler where it waits; in the hub, never in a greenlet.
+    def run(self, work: Callable[[Job], None]) -> None:
+        """Call `work` with this job, in this greenlet and in the job's own context."""
+        self.greenlet = gevent.getcurrent()
+        try:
+            self.context.run(_work_in_context, work, self)
+        finally:
+            self.greenlet = None
+
+    def interrupt(self, interrupt: Interrupt) -> None:
+        """Raise `interrupt` in the handler at the hub's next turn, if it still runs then. Never switches.
 
         One that is shielded, because it is in the middle of writing to a broker, finishes that first.
         """
+        gevent.get_hub().loop.run_callback(self._raise_inside, interrupt)
+
+    def kill(self, by_force: bool) -> None:
+        """Raise `GreenletExit` in the handler at the hub's next turn. Never switches.
+
+        Args:
+            by_force: Also in the middle of a write to a broker, whose connection is of no use after it.
+        """
+        if by_force:
+            self.killed = True
+        gevent.get_hub().loop.run_callback(self._raise_inside, GreenletExit())
+
+    def _raise_inside(self, error: BaseException) -> None:
+        # In the hub: the handler waits somewhere.
         if self.greenlet is None:
             return
-        if self.shields:
-            self.interrupt = interrupt
+        if self.shields and not self.killed:
+            self._pending = error
         else:
-            self.greenlet.throw(interrupt)
+            self._note(error)
+            # Not the greenlet's own `throw`: that of a consumer's means that it is killed itself.
+            greenlet.greenlet.throw(self.greenlet, error)
 
-    def kill(self) -> None:
-        """Kill the handler where it waits. Never switches."""
-        if self.greenlet is not None:
-            self.killed = True
-            self.greenlet.kill(block=False)
+    def _note(self, error: BaseException) -> None:
+        if isinstance(error, Interrupt):
+            self.interrupted = error
+
+    def raise_pending(self) -> None:
+        """Raise what had to wait for the shield to end."""
+        error, self._pending = self._pending, None
+        if error is not None:
+            self._note(error)
+            raise error
+
+
+_current: contextvars.ContextVar[Job] = contextvars.ContextVar("greenconsume handler")
+
+
+def _work_in_context(work: Callable[[Job], None], job: Job) -> None:
+    _current.set(job)
+    work(job)
+
+
+def current_job() -> Job | None:
+    """Return the job that runs in this greenlet; a greenlet that a handler spawns has none."""
+    job = _current.get(None)
+    return job if job is not None and job.greenlet is gevent.getcurrent() else None
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Keep interrupts from the handler of this greenlet, if it runs one, until the block has ended."""
+    job = current_job()
+    if job is None:
+        yield
+        return
+    job.shields += 1
+    try:
+        yield
+    finally:
+        job.shields -= 1
+        if not job.shields:
+            job.raise_pending()
 
 
 class HandlerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is untyped
@@ -120,6 +201,7 @@ class HandlerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is untyp
         super().__init__()
         self._pool = pool
         self.job: Job | None = job
+        self.parked = False
 
     @property
     def name(self) -> str:
@@ -132,16 +214,14 @@ class HandlerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is untyp
         pool = self._pool
         while self.job is not None:
             job = self.job
-            job.greenlet = self
             try:
-                assert job.context is not None
-                job.context.run(job.run, job)
-            except BaseException:  # a kill: this greenlet ends, its partition goes on in another
-                pool.end(self, job, dying=True)
+                job.run(pool.work)
+            except BaseException:  # somebody kills the greenlet: its partition goes on in another
+                pool.end(job, dying=True)
                 raise
-            self.job = pool.end(self, job)
-            if self.job is None and pool.park(self):
-                gevent.get_hub().switch()
+            self.job = pool.end(job)
+            if self.job is None:
+                pool.park(self)
 
 
 class HandlerPool:
@@ -150,16 +230,25 @@ class HandlerPool:
     Args:
         name: The consumer's, for the names of the greenlets.
         size: How many jobs run at once.
+        work: What a job does.
         limit: Places that other pools share, too.
+
+    Attributes:
+        jobs: Those that run.
+        idle: Set while none does.
     """
 
-    def __init__(self, name: str, size: int, limit: Slots | None = None) -> None:
+    def __init__(
+        self, name: str, size: int, work: Callable[[Job], None], limit: Slots | None = None
+    ) -> None:
         self.name = name
+        self.work = work
         self.jobs: set[Job] = set()
         self.idle = Event()
         self.idle.set()
         self._slots = Slots(size)
         self._limit = limit
+        self._room = Slots(max(MAX_WAITING, 2 * size))
         self._waiting: dict[Hashable, deque[Job]] = {}
         self._parked: list[HandlerGreenlet] = []
         self._closed = False
@@ -169,83 +258,120 @@ class HandlerPool:
         """How many jobs run at once."""
         return self._slots.count
 
-    def submit(self, job: Job, stop: StopSignal) -> bool:
-        """Start `job` when there is room, and its key's turn; return False if `stop` came first.
+    def submit(self, job: Job, stop: StopSignal, wanted: Callable[[Job], bool]) -> bool:
+        """Start `job` when there is room; one whose key is at work waits for its turn instead.
 
         Jobs with one key run one after the other, in the order in which they came.
 
+        Args:
+            job: What is to run.
+            stop: Ends the wait.
+            wanted: Whether to start it after all, asked after a wait.
+
+        Returns:
+            False if it was not started, because `stop` is set or it is no longer wanted.
+
         Switches: only while there is no room.
         """
-        if job.key is not ALONE:
-            if job.key in self._waiting:
+        if job.key in self._waiting:
+            if not self._room.acquire(stop):
+                return False
+            if job.key in self._waiting:  # else its turn came while there was no room
                 self._waiting[job.key].append(job)
                 return True
+            self._room.release()
+        if job.key is not ALONE:
             self._waiting[job.key] = deque()
-        if not self._acquire(stop):
-            self._waiting.pop(job.key, None)
-            return False
-        job.context = contextvars.copy_context()
-        self._start(job)
-        return True
+        if self._acquire(stop):
+            if wanted(job):
+                self._start(job)
+                return True
+            self._release()
+        self._skip(job)
+        return False
 
     def _acquire(self, stop: StopSignal) -> bool:
         if not self._slots.acquire(stop):
             return False
-        if self._limit is not None and not self._limit.acquire(stop):
+        try:
+            if self._limit is None or self._limit.acquire(stop):
+                return True
+        except BaseException:  # a kill
             self._slots.release()
-            return False
-        return True
+            raise
+        self._slots.release()
+        return False
+
+    def _release(self) -> None:
+        self._slots.release()
+        if self._limit is not None:
+            self._limit.release()
+
+    def _skip(self, job: Job) -> None:
+        """Forget a job that did not start, and what lined up behind it: their channel closes."""
+        for _ in self._waiting.pop(job.key, ()):
+            self._room.release()
 
     def _start(self, job: Job) -> None:
         self.jobs.add(job)
         self.idle.clear()
         if self._parked:
-            greenlet = self._parked.pop()
-            greenlet.job = job
-            gevent.get_hub().loop.run_callback(greenlet.switch)
+            worker = self._parked.pop()
+            worker.job, worker.parked = job, False
+            gevent.get_hub().loop.run_callback(worker.switch)
         else:
             HandlerGreenlet(self, job).start()
 
-    def end(self, greenlet: HandlerGreenlet, done: Job, dying: bool = False) -> Job | None:
-        """Take note that a job has ended; return the next of its partition, or free its place."""
-        done.greenlet = None
-        self.jobs.discard(done)
-        following = self._follow(done)
-        if following is not None:
-            if dying:
-                self._start(following)
-            else:
-                self.jobs.add(following)
-            return following
-        self._slots.release()
-        if self._limit is not None:
-            self._limit.release()
-        if not self.jobs:
-            self.idle.set()
-        return None
+    def end(self, done: Job, dying: bool = False) -> Job | None:
+        """Take note that a job has ended; return the next of its partition, or free its place.
 
-    def _follow(self, done: Job) -> Job | None:
+        Args:
+            done: The job.
+            dying: Its greenlet cannot run another.
+        """
+        self.jobs.discard(done)
+        following = self._following(done)
+        if following is None:
+            self._release()
+            if not self.jobs:
+                self.idle.set()
+        elif dying:
+            self._start(following)
+        else:
+            self.jobs.add(following)
+        return following
+
+    def _following(self, done: Job) -> Job | None:
         if done.key is ALONE:
             return None
         queue = self._waiting[done.key]
         if queue:
-            following = queue.popleft()
-            following.context = contextvars.copy_context()
-            return following
+            self._room.release()
+            return queue.popleft()
         del self._waiting[done.key]
         return None
 
-    def park(self, greenlet: HandlerGreenlet) -> bool:
-        """Keep a greenlet for later; return False if it may end."""
+    def park(self, worker: HandlerGreenlet) -> None:
+        """Wait, in a greenlet of the pool, for its next job; it ends without one if the pool is closed."""
         if self._closed:
-            return False
-        self._parked.append(greenlet)
-        return True
+            return
+        self._parked.append(worker)
+        worker.parked = True
+        try:
+            while worker.parked:  # a handler may have left something behind that wakes it
+                gevent.get_hub().switch()
+        except BaseException:  # or that kills it
+            if worker.parked:
+                self._parked.remove(worker)
+            elif worker.job is not None:
+                self._start(worker.job)
+            raise
 
     def unstarted(self) -> Iterator[Job]:
         """Yield, and forget, the jobs that wait for their partition's turn."""
         for queue in self._waiting.values():
             while queue:
+                self._room.release()
                 yield queue.popleft()
 
     def open(self) -> None:
@@ -256,10 +382,6 @@ class HandlerPool:
         """Let the greenlets end that have nothing to do, and the others after their job. Never switches."""
         self._closed = True
         parked, self._parked = self._parked, []
-        for greenlet in parked:
-            gevent.get_hub().loop.run_callback(greenlet.switch)
-
-
-def current_job() -> Job | None:
-    """Return the job that runs in this greenlet."""
-    return getattr(gevent.getcurrent(), "job", None)
+        for worker in parked:
+            worker.parked = False
+            gevent.get_hub().loop.run_callback(worker.switch)

@@ -7,7 +7,6 @@ user's code in the hub. Called by users and the command line.
 from __future__ import annotations
 
 import os
-import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import gevent
 import kombu
 
 from greenconsume import events
+from greenconsume.blocking import watched_hub
 from greenconsume.errors import (
     AlreadyRunningError,
     BrokerRefusedError,
@@ -27,13 +27,13 @@ from greenconsume.errors import (
 )
 from greenconsume.links import LinkPool
 from greenconsume.patching import require_patched
-from greenconsume.policies import FailurePolicy
+from greenconsume.policies import OnError
 from greenconsume.pools import Slots
+from greenconsume.settings import check_policy
+from greenconsume.signals import rungs_on_signals
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 from greenconsume.supervisor import Child, RestartPolicy, Supervisor
 from greenconsume.targets import alternatives_of, connection_to, maker_of
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Runtime:
@@ -61,7 +61,8 @@ class Runtime:
         restart: RestartPolicy | None = None,
         concurrency: int | None = None,
         max_handlers: int | None = None,
-        on_error: FailurePolicy | None = None,
+        on_error: OnError | None = None,
+        block_warning: float | None = None,
     ) -> None:
         """Make a runtime; nothing is connected before `start`.
 
@@ -73,13 +74,20 @@ class Runtime:
             restart: When a consumer that ended is started again; by default `RestartPolicy()`.
             concurrency: How many handlers run at once of a consumer that does not say; None: inline.
             max_handlers: How many handlers run at once in all consumers together that have a concurrency.
-            on_error: What becomes of a failed message where the consumer does not say so itself.
+            on_error: What becomes of a failed message where the consumer does not say so itself: a policy, or
+                a mapping from exception classes to policies.
+            block_warning: Seconds for which a callback may keep every other greenlet waiting before a warning
+                says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
+                that time.
 
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
             TypeError: `broker` is neither a URL nor a connection.
+            InvalidConsumerError: `on_error` is no policy.
             ValueError: A number is out of its range.
         """
+        if on_error is not None:
+            check_policy(on_error, "Runtime")
         if not links >= 1:
             raise ValueError(f"links must be 1 or more, not {links!r}")
         for name, number in (("concurrency", concurrency), ("max_handlers", max_handlers)):
@@ -90,6 +98,10 @@ class Runtime:
                 "drain_timeout and cancel_timeout must be 0 seconds or more, "
                 f"not {drain_timeout!r} and {cancel_timeout!r}"
             )
+        if block_warning is not None and not block_warning > 0:
+            raise ValueError(
+                f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"
+            )
         self.connection = connection_to(broker)
         self.children: list[Child] = []
         self.links = links
@@ -99,6 +111,7 @@ class Runtime:
         self.concurrency = concurrency
         self.max_handlers = max_handlers
         self.on_error = on_error
+        self.block_warning = block_warning
         self._stop = StopSignal()
         self._run: _Run | None = None
         self._names: Counter[str] = Counter()
@@ -250,7 +263,7 @@ class Runtime:
         """
         self._check_process()
         require_patched()
-        with _signals(self):
+        with rungs_on_signals(self):
             self.start()
             run = self._run
             self.join()
@@ -311,6 +324,7 @@ class _Run:
         self._stop = runtime._stop
         self._links = LinkPool(runtime.links)
         self._timeouts = (runtime.drain_timeout, runtime.cancel_timeout)
+        self._block_warning = runtime.block_warning
         self._pid = os.getpid()
         self.supervisor = Supervisor(
             runtime.restart, self._stop, self._links, self.rungs, _defaults_of(runtime)
@@ -347,7 +361,7 @@ class _Run:
             ) from exhausted[0].error
 
     def _serve(self) -> None:
-        with _vigil():
+        with _vigil(), watched_hub(self._block_warning):
             try:
                 self.supervisor.run()
             finally:
@@ -356,12 +370,14 @@ class _Run:
                     self._drain()
 
     def _drain(self) -> None:
-        began = monotonic()
+        began, end = monotonic(), Deadline(sum(self._timeouts))
         drained, killed = self.supervisor.drain(*self._timeouts)
-        self._links.close(0.0 if self.rungs.kill.is_set() else self._timeouts[1])
-        cancelled = self.supervisor.cancelled_handlers
-        self.abandoned = bool(killed or cancelled)
-        events.emit(events.DrainFinished(drained, killed, cancelled, monotonic() - began))
+        goodbye = min(self._timeouts[1], end.remaining or 0.0)
+        self._links.close(0.0 if self.rungs.kill.is_set() else goodbye)
+        found, seconds = self.supervisor.outcome, monotonic() - began
+        self.abandoned = bool(killed or found.abandoned)
+        numbers = (found.finished, found.given_back, found.cancelled, found.killed)
+        events.emit(events.DrainFinished(drained, killed, *numbers, seconds))
 
 
 def _defaults_of(runtime: Runtime) -> dict[str, Any]:
@@ -407,6 +423,8 @@ class _Starting:
             wait(changed, Deadline(None), stop)
 
     def _observe(self, event: events.Event, /) -> None:
+        if isinstance(event, events.HubBlocked):
+            return  # it comes from another thread, and says nothing of a start
         if isinstance(event, events.ConnectFailed) and event.refused:
             self._refused[event.uri][event.attempt] = event.error
         self._supervisor.changed.set()
@@ -434,23 +452,6 @@ class _Starting:
         )
 
 
-class _Ladder:
-    """What a signal does: each further one goes a rung down."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._rungs = iter((runtime.stop, runtime.cancel, runtime.kill))
-
-    def climb(self, signum: int) -> None:
-        name = signal.Signals(signum).name
-        rung = next(self._rungs, None)
-        if rung is None:
-            running = sum(child.running for child in self._runtime.children)
-            events.emit(events.DrainEscalated("exit at once", running, name))
-            raise SystemExit(1)  # gevent raises it in the main greenlet
-        rung(name)
-
-
 @contextmanager
 def _vigil() -> Iterator[None]:
     """Keep the hub waiting where nothing but a foreign thread or a signal could wake anybody.
@@ -464,21 +465,3 @@ def _vigil() -> Iterator[None]:
     finally:
         watcher.stop()
         watcher.close()
-
-
-@contextmanager
-def _signals(runtime: Runtime) -> Iterator[None]:
-    if not gevent.get_hub().main_hub:  # signals belong to the main thread
-        yield
-        return
-    ladder = _Ladder(runtime)
-    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-    watchers = [gevent.signal_handler(signum, ladder.climb, signum) for signum in _SIGNALS]
-    try:
-        yield
-    finally:
-        for watcher in watchers:
-            watcher.cancel()
-        for signum, handler in before.items():
-            if handler is not None:  # one that Python did not set, it cannot set again
-                signal.signal(signum, handler)

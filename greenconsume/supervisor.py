@@ -33,14 +33,17 @@ from greenconsume.events import (
     ConsumerState,
     DrainEscalated,
     DrainStarted,
+    Outcome,
     emit,
 )
 from greenconsume.greenlets import ConsumerGreenlet
 from greenconsume.lifecycle import lifecycle_of
+from greenconsume.settings import settings_of
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 
-#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker.
-_MARGIN = 1.0
+#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker; and then
+#: as many again, to be killed.
+_MARGIN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +280,10 @@ class Supervisor:
             wait(self._wake, Deadline(self._until_due()), self._stop)
 
     def drain(self, timeout: float, cancel_timeout: float) -> tuple[int, int]:
-        """Stop every consumer; kill those that still run after both timeouts, or soon after the kill rung.
+        """Stop every consumer; kill those that still run soon after both timeouts, or the kill rung.
 
-        Each consumer drains its own handlers, up to the same deadlines; what is killed here is a consumer
-        that hangs elsewhere.
+        Each consumer drains its own handlers, up to the same deadlines unless it has others of its own. What
+        is killed here is a consumer that hangs elsewhere.
 
         Args:
             timeout: Seconds that handlers have to end by themselves.
@@ -302,21 +305,45 @@ class Supervisor:
         self._drained = tuple(self._live)
         if self._stop.is_set():
             emit(DrainStarted(running, reason, timeout))
-        for child in tuple(self._live):
+        for child in self._drained:
             child.stop(reason)
-        self._await_ended(Deadline(timeout + cancel_timeout + _MARGIN), self._rungs.kill)
-        self._await_ended(Deadline(_MARGIN if self._rungs.kill.is_set() else 0.0), None)
+        self._climb(timeout, cancel_timeout)
         killed = len(self._live)
         if killed:
             self._kill(self._rungs.kill.reason or "both timeouts of the drain are over")
         return running - killed, killed
 
+    def _climb(self, timeout: float, cancel_timeout: float) -> None:
+        """Follow the consumers down their ladders; they climb by themselves."""
+        for name, rung, seconds, hurry in (
+            ("drain_timeout", "cancel the handlers that still run", timeout, self._rungs.cancel),
+            (
+                "cancel_timeout",
+                "kill the handlers that still run",
+                cancel_timeout,
+                self._rungs.kill,
+            ),
+        ):
+            longest = max(
+                [seconds, *(getattr(each.handling.settings, name) for each in self._drains)]
+            )
+            self._await_ended(Deadline(longest), hurry)
+            if self._live:
+                why = hurry.reason or f"{name} of {longest:g} s is over"
+                emit(DrainEscalated(rung, len(self._live), why))
+        self._await_ended(Deadline(_MARGIN), None)
+
     @property
-    def cancelled_handlers(self) -> int:
-        """How many handlers were cancelled or killed by the drain."""
+    def outcome(self) -> Outcome:
+        """What became of the messages that its consumers held when the drain began."""
+        return sum((each.outcome for each in self._drains), Outcome())
+
+    @property
+    def _drains(self) -> list[Any]:
+        """The drains of the consumers that were stopped; one that has not connected has none."""
         consumers = {id(child.consumer): child.consumer for child in self._drained}
-        handlings = (lifecycle_of(consumer).handling for consumer in consumers.values())
-        return sum(each.cancelled + each.killed for each in handlings if each is not None)
+        found = (lifecycle_of(consumer).drain for consumer in consumers.values())
+        return [drain for drain in found if drain is not None]
 
     def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
@@ -335,6 +362,9 @@ class Supervisor:
         greenlet = child.make(self._links)
         lifecycle = lifecycle_of(greenlet.consumer)
         lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
+        settings_of(
+            greenlet.consumer
+        )  # raises now what would else be found out when it has connected
         if self.closed:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False

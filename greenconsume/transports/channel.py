@@ -36,6 +36,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     """
 
     __slots__ = ("epoch", "errors")
+    _state: Any
 
     def __init__(self, msg: amqp.Message, channel: Channel, **kwargs: Any) -> None:
         self.errors: list[Any] = []
@@ -45,7 +46,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     def ack(self, multiple: bool = False) -> None:
         """As `kombu.Message.ack`. Never switches."""
         if not multiple and self._state == "RECEIVED" and self._settled_at_once():
-            self._state = "ACK"  # type: ignore[misc]  # the slot is in kombu's class
+            self._state = "ACK"
         elif not self._settled_stale("ACK"):
             super().ack(multiple=multiple)
 
@@ -68,7 +69,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     def _settled_stale(self, state: str) -> bool:
         if self.channel is None or self.channel.holds(self.epoch) or self.acknowledged:
             return False
-        self._state = state  # type: ignore[misc]  # the slot is in kombu's class
+        self._state = state
         self.channel.count_stale(self.delivery_tag)
         return True
 
@@ -150,11 +151,12 @@ class Channel(PublishingChannel):
         self._send_cancel(tag)
 
     def queue_declare(self, queue: str = "", *args: Any, **kwargs: Any) -> Any:
-        """As py-amqp's. Remembers which queues outlive a consumer that is paused."""
+        """As py-amqp's. Remembers which queues a consumer may be paused on, and finds as it left them."""
         declared = super().queue_declare(queue, *args, **kwargs)
         arguments = kwargs.get("arguments") or {}
         fleeting = kwargs.get("auto_delete", True) or "x-expires" in arguments
-        if not fleeting and not kwargs.get("passive"):
+        handed_on = "x-single-active-consumer" in arguments  # to another, with messages still here
+        if not (fleeting or handed_on or kwargs.get("passive")):
             self._session.lasting_queues.add(queue)
         return declared
 
@@ -330,6 +332,11 @@ class Channel(PublishingChannel):
         methods = [spec.Basic.GetOk, spec.Basic.GetEmpty]
         found = self.wait(methods, callback=register, returns_tuple=True, undo=undo)
         return self._on_get_ok(*found) if len(found) > 1 else None
+
+    @property
+    def oldest_unsettled(self) -> tuple[int, float] | None:
+        """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
+        return self._ledger.oldest
 
     def holds(self, epoch: int) -> bool:
         """Whether messages of this life of the channel can still be settled."""

@@ -97,6 +97,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.uri = ""
         self.failure: BaseException | None = None
         self.sessions: set[Session] = set()
+        self.session_size = 1  # how many channels another session is taken to need
         self._free_ids: list[int] = []
         self._last_id = 0
         self._settling: list[Channel] = []
@@ -350,6 +351,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         return unsent > HIGH_WATER or self._outgoing.holds_large(channel)
 
     @property
+    def has_unsent(self) -> bool:
+        """Whether the writer still has something to send."""
+        return bool(self._sending or self._outgoing)
+
+    @property
     def blocked(self) -> bool:
         """Whether the broker blocks this link's publishers."""
         return not self._unblocked.is_set()
@@ -411,8 +417,13 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     @property
     def has_room(self) -> bool:
-        """Whether another session would find a channel id."""
-        return max(len(self.sessions), len(self.channels) - 1) < self.channel_max
+        """Whether another session would find its channel ids."""
+        taken = max(len(self.sessions) * self.session_size, len(self.channels) - 1)
+        return taken + self.session_size <= self.channel_max
+
+    def make_room(self, size: int) -> None:
+        """Reckon with sessions of `size` channels from now on: one found no id for so many."""
+        self.session_size = min(max(self.session_size, size), self.channel_max)
 
     def allocate(self, channel_id: int | None = None) -> int:
         """Return a channel id that is not in use; an explicit one must be free.

@@ -7,7 +7,9 @@ in whichever greenlet calls it. A link closes with its last session.
 
 from __future__ import annotations
 
+import atexit
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +17,7 @@ from time import monotonic
 from typing import Any
 
 import gevent
-from amqp.exceptions import RecoverableConnectionError
+from amqp.exceptions import RecoverableConnectionError, ResourceError
 from gevent.event import Event
 
 from greenconsume.stopping import Deadline, StopSignal, wait
@@ -61,6 +63,7 @@ class Session:
         self._arrival = Event()
         self._turn_began = monotonic()
         link.sessions.add(self)
+        _sessions.add(self)
 
     def __getattr__(self, name: str) -> Any:
         """What is the link's (heartbeat, server_properties, channel_max, …) reads through."""
@@ -229,7 +232,24 @@ class Session:
     # -- what py-amqp's Channel asks its connection for ---------------------------------------------
 
     def _get_free_channel_id(self) -> int:
-        return self.link.allocate()
+        try:
+            return self.link.allocate()
+        except ResourceError:
+            self.link.make_room(len(self.channels) + 1)
+            raise
 
     def _claim_channel_id(self, channel_id: int) -> int:
         return self.link.allocate(channel_id)
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _send_what_is_left() -> None:
+    # A program may publish and end without a close; py-amqp has sent by then what `publish` was given.
+    for session in list(_sessions):
+        if session.connected and session.link.has_unsent:
+            session.close()
+
+
+atexit.register(_send_what_is_left)

@@ -7,6 +7,7 @@ covers only deliveries that were each settled, in the same way: nobody's message
 from __future__ import annotations
 
 from struct import Struct
+from time import monotonic
 
 ACK, REQUEUE, REJECT = range(3)
 
@@ -24,12 +25,17 @@ class Ledger:
     __slots__ = ("_settled", "_unsettled")
 
     def __init__(self) -> None:
-        self._unsettled: dict[int, None] = {}
+        self._unsettled: dict[int, float] = {}  # tag -> when it came
         self._settled: dict[int, int] = {}
 
     def deliver(self, tag: int) -> None:
         """Note a delivery that wants to be settled; tags only grow."""
-        self._unsettled[tag] = None
+        self._unsettled[tag] = monotonic()
+
+    @property
+    def oldest(self) -> tuple[int, float] | None:
+        """The tag of the delivery that has been unsettled for longest, and when it came."""
+        return next(iter(self._unsettled.items()), None)
 
     def settle(self, tag: int, how: int) -> bool:
         """Note that a delivery is settled; return False if the broker did not deliver it, or it was.

@@ -1,6 +1,7 @@
 /* The limit of one consumer: librabbitmq, every message acked by itself, nothing decoded.
  *   limit HOST PORT VHOST QUEUE PREFETCH MESSAGES
- * Prints a JSON object: the rate and the CPU seconds per 10,000 messages. */
+ * Prints a JSON object: the rate and the CPU seconds per 10,000 messages. Without arguments it prints
+ * the library's version. */
 #include <amqp.h>
 #include <amqp_tcp_socket.h>
 #include <stdio.h>
@@ -21,6 +22,7 @@ static void check(amqp_rpc_reply_t reply, const char *what) {
 }
 
 int main(int argc, char **argv) {
+  if (argc == 1) return puts(amqp_version()) < 0;
   if (argc != 7) return 2;
   int prefetch = atoi(argv[5]), messages = atoi(argv[6]);
   amqp_connection_state_t conn = amqp_new_connection();

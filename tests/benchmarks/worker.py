@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median, quantiles
-from time import monotonic, process_time, time
+from time import monotonic, process_time
 from typing import Any
 
 import gevent
@@ -21,25 +22,51 @@ from gevent.pool import Pool
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.pools import producers
 
+from tests.benchmarks.meter import Meter
 
-def mixin_of(name: str) -> Any:
-    if name == "kombu":
+Options = dict[str, Any]
+Make = Callable[[Connection, int], Any]
+
+
+def mixin_of(options: Options) -> Any:
+    if options["mixin"] == "kombu":
         from kombu.mixins import ConsumerMixin
     else:
         from greenconsume import ConsumerMixin
     return ConsumerMixin
 
 
-def fleet_of(name: str, url: str, make: Callable[[Connection, int], Any], count: int, links: int) -> Any:
-    return (KombuFleet if name == "kombu" else GreenFleet)(url, make, count, links)
+def class_of(
+    options: Options, callback: Callable[..., None], ready: Callable[[], object] = int
+) -> Any:
+    """Return a consumer class as users write it; `ready` is called when one of its consumers is."""
+
+    class Bench(mixin_of(options)):  # type: ignore[misc]  # chosen at run time
+        def __init__(self, connection: Connection, number: int) -> None:
+            self.connection = connection
+            self.queue = Queue(f"{options['queue']}.{number}", durable=False)
+
+        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+            prefetch = options.get("prefetch")  # without it, the mixin's own
+            return [Consumer([self.queue], callbacks=[callback], prefetch_count=prefetch)]
+
+        def on_consume_ready(self, *_args: Any, **_kwargs: Any) -> None:
+            ready()
+
+    if options.get("concurrency"):
+        Bench.concurrency = options["concurrency"]
+    return Bench
+
+
+def fleet_of(options: Options, make: Make) -> Any:
+    kind = KombuFleet if options["mixin"] == "kombu" else GreenFleet
+    return kind(options["url"], make, options.get("consumers", 1), options.get("links", 1))
 
 
 class KombuFleet:
     """Kombu's mixins as a gevent program runs them: a greenlet and a connection each."""
 
-    def __init__(
-        self, url: str, make: Callable[[Connection, int], Any], count: int, links: int
-    ) -> None:
+    def __init__(self, url: str, make: Make, count: int, links: int) -> None:
         connection = Connection(url)
         self.consumers = [make(connection, number) for number in range(count)]
 
@@ -55,9 +82,7 @@ class KombuFleet:
 class GreenFleet:
     """The same in a Runtime."""
 
-    def __init__(
-        self, url: str, make: Callable[[Connection, int], Any], count: int, links: int
-    ) -> None:
+    def __init__(self, url: str, make: Make, count: int, links: int) -> None:
         from greenconsume import Runtime
 
         self.runtime = Runtime(url, links=links)
@@ -73,202 +98,209 @@ class GreenFleet:
         self.runtime.join()
 
 
-class Meter:
-    """Counts messages and wakes when all have come; times from the first to the last."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.count = total, 0
-        self.done = Event()
-
-    def tick(self) -> None:
-        if not self.count:
-            self.began, self.cpu = monotonic(), process_time()
-        self.count += 1
-        if self.count == self.total:
-            self.seconds, self.cpu = monotonic() - self.began, process_time() - self.cpu
-            self.done.set()
-
-    def figures(self) -> dict[str, float]:
-        return {"rate": self.total / self.seconds, "cpu_per_10k": self.cpu / self.total * 10_000}
-
-
-def consume(options: dict[str, Any]) -> dict[str, float]:
-    """W1: callbacks that only ack; the messages wait in `consumers` queues."""
-    meter = Meter(options["messages"])
-    mixin = mixin_of(options["mixin"])
-
-    class Acks(mixin):  # type: ignore[misc,valid-type]  # chosen at run time
-        def __init__(self, connection: Connection, number: int) -> None:
-            self.connection = connection
-            self.queue = Queue(f"{options['queue']}.{number}", durable=False)
-
-        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-            prefetch = options["prefetch"]
-            return [Consumer([self.queue], callbacks=[self.on_task], prefetch_count=prefetch)]
-
-        def on_task(self, body: Any, message: Any) -> None:
-            message.ack()
-            meter.tick()
-
-    fleet = fleet_of(
-        options["mixin"], options["url"], Acks, options.get("consumers", 1), options.get("links", 1)
-    )
-    fleet.start()
-    meter.done.wait()
-    fleet.stop()
-    return meter.figures()
-
-
-def pool(options: dict[str, Any]) -> dict[str, float]:
-    """W2: `in_flight` handlers that sleep 50 ms, in a greenlet pool as users write it."""
-    meter = Meter(options["messages"])
-    handlers = Pool(options["in_flight"])
-    mixin = mixin_of(options["mixin"])
-
-    class Spawns(mixin):  # type: ignore[misc,valid-type]  # chosen at run time
-        def __init__(self, connection: Connection, number: int) -> None:
-            self.connection = connection
-            self.queue = Queue(f"{options['queue']}.0", durable=False)
-
-        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-            prefetch = options["in_flight"]
-            return [Consumer([self.queue], callbacks=[self.on_task], prefetch_count=prefetch)]
-
-        def on_task(self, body: Any, message: Any) -> None:
-            handlers.spawn(self.handle, message)
-
-        def handle(self, message: Any) -> None:
-            gevent.sleep(0.05)
-            message.ack()
-            meter.tick()
-
-    fleet = fleet_of(options["mixin"], options["url"], Spawns, 1, 1)
-    fleet.start()
-    meter.done.wait()
-    fleet.stop()
-    return meter.figures()
-
-
-def latency(options: dict[str, Any]) -> dict[str, float]:
-    """W4: from publish to handler, of messages that another process stamps; in milliseconds."""
-    delays: list[float] = []
-    done = Event()
-    mixin = mixin_of(options["mixin"])
-
-    class Clocks(mixin):  # type: ignore[misc,valid-type]  # chosen at run time
-        def __init__(self, connection: Connection, number: int) -> None:
-            self.connection = connection
-            self.queue = Queue(f"{options['queue']}.0", durable=False)
-
-        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-            return [Consumer([self.queue], callbacks=[self.on_task], prefetch_count=100)]
-
-        def on_consume_ready(self, *_args: Any, **_kwargs: Any) -> None:
-            print("ready", flush=True)
-
-        def on_task(self, body: Any, message: Any) -> None:
-            delays.append(time() - body["at"])
-            message.ack()
-            if len(delays) == options["messages"]:
-                done.set()
-
-    fleet = fleet_of(options["mixin"], options["url"], Clocks, 1, 1)
+def run(options: Options, make: Make, done: Event) -> None:
+    """Consume until `done`."""
+    fleet = fleet_of(options, make)
     fleet.start()
     done.wait()
     fleet.stop()
-    return {"p50": median(delays) * 1000, "p99": quantiles(delays, n=100)[98] * 1000}
 
 
-def publish(options: dict[str, Any]) -> dict[str, float]:
-    """Confirmed publishing from 100 greenlets: kombu over its pool of 10, greenconsume over one link."""
-    body = {"data": "x" * 80}
-    connection = Connection(options["url"], transport_options={"confirm_publish": True})
-    meter = Meter(options["messages"])
-    if options["mixin"] == "kombu":
-        lend = producers[connection]
+def consume(options: Options) -> dict[str, float]:
+    """Callbacks that only ack; the messages wait in `consumers` queues."""
+    done = Event()
+    meter = Meter(options["messages"], done.set)
 
-        def send() -> None:
-            with lend.acquire(block=True) as producer:
-                producer.publish(body, routing_key=options["queue"], delivery_mode=1)
-    else:
-        from greenconsume import transports
+    def on_task(body: Any, message: Any) -> None:
+        message.ack()
+        meter.tick()
 
-        transports.register()
-        connection = connection.clone()
-        connection.connect()
-        producer = Producer(connection.default_channel)
-
-        def send() -> None:
-            producer.publish(body, routing_key=options["queue"], delivery_mode=1)
-
-    def work() -> None:
-        for _ in range(options["messages"] // 100):
-            send()
-            meter.tick()
-
-    gevent.joinall([gevent.spawn(work) for _ in range(100)], raise_error=True)
+    # With many consumers the clock starts when the last of them is ready: their start is not measured.
+    consumers = options.get("consumers", 1)
+    starting = Meter(consumers, meter.start if consumers > 1 else int)
+    run(options, class_of(options, on_task, starting.tick), done)
     return meter.figures()
 
 
-def idle(options: dict[str, Any]) -> dict[str, float]:
+def pool(options: Options) -> dict[str, float]:
+    """Up to `handlers` callbacks that sleep for `seconds`, in a greenlet pool as users write it."""
+    done = Event()
+    meter = Meter(options["messages"], done.set)
+    handlers = Pool(options["handlers"])
+
+    def on_task(body: Any, message: Any) -> None:
+        handlers.spawn(handle, message)
+
+    def handle(message: Any) -> None:
+        meter.enter()
+        gevent.sleep(options["seconds"])
+        message.ack()
+        meter.leave()
+
+    run(options, class_of(options, on_task), done)
+    return {**meter.figures(), "in_flight": meter.peak}
+
+
+def handlers(options: Options) -> dict[str, float]:
+    """The same by the mixin's own `concurrency`."""
+    done = Event()
+    meter = Meter(options["messages"], done.set)
+
+    def on_task(body: Any, message: Any) -> None:
+        meter.enter()
+        gevent.sleep(options["seconds"])
+        message.ack()
+        meter.leave()
+
+    run(options, class_of(options, on_task), done)
+    return {**meter.figures(), "in_flight": meter.peak}
+
+
+def bound(options: Options) -> dict[str, float]:
+    """What gevent does of it without any broker: the same sleeps in the same pool."""
+    done = Event()
+    meter = Meter(options["messages"], done.set)
+    sleepers = Pool(options["handlers"])
+
+    def handle() -> None:
+        meter.enter()
+        gevent.sleep(options["seconds"])
+        meter.leave()
+
+    for _ in range(options["messages"]):
+        sleepers.spawn(handle)
+    done.wait()
+    return {**meter.figures(), "in_flight": meter.peak}
+
+
+def latency(options: Options) -> dict[str, float]:
+    """From publish to handler, of messages that another process stamps; in milliseconds."""
+    delays: list[float] = []
+    done = Event()
+
+    def on_task(body: Any, message: Any) -> None:
+        delays.append(monotonic() - body["at"])
+        message.ack()
+        if len(delays) == options["messages"]:
+            done.set()
+
+    run(options, class_of(options, on_task, say_ready), done)
+    return {"p50_ms": median(delays) * 1000, "p99_ms": quantiles(delays, n=100)[98] * 1000}
+
+
+def acks(options: Options) -> list[tuple[float, int]]:
+    """When, and with which tag, the callback acked the last message of each burst."""
+    acked: list[tuple[float, int]] = []
+    done = Event()
+    meter = Meter(options["messages"], done.set)
+
+    def on_task(body: Any, message: Any) -> None:
+        at = monotonic()
+        message.ack()
+        if body["last"]:
+            acked.append((at, message.delivery_tag))
+        meter.tick()
+
+    run(options, class_of(options, on_task, say_ready), done)
+    return acked
+
+
+def say_ready() -> None:
+    print("ready", flush=True)
+
+
+def publish(options: Options) -> dict[str, float]:
+    """Confirmed publishing from 100 greenlets; `SENDERS` says by what."""
+    meter = Meter(options["messages"], int)
+    queue = f"{options['queue']}.0"
+    with SENDERS[options["sender"]](options["url"]) as send:
+        send({"warm": "up"}, routing_key=queue, delivery_mode=1)
+
+        def work() -> None:
+            for _ in range(options["messages"] // 100):
+                send({"data": "x" * 80}, routing_key=queue, delivery_mode=1)
+                meter.tick()
+
+        gevent.joinall([gevent.spawn(work) for _ in range(100)], raise_error=True)
+    return meter.figures()
+
+
+@contextmanager
+def pooled(url: str) -> Iterator[Callable[..., object]]:
+    """Kombu's producer pool of 10, over kombu's own transport."""
+    lend = producers[Connection(url, transport_options={"confirm_publish": True})]
+
+    def send(*args: Any, **options: Any) -> None:
+        with lend.acquire(block=True) as producer:
+            producer.publish(*args, **options)
+
+    yield send
+
+
+@contextmanager
+def one_producer(url: str) -> Iterator[Callable[..., object]]:
+    """One plain `kombu.Producer` for all, on one channel of a green link."""
+    from greenconsume import transports
+
+    transports.register()
+    with Connection(url, transport_options={"confirm_publish": True}) as connection:
+        yield Producer(connection.default_channel).publish
+
+
+@contextmanager
+def one_publisher(url: str) -> Iterator[Callable[..., object]]:
+    """One `Publisher` for all."""
+    from greenconsume import Publisher
+
+    with Publisher(url) as publisher:
+        yield publisher.publish
+
+
+SENDERS = {"kombu_pool": pooled, "shared_producer": one_producer, "publisher": one_publisher}
+
+
+def idle(options: Options) -> dict[str, float]:
     """What `consumers` that wait cost: memory, CPU, sockets; how long they take to start and stop."""
-    ready = Event()
-    mixin = mixin_of(options["mixin"])
-    count = {"ready": 0}
+    ready, delivered = Event(), Event()
     process = psutil.Process()
+    starting = Meter(options["consumers"], ready.set)
+    received = Meter(options["consumers"], delivered.set)
 
-    class Waits(mixin):  # type: ignore[misc,valid-type]  # chosen at run time
-        def __init__(self, connection: Connection, number: int) -> None:
-            self.connection = connection
-            self.queue = Queue(f"{options['queue']}.{number}", durable=False)
+    def on_task(body: Any, message: Any) -> None:
+        message.ack()
+        received.tick()
 
-        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-            return [Consumer([self.queue], callbacks=[self.on_task], prefetch_count=10)]
-
-        def on_consume_ready(self, *_args: Any, **_kwargs: Any) -> None:
-            count["ready"] += 1
-            if count["ready"] == options["consumers"]:
-                ready.set()
-
-        def on_task(self, body: Any, message: Any) -> None:
-            message.ack()
-            received.tick()
-
-    received = Meter(options["consumers"])
-    memory = process.memory_info().rss
-    began = monotonic()
-    fleet = fleet_of(
-        options["mixin"], options["url"], Waits, options["consumers"], options.get("links", 1)
-    )
+    memory, began = process.memory_info().rss, monotonic()
+    fleet = fleet_of(options, class_of({**options, "prefetch": 10}, on_task, starting.tick))
     fleet.start()
     ready.wait()
     figures = {"start_s": monotonic() - began}
-    memory = process.memory_info().rss - memory
-    cpu = process_time()
+    memory, cpu = process.memory_info().rss - memory, process_time()
     gevent.sleep(options["seconds"])
     figures["idle_cpu_percent"] = (process_time() - cpu) / options["seconds"] * 100
     figures["kb_each"] = memory / options["consumers"] / 1024
     figures["sockets"] = sum(c.status == "ESTABLISHED" for c in process.net_connections("tcp"))
     if options.get("deliver"):
-        figures["one_each_s"] = one_each(options, received)
+        figures["one_each_s"] = one_each(options, delivered)
     began = monotonic()
     fleet.stop()
     figures["stop_s"] = monotonic() - began
     return figures
 
 
-def one_each(options: dict[str, Any], received: Meter) -> float:
+def one_each(options: Options, delivered: Event) -> float:
     began = monotonic()
     with Connection(options["url"]) as connection:
         producer = Producer(connection, exchange=Exchange(""))
         for number in range(options["consumers"]):
             producer.publish({}, routing_key=f"{options['queue']}.{number}", delivery_mode=1)
-        received.done.wait()
+        delivered.wait()
     return monotonic() - began
 
 
-MEASURES = {
-    measure.__name__: measure for measure in (consume, pool, latency, publish, idle)
+MEASURES: dict[str, Callable[[Options], object]] = {
+    measure.__name__: measure
+    for measure in (consume, pool, handlers, bound, latency, acks, publish, idle)
 }
 
 if __name__ == "__main__":

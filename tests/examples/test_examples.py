@@ -24,6 +24,10 @@ OUTPUTS = {
     "02_a_hundred_consumers": r"3000 orders of 0\.1 s each, shipped in \d+\.\d s\n",
     "03_stop_from_another_greenlet": r"stopped \d+\.\d ms after it was told\n",
     "04_rpc": "".join(rf"{n} squared is {n * n}\n" for n in range(1, 6)),
+    "08_batches": "".join(
+        rf"{n} readings, on average {mean}\n"
+        for n, mean in [(100, 49.5), (100, 149.5), (50, 224.5)]
+    ),
 }
 # What the command line runs of those that are no scripts.
 TARGETS = {"02_a_hundred_consumers": "runtime"}

@@ -42,12 +42,14 @@ class Collector(ConsumerMixin):
         handled: Counter[Any] | None = None,
         prefetch: int = 10,
         work: Callable[[Any], object] | None = None,
+        concurrency: int | None = None,
     ) -> None:
         self.connection = connection
         self.queue = Queue(queue, durable=True)
         self.handled: Counter[Any] = Counter() if handled is None else handled
         self.prefetch = prefetch
         self.work = work
+        self.concurrency = concurrency
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         queues = [self.queue]
@@ -140,10 +142,10 @@ class ConfirmedPublisher:
         confirmed: The bodies that the broker has confirmed.
     """
 
-    def __init__(self, url: str, queues: list[str]) -> None:
+    def __init__(self, url: str, queues: list[str], **options: Any) -> None:
         self.confirmed: set[int] = set()
         self._queues = queues
-        self._connection = connection_to(url, confirm_publish=True)
+        self._connection = connection_to(url, confirm_publish=True, **options)
         self._errors = self._connection.connection_errors + self._connection.channel_errors
         self._stop = Event()
         self._greenlets: list[gevent.Greenlet] = []

@@ -12,20 +12,23 @@ import pytest
 from kombu import Producer
 from kombu.exceptions import OperationalError
 
-from greenconsume import ConsumerProducerMixin, Runtime, spawn
+from greenconsume import ConsumerProducerMixin, Requeue, Runtime, spawn
 from greenconsume.events import HandlerFailed, LinkBlocked, LinkDown
 from tests.fault.consumers import (
     AT_ONCE,
     CLOSE_TIMEOUT,
     Collector,
+    Unlimited,
     connection_to,
     consuming,
+    duplicates,
     everything,
+    freeze,
     observing,
     running,
     stop_and_join,
 )
-from tests.messages import declare, publish, queue_depth
+from tests.messages import channel, declare, publish, queue_depth
 from tests.waiting import wait_until
 
 
@@ -144,6 +147,48 @@ def test_a_publish_with_a_timeout_gives_up_on_a_blocked_broker(
         began = monotonic()
     # The channel first, then the connection.
     assert monotonic() - began < 2 * CLOSE_TIMEOUT + AT_ONCE
+
+
+def test_a_broker_that_froze_has_its_consumers_back_when_it_thaws(
+    rabbitmq_fault, amqp_url, queue_name
+):
+    """HAZARDS rows 3 and 5: the heartbeat gives the link up, a new handshake waits for the broker."""
+    publish(amqp_url, queue_name, 100)
+    consumer = Collector(connection_to(amqp_url, heartbeat=1), queue_name)
+    consumer.work = lambda _body: gevent.sleep(0.005)
+    with observing(LinkDown) as lost, running(consumer):
+        wait_until(lambda: len(consumer.handled) > 10)
+        freeze(rabbitmq_fault)
+        wait_until(lambda: lost, within=5.0)
+        gevent.sleep(0.5)
+        rabbitmq_fault.resume()
+        began = monotonic()
+        wait_until(everything(consumer.handled, 100), within=10.0)
+        print(f"\nall handled {monotonic() - began:.2f} s after the broker thawed")
+    assert "no heartbeat" in str(lost[0].error)
+    assert duplicates(consumer.handled) <= 10
+
+
+def test_a_relay_that_loses_its_links_loses_no_message(rabbitmq, proxy, amqp_url, two_queues):
+    """HAZARDS row 13: what is not confirmed downstream is not acknowledged upstream."""
+    source, sink = two_queues
+    publish(amqp_url, source, 300)
+    relay = Relay(connection_to(proxy.url, confirm_publish=True), source, sink)
+    relay.restart_limit = Unlimited()
+    relay.on_error = Requeue(delay=0.05)
+    with running(relay):
+        for _ in range(8):
+            handled = len(relay.handled)
+            wait_until(lambda n=handled: len(relay.handled) > min(n + 10, 299), within=10.0)
+            proxy.cut()
+        wait_until(lambda: rabbitmq.queue_counts(amqp_url, source)[:2] == (0, 0), within=10.0)
+    with channel(amqp_url) as chan:
+        arrived = Counter(
+            message.body for message in iter(lambda: chan.basic_get(sink, no_ack=True), None)
+        )
+    assert arrived.keys() == {str(body) for body in range(300)}
+    print(f"\n{duplicates(arrived)} duplicates after 8 cuts")
+    assert duplicates(arrived) <= 8 * relay.prefetch
 
 
 def test_an_idle_consumer_of_a_blocked_broker_stops_at_once(rabbitmq_fault, amqp_url, queue_name):

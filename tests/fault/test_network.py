@@ -5,18 +5,22 @@ from __future__ import annotations
 import random
 import socket
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import gevent
 import pytest
 from gevent.event import Event
-from kombu import Producer
+from kombu import Connection, Producer
 
 from greenconsume import Runtime
 from greenconsume.events import LinkDown, LinkUp
+from tests.brokers import client_tls
 from tests.fault.consumers import (
     AT_ONCE,
+    CLOSE_TIMEOUT,
     Collector,
     Unlimited,
     connection_to,
@@ -26,19 +30,48 @@ from tests.fault.consumers import (
     running,
     stop_and_join,
 )
-from tests.messages import declare, publish, queue_depth
-from tests.proxy import DIRECTIONS
+from tests.messages import declare, publish
+from tests.proxy import DIRECTIONS, Proxy
 from tests.waiting import wait_until
 
 PREFETCH = 10
 
 
-def settled(url: str, queue: str) -> None:
+@pytest.fixture
+def settled(rabbitmq, amqp_url, queue_name) -> Callable[[], None]:
     """Wait until the queue is empty, also of what was delivered and not acknowledged."""
-    wait_until(lambda: queue_depth(url, queue) == 0, within=5.0)
+
+    def wait() -> None:
+        counts = partial(rabbitmq.queue_counts, amqp_url, queue_name)
+        wait_until(lambda: counts()[:2] == (0, 0), within=5.0)
+
+    return wait
 
 
-def test_a_link_lost_while_a_handler_runs_brings_its_consumer_back(proxy, amqp_url, queue_name):
+class Way:
+    """A proxy to the broker, and connections that lead through it."""
+
+    def __init__(self, proxy: Proxy, **options: Any) -> None:
+        self.proxy = proxy
+        self._options = options
+
+    def connection(self, **transport_options: Any) -> Connection:
+        options = {"close_timeout": CLOSE_TIMEOUT, **transport_options}
+        return Connection(self.proxy.url, transport_options=options, **self._options)
+
+
+@pytest.fixture(params=["amqp", "amqps"])
+def way(request, rabbitmq, make_proxy, amqp_url) -> Way:
+    """Plain and over TLS."""
+    if request.param == "amqp":
+        return Way(make_proxy(amqp_url))
+    return Way(make_proxy(request.getfixturevalue("amqps_url")), ssl=client_tls(rabbitmq))
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_a_link_lost_while_a_handler_runs_brings_its_consumer_back(
+    way, amqp_url, queue_name, concurrency, settled
+):
     """HAZARDS row 13: the late ack is a counted no-op, and the consumer does not sit there silent."""
     publish(amqp_url, queue_name, 1)
     begun, go_on = Event(), Event()
@@ -47,29 +80,31 @@ def test_a_link_lost_while_a_handler_runs_brings_its_consumer_back(proxy, amqp_u
         begun.set()
         go_on.wait()
 
-    consumer = Collector(connection_to(proxy.url), queue_name, work=work)
+    consumer = Collector(way.connection(), queue_name, work=work, concurrency=concurrency)
     with observing(LinkDown) as lost, running(consumer):
         assert begun.wait(2.0)
-        proxy.cut()
+        way.proxy.cut()
         wait_until(lambda: lost)
         gevent.sleep(0.1)
         go_on.set()
         wait_until(lambda: consumer.handled[0] == 2, within=5.0)
         publish(amqp_url, queue_name, [1])
         wait_until(lambda: consumer.handled[1] == 1)
-    settled(amqp_url, queue_name)
+    settled()
 
 
-def test_a_cut_at_any_byte_loses_nothing(proxy, amqp_url, queue_name):
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_a_cut_at_any_byte_loses_nothing(way, amqp_url, queue_name, concurrency, settled):
     """HAZARDS rows 1 and 13: a link that was cut in a frame is closed, never used again."""
-    count = 300
+    count = 100 if way.proxy.url.startswith("amqps") else 300  # a handshake of TLS is cut, too
     handled: Counter[Any] = Counter()
-    consumer = Collector(connection_to(proxy.url), queue_name, handled, PREFETCH)
+    consumer = Collector(way.connection(), queue_name, handled, PREFETCH)
+    consumer.concurrency = concurrency
     consumer.restart_limit = Unlimited()
     cuts = 0
     with observing(LinkDown) as lost, running(consumer) as (greenlet,):
         for first in range(0, count, 10):
-            proxy.truncate_at(random.Random(first).randrange(1, 900))
+            way.proxy.truncate_at(random.Random(first).randrange(1, 900))
             publish(amqp_url, queue_name, range(first, first + 10))
             wait_until(lambda cuts=cuts: len(lost) > cuts, within=5.0)
             cuts = len(lost)
@@ -77,7 +112,7 @@ def test_a_cut_at_any_byte_loses_nothing(proxy, amqp_url, queue_name):
         wait_until(everything(handled, count), within=20.0)
         stop_and_join(greenlet)
     assert duplicates(handled) <= PREFETCH * cuts
-    settled(amqp_url, queue_name)
+    settled()
 
 
 def test_a_cut_at_any_byte_of_the_handshake_and_set_up_is_tried_again(
@@ -98,11 +133,11 @@ def test_a_cut_at_any_byte_of_the_handshake_and_set_up_is_tried_again(
     assert all(greenlet.successful() for greenlet in greenlets)
 
 
-def test_a_half_open_link_is_noticed_by_its_heartbeat(proxy, amqp_url, queue_name):
+def test_a_half_open_link_is_noticed_by_its_heartbeat(way, amqp_url, queue_name):
     """HAZARDS row 5: a peer that vanished without a word is noticed within three intervals."""
-    consumer = Collector(connection_to(proxy.url, heartbeat=1), queue_name, prefetch=PREFETCH)
+    consumer = Collector(way.connection(heartbeat=1), queue_name, prefetch=PREFETCH)
     with observing(LinkDown) as lost, running(consumer):
-        proxy.half_open()
+        way.proxy.half_open()
         began = monotonic()
         publish(amqp_url, queue_name, 20)
         wait_until(lambda: lost, within=5.0)
@@ -113,57 +148,59 @@ def test_a_half_open_link_is_noticed_by_its_heartbeat(proxy, amqp_url, queue_nam
 
 @pytest.mark.parametrize("direction", [None, *DIRECTIONS])
 def test_a_stall_within_the_heartbeat_loses_nothing_and_keeps_the_link(
-    proxy, amqp_url, queue_name, direction
+    way, amqp_url, queue_name, direction, settled
 ):
     """HAZARDS rows 5 and 8: neither a write nor the link times out for a pause."""
-    consumer = Collector(connection_to(proxy.url, heartbeat=4), queue_name, prefetch=PREFETCH)
+    consumer = Collector(way.connection(heartbeat=4), queue_name, prefetch=PREFETCH)
     with observing(LinkDown) as lost, running(consumer):
-        proxy.stall(direction)
+        way.proxy.stall(direction)
         publish(amqp_url, queue_name, 100)
         gevent.sleep(1.0)
         assert not everything(consumer.handled, 100)()
-        proxy.resume()
+        way.proxy.resume()
         wait_until(everything(consumer.handled, 100), within=5.0)
-        settled(amqp_url, queue_name)
+        settled()
         assert lost == []
     assert duplicates(consumer.handled) == 0
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_stop_during_a_stall_is_bounded_and_loses_nothing(proxy, amqp_url, queue_name, direction):
+def test_a_stop_during_a_stall_is_bounded_and_loses_nothing(
+    way, amqp_url, queue_name, direction, settled
+):
     """HAZARDS row 17: closing does not wait for a network that is gone."""
     publish(amqp_url, queue_name, 100)
-    consumer = Collector(connection_to(proxy.url), queue_name, prefetch=PREFETCH)
+    consumer = Collector(way.connection(), queue_name, prefetch=PREFETCH)
     with running(consumer) as (greenlet,):
-        proxy.stall(direction)
+        way.proxy.stall(direction)
         gevent.sleep(0.05)
         assert stop_and_join(greenlet) < 0.2 + AT_ONCE
     handled_before = set(consumer.handled)
-    proxy.resume()
-    wait_until(lambda: proxy.open_count == 0, within=5.0)
+    way.proxy.resume()
+    wait_until(lambda: way.proxy.open_count == 0, within=5.0)
     rest = Collector(connection_to(amqp_url), queue_name, consumer.handled, PREFETCH)
     with running(rest):
         wait_until(everything(consumer.handled, 100), within=5.0)
-        settled(amqp_url, queue_name)
+        settled()
     assert duplicates(consumer.handled) <= len(handled_before)
 
 
 def test_many_acks_into_a_stalled_socket_are_all_sent_once_it_flows_again(
-    proxy, amqp_url, queue_name
+    way, amqp_url, queue_name, settled
 ):
     """HAZARDS row 8: an ack's write times out half sent, because the reader's settimeout applies to it."""
     count = 20_000
     publish(amqp_url, queue_name, count)
-    consumer = Collector(connection_to(proxy.url, heartbeat=10), queue_name, prefetch=0)
-    proxy.stall("to_server")
-    proxy.resume()
+    consumer = Collector(way.connection(heartbeat=10), queue_name, prefetch=0)
+    way.proxy.stall("to_server")
+    way.proxy.resume()
     with observing(LinkDown) as lost, running(consumer):
         wait_until(lambda: len(consumer.handled) > 50, within=5.0)
-        proxy.stall("to_server")
+        way.proxy.stall("to_server")
         gevent.sleep(1.5)
-        proxy.resume()
+        way.proxy.resume()
         wait_until(everything(consumer.handled, count), within=20.0)
-        settled(amqp_url, queue_name)
+        settled()
         assert lost == []
     assert duplicates(consumer.handled) == 0
 
@@ -194,18 +231,20 @@ def test_collecting_a_connection_leaves_the_process_wide_timeout_alone(
     assert calls == []
 
 
-def test_latency_slows_down_and_breaks_nothing(proxy, amqp_url, queue_name):
+def test_latency_slows_down_and_breaks_nothing(proxy, amqp_url, queue_name, settled):
     proxy.latency(0.05)
     consumer = Collector(connection_to(proxy.url), queue_name, prefetch=PREFETCH)
     with running(consumer) as (greenlet,):
         publish(amqp_url, queue_name, 50)
         wait_until(everything(consumer.handled, 50), within=10.0)
-        settled(amqp_url, queue_name)
+        settled()
         assert stop_and_join(greenlet) < 0.5
     assert duplicates(consumer.handled) == 0
 
 
-def test_a_hundred_consumers_of_one_link_come_back_from_every_fault(proxy, amqp_url, queue_name):
+def test_a_hundred_consumers_of_one_link_come_back_from_every_fault(
+    proxy, amqp_url, queue_name, settled
+):
     """HAZARDS row 28: one link, one dialer; duplicates are bounded by what was prefetched."""
     handled: Counter[Any] = Counter()
     with observing(LinkUp, LinkDown) as links, Runtime(connection_to(proxy.url)) as runtime:
@@ -217,7 +256,7 @@ def test_a_hundred_consumers_of_one_link_come_back_from_every_fault(proxy, amqp_
             wait_until(lambda n=2 * fault + 3: len(links) == n, within=5.0)
             wait_until(lambda: all(c.greenlet.ready.is_set() for c in runtime.children), within=5.0)
         wait_until(everything(handled, 1500), within=10.0)
-        settled(amqp_url, queue_name)
+        settled()
         assert proxy.open_count == 1
     assert [type(each) for each in links] == [LinkUp, LinkDown] * 3 + [LinkUp]
     assert duplicates(handled) <= 3 * 100

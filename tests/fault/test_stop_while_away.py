@@ -9,12 +9,13 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event
 from kombu import Queue
 from kombu.mixins import ConsumerMixin as KombuMixin
 from kombu.utils.limits import TokenBucket
 
 from greenconsume import ConsumerMixin, ConsumerProducerMixin, Runtime, spawn
-from greenconsume.events import ConnectFailed, LinkDown, LinkUp
+from greenconsume.events import ConnectFailed, HandlerFailed, LinkDown, LinkUp, subscribe
 from greenconsume.greenlets import ConsumerGreenlet
 from tests.fault.consumers import (
     AT_ONCE,
@@ -27,7 +28,7 @@ from tests.fault.consumers import (
     running,
     stop_and_join,
 )
-from tests.messages import declare
+from tests.messages import declare, publish, queue_depth
 from tests.servers import HOST, free_port
 from tests.waiting import wait_until
 
@@ -226,8 +227,6 @@ def test_a_stop_ends_the_wait_for_a_producers_connection(amqp_url, black_hole_ur
     asked: list[Any] = []
     relay = Relay(connection_to(amqp_url), queue_name)
     relay.work = relay.create_producer
-    from tests.messages import publish
-
     publish(amqp_url, queue_name, 1)
     with running(relay) as (greenlet,):
         wait_until(lambda: asked)
@@ -249,6 +248,66 @@ def test_a_thousand_consumers_of_a_broker_that_is_down_stop_at_once(refused_url,
         assert monotonic() - began < 1.0
         starting.get(timeout=1.0)
     assert len(failures) == 2
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_stop_at_the_very_moment_the_link_comes_up_leaves_no_link(peer, queue_name, how):
+    """HAZARDS row 22: nobody is left who would use it."""
+    greenlet = ConsumerGreenlet(Collector(connection_to(peer.url), queue_name))
+
+    def end(event: Event) -> None:
+        if isinstance(event, LinkUp):
+            greenlet.stop() if how == "stop" else greenlet.kill(block=False)
+
+    unsubscribe = subscribe(end)
+    greenlet.start()
+    assert greenlet.join(2.0)
+    unsubscribe()
+    assert greenlet.successful()
+    wait_until(lambda: peer.open_count == 0)
+
+
+def test_a_stop_while_consumers_come_back_ends_them_all(proxy, queue_name):
+    """HAZARDS rows 3 and 28: some have a channel again, some wait for their turn."""
+    runtime = Runtime(connection_to(proxy.url))
+    runtime.spawn(lambda connection: Collector(connection, queue_name), replicas=300)
+    runtime.start()
+    with observing(LinkUp) as ups:
+        proxy.cut()
+        wait_until(lambda: ups, within=5.0)
+        gevent.sleep(0.05)
+        began = monotonic()
+        runtime.stop()
+        assert runtime.join(5.0)
+        assert monotonic() - began < 1.0
+    assert [child.error for child in runtime.children] == [None] * 300
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+def test_a_link_lost_in_the_drain_does_not_hold_it_up(proxy, amqp_url, queue_name, concurrency):
+    """HAZARDS row 13: the handler that a stop waits for finds its channel gone."""
+    publish(amqp_url, queue_name, 1)
+    begun, go_on = Event(), Event()
+
+    def work(_body: Any) -> None:
+        begun.set()
+        go_on.wait()
+
+    consumer = Collector(connection_to(proxy.url), queue_name, work=work, concurrency=concurrency)
+    with running(consumer) as (greenlet,), observing(HandlerFailed) as failures:
+        assert begun.wait(2.0)
+        greenlet.stop()
+        gevent.sleep(0.05)
+        proxy.refuse()
+        proxy.cut()
+        gevent.sleep(0.05)
+        assert not greenlet.dead
+        go_on.set()
+        began = monotonic()
+        assert greenlet.join(5.0)
+        assert monotonic() - began < AT_ONCE
+    assert failures == []
+    wait_until(lambda: queue_depth(amqp_url, queue_name) == 1)
 
 
 @pytest.mark.parametrize("at", [0.0, 0.001, 0.003, 0.01, 0.03, 0.1])

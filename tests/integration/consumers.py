@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import gevent
+import pytest
 from gevent.event import Event
 from kombu import Connection, Queue
+from kombu import mixins as kombu_mixins
 
 from greenconsume import ConsumerGreenlet, ConsumerMixin, ConsumerProducerMixin, spawn, transports
 from greenconsume import events as happenings
@@ -90,6 +93,48 @@ class Answerer(ConsumerProducerMixin):
             correlation_id=properties.get("correlation_id"),
         )
         self.answered_count += 1
+
+
+class Plain(kombu_mixins.ConsumerMixin):
+    """A consumer as written for kombu."""
+
+    def __init__(self, connection: Any, queue: str) -> None:
+        self.connection = connection
+        self.queue = queue
+        self.bodies: list[Any] = []
+
+    def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+        return [Consumer([Queue(self.queue)], callbacks=[self.on_task], accept=["json"])]
+
+    def on_task(self, body: Any, message: Any) -> None:
+        self.bodies.append(body)
+        message.ack()
+
+
+class Inbox:
+    """A callback that keeps what it is given."""
+
+    def __init__(self, connection: Connection, ack: bool = True) -> None:
+        self.connection = connection
+        self.bodies: list[Any] = []
+        self.messages: list[Any] = []
+        self._ack = ack
+
+    def __call__(self, body: Any, message: Any) -> None:
+        self.bodies.append(body)
+        self.messages.append(message)
+        if self._ack:
+            message.ack()
+
+    def drain(self, count: int) -> list[Any]:
+        while len(self.bodies) < count:
+            self.connection.drain_events(timeout=SOON)
+        return self.bodies
+
+    def is_quiet(self) -> bool:
+        with pytest.raises(socket.timeout):
+            self.connection.drain_events(timeout=0.05)
+        return True
 
 
 def green_connection(url: str, **options: Any) -> Connection:

@@ -23,6 +23,7 @@ from tests.integration.consumers import (
     consuming,
     green_connection,
     observed,
+    pause_for,
 )
 from tests.messages import channel, declare, publish, queue_depth
 from tests.waiting import wait_until
@@ -322,7 +323,7 @@ def run_to_its_end(messages: Iterator[None]) -> None:
 
 def test_a_timeout_around_consume_is_not_the_handlers(rabbitmq, amqp_url, queue_name):
     """HAZARDS row 1: it ends the consumer, whose connection is closed in order."""
-    consumer = Recorder(amqp_url, queue_name, lambda *_: gevent.sleep(SOON))
+    consumer = Recorder(amqp_url, queue_name, lambda *_: pause_for(SOON))
     publish(amqp_url, queue_name, 3)
     with observed(HandlerFailed) as failures, pytest.raises(gevent.Timeout):
         with gevent.Timeout(0.2):
@@ -337,7 +338,7 @@ def test_a_kill_of_a_foreign_greenlet_is_not_the_handlers(rabbitmq, amqp_url, qu
 
     def handle(body: Any, _message: Any) -> None:
         begun.append(body)
-        gevent.sleep(SOON)
+        pause_for(SOON)
 
     publish(amqp_url, queue_name, 3)
     greenlet = gevent.spawn(Recorder(amqp_url, queue_name, handle).run)

@@ -1,50 +1,28 @@
-"""kombu's own interface over a green link: entities, bodies, consumers, simple queues, common helpers."""
+"""kombu's own interface over a green link: entities, messages, consumers."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from decimal import Decimal
-from itertools import islice
-from queue import Empty
 from typing import Any
 
 import amqp
-import gevent
 import pytest
-from kombu import Connection, Consumer, Exchange, Producer, Queue, binding
-from kombu import common as kombu_common
+from kombu import Consumer, Exchange, Producer, Queue, binding
 from kombu.exceptions import ContentDisallowed
 
-from tests.integration.consumers import SOON, green_connection
-from tests.messages import declare, publish, queue_depth
+from tests.integration.consumers import SOON, Inbox, green_connection
+from tests.messages import publish, queue_depth
 from tests.waiting import wait_until
 
-
-@pytest.fixture
-def connection(amqp_url) -> Iterator[Connection]:
-    with green_connection(amqp_url) as lent:
-        yield lent
-
-
-@pytest.fixture
-def channel(connection) -> Iterator[Any]:
-    with connection.channel() as lent:
-        yield lent
-
-
-@pytest.fixture
-def queue(channel, queue_name) -> Queue:
-    """A queue that is bound to `channel`, and declared."""
-    bound = Queue(queue_name, durable=False)(channel)
-    bound.declare()
-    return bound
+#: What kombu refuses unless it is told.
+ACCEPT = ["json", "pickle", "text/plain", "application/data"]
 
 
 def take(queue: Queue, within: float = SOON) -> Any:
     """Take the next message, acknowledged, and return it."""
-    return wait_until(lambda: queue.get(no_ack=True, accept=["json", "pickle"]), within)
+    return wait_until(lambda: queue.get(no_ack=True, accept=ACCEPT), within)
 
 
 # -- entities -------------------------------------------------------------------------------------
@@ -88,7 +66,7 @@ def test_entities_are_bound_unbound_purged_and_deleted(channel, queue_name):
     assert queue.get() is None
     Producer(channel).publish("x", routing_key=queue_name)
     assert queue.purge() == 1
-    queue.unbind()
+    queue.unbind_from(second)
     assert queue.delete(if_unused=True) == 0
     first.delete()
     with pytest.raises(amqp.NotFound):
@@ -128,7 +106,7 @@ HEADERS = {
     "decimal": Decimal("3.14"),
     "time": datetime(2024, 2, 29, 12, 30, tzinfo=timezone.utc),
     "list": [1, "two", [3.0, None], {"four": True}],
-    "table": {"nested": {"deep": [b"bytes", "text"]}},
+    "table": {"nested": {"deep": [1, "text"]}},
     "nothing": [{}, []],
 }
 
@@ -167,7 +145,6 @@ BODIES = {
     "text": "grüße ☃ 🌱",
     "empty text": "",
     "bytes": bytes(range(256)),
-    "empty bytes": b"",
     "json": {"list": [1, None, "☃"], "nested": {"a": 1.5}},
     "null": None,
     "zero": 0,
@@ -186,15 +163,14 @@ def test_every_body_comes_back(amqp_url, queue_name, name, frame_max):
         Producer(connection).publish(body, routing_key=queue_name)
         assert take(queue).payload == body
         got: list[Any] = []
-        with connection.Consumer(
-            [queue], callbacks=[lambda body, _: got.append(body)], no_ack=True
-        ):
+        options = {"no_ack": True, "accept": ACCEPT}
+        with connection.Consumer([queue], callbacks=[lambda body, _: got.append(body)], **options):
             Producer(connection).publish(body, routing_key=queue_name)
             connection.drain_events(timeout=SOON)
         assert got == [body]
 
 
-@pytest.mark.parametrize("compression", ["zlib", "bz2", "lzma"])
+@pytest.mark.parametrize("compression", ["zlib", "bzip2", "lzma"])
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 def test_compressed_and_serialized_bodies_come_back(
     channel, queue, queue_name, compression, serializer
@@ -202,9 +178,11 @@ def test_compressed_and_serialized_bodies_come_back(
     body = {"text": "☃" * 1000}
     producer = Producer(channel, compression=compression, serializer=serializer)
     producer.publish(body, routing_key=queue_name)
-    message = take(queue)
-    assert message.headers["compression"]
-    assert len(message.body) < 1000
+    raw = wait_until(lambda: channel.basic_get(queue_name))
+    assert raw.headers["compression"]
+    assert len(raw.body) < 1000
+    message = channel.message_to_python(raw)
+    message.accept = {message.content_type}
     assert message.payload == body
 
 
@@ -240,32 +218,6 @@ def test_a_priority_queue_gives_the_highest_first(channel, queue_name):
 # -- consumers ------------------------------------------------------------------------------------
 
 
-class Inbox:
-    """A callback that keeps what it is given."""
-
-    def __init__(self, connection: Connection, ack: bool = True) -> None:
-        self.connection = connection
-        self.bodies: list[Any] = []
-        self.messages: list[Any] = []
-        self._ack = ack
-
-    def __call__(self, body: Any, message: Any) -> None:
-        self.bodies.append(body)
-        self.messages.append(message)
-        if self._ack:
-            message.ack()
-
-    def drain(self, count: int) -> list[Any]:
-        while len(self.bodies) < count:
-            self.connection.drain_events(timeout=SOON)
-        return self.bodies
-
-    def is_quiet(self) -> bool:
-        with pytest.raises(socket.timeout):
-            self.connection.drain_events(timeout=0.05)
-        return True
-
-
 def test_all_callbacks_of_a_consumer_are_called_in_order(connection, channel, queue, queue_name):
     inbox, others = Inbox(connection), []
     consumer = Consumer(channel, [queue], callbacks=[lambda body, _: others.append(body)])
@@ -283,14 +235,14 @@ def test_a_consumer_takes_on_and_cancels_queues(connection, channel, queue, queu
         consumer.add_queue(other)
         consumer.consume()
         assert consumer.consuming_from(other)
-        producer.publish("other", routing_key=other.name)
-        assert inbox.drain(1) == ["other"]
+        producer.publish(["other"], routing_key=other.name)
+        assert inbox.drain(1) == [["other"]]
         consumer.cancel_by_queue(queue_name)
         assert not consumer.consuming_from(queue)
         producer.publish("to nobody", routing_key=queue_name)
         assert inbox.is_quiet()
-        producer.publish("still", routing_key=other.name)
-        assert inbox.drain(2) == ["other", "still"]
+        producer.publish(["still"], routing_key=other.name)
+        assert inbox.drain(2) == [["other"], ["still"]]
     assert take(queue).payload == "to nobody"
 
 
@@ -374,8 +326,9 @@ def test_purge_tells_how_many_went(channel, queue, queue_name):
 
 def test_flow_raises_what_the_broker_says(channel, queue):
     """RabbitMQ has no flow for clients to stop: it closes the connection over it."""
-    with pytest.raises(amqp.AMQPNotImplementedError, match="active=false"):
+    with pytest.raises(amqp.RecoverableConnectionError, match="active=false") as caught:
         Consumer(channel, [queue]).flow(False)
+    assert isinstance(caught.value.__cause__, amqp.AMQPNotImplementedError)
 
 
 def test_a_timeout_leaves_no_trace(connection, channel, queue, queue_name):
@@ -386,126 +339,3 @@ def test_a_timeout_leaves_no_trace(connection, channel, queue, queue_name):
                 connection.drain_events(timeout=timeout)
         Producer(channel).publish("x", routing_key=queue_name)
         assert inbox.drain(1) == ["x"]
-
-
-# -- simple queues --------------------------------------------------------------------------------
-
-
-def test_a_simple_queue_puts_gets_and_is_empty(connection, queue_name):
-    with connection.SimpleQueue(queue_name) as simple:
-        assert len(simple) == 0
-        for body in ({"a": 1}, "two", 3):
-            simple.put(body)
-        wait_until(lambda: simple.qsize() == 3)
-        assert len(simple) == 3
-        message = simple.get(timeout=SOON)
-        assert message.payload == {"a": 1}
-        message.ack()
-        assert simple.get(block=False).payload == "two"
-        assert simple.clear() >= 0
-        with pytest.raises(Empty):
-            simple.get_nowait()
-        with pytest.raises(Empty):
-            simple.get(timeout=0.02)
-
-
-def test_a_simple_buffer_holds_what_nobody_acks(connection, queue_name):
-    with connection.SimpleBuffer(queue_name) as buffer:
-        buffer.put("x")
-        assert buffer.get(timeout=SOON).payload == "x"
-        with pytest.raises(Empty):
-            buffer.get(timeout=0.02)
-
-
-def test_a_simple_queue_serves_many_greenlets_of_one_connection(connection, queue_name):
-    got: list[int] = []
-
-    def work(simple: Any) -> None:
-        while len(got) < 200:
-            try:
-                message = simple.get(timeout=0.05)
-            except Empty:
-                continue
-            got.append(message.payload)
-            message.ack()
-
-    with connection.SimpleQueue(queue_name) as simple:
-        greenlets = [gevent.spawn(work, simple) for _ in range(5)]
-        gevent.joinall([gevent.spawn(simple.put, number) for number in range(200)])
-        gevent.joinall(greenlets, raise_error=True)
-    assert sorted(got) == list(range(200))
-
-
-# -- kombu.common ---------------------------------------------------------------------------------
-
-
-def test_itermessages_and_drain_consumer_yield_what_comes(connection, channel, queue, queue_name):
-    for number in range(6):
-        Producer(channel).publish(number, routing_key=queue_name)
-    some = kombu_common.itermessages(connection, channel, queue, limit=3, timeout=SOON, no_ack=True)
-    assert [body for body, _ in some] == [0, 1, 2]
-    wait_until(lambda: queue.queue_declare(passive=True).consumer_count == 0)
-    consumer = Consumer(channel, [queue], no_ack=True, prefetch_count=1)
-    rest = kombu_common.drain_consumer(consumer, limit=2, timeout=SOON)
-    assert len(list(rest)) == 2
-
-
-def test_eventloop_ends_with_its_limit_and_skips_timeouts(connection, channel, queue, queue_name):
-    inbox = Inbox(connection)
-    with Consumer(channel, [queue], callbacks=[inbox]):
-        gevent.spawn_later(0.05, Producer(channel).publish, "x", routing_key=queue_name)
-        loop = kombu_common.eventloop(connection, timeout=0.01, ignore_timeouts=True)
-        for _ in islice(loop, 50):
-            if inbox.bodies:
-                break
-        loop.close()
-    assert inbox.bodies == ["x"]
-
-
-def test_replies_are_collected(amqp_url, connection, channel, queue, queue_name):
-    replies = Queue(f"{queue_name}-replies", exclusive=True, auto_delete=True)
-    exchange = Exchange("", "direct")
-
-    def serve() -> None:
-        with green_connection(amqp_url) as other, other.channel() as chan:
-            for _, request in kombu_common.itermessages(
-                other, chan, Queue(queue_name, durable=False), limit=3, timeout=SOON
-            ):
-                kombu_common.send_reply(exchange, request, {"ok": request.payload}, Producer(chan))
-                request.ack()
-
-    replies(channel).declare()
-    server = gevent.spawn(serve)
-    for number in range(3):
-        Producer(channel).publish(number, routing_key=queue_name, reply_to=replies.name)
-    got = kombu_common.collect_replies(connection, channel, replies, limit=3, timeout=SOON)
-    assert list(got) == [{"ok": 0}, {"ok": 1}, {"ok": 2}]
-    server.get(timeout=SOON)
-
-
-def test_maybe_declare_declares_once(channel, queue_name):
-    queue = Queue(queue_name, durable=False)
-    assert kombu_common.maybe_declare(queue, channel)
-    assert not kombu_common.maybe_declare(queue, channel)
-    assert kombu_common.maybe_declare(queue, channel, retry=True) is False
-
-
-# -- transactions ---------------------------------------------------------------------------------
-
-
-def test_a_transaction_is_committed_or_rolled_back(amqp_url, connection, queue_name):
-    declare(amqp_url, queue_name)
-    with connection.channel() as channel:
-        channel.tx_select()
-        producer = Producer(channel)
-        producer.publish("rolled back", routing_key=queue_name)
-        channel.tx_rollback()
-        producer.publish("committed", routing_key=queue_name)
-        assert queue_depth(amqp_url, queue_name) == 0
-        channel.tx_commit()
-        assert queue_depth(amqp_url, queue_name) == 1
-        message = channel.basic_get(queue_name)
-        message.channel.basic_ack(message.delivery_tag)
-        channel.tx_rollback()
-        channel.basic_recover(requeue=True)
-    wait_until(lambda: queue_depth(amqp_url, queue_name) == 1)

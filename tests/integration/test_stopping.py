@@ -16,8 +16,13 @@ from kombu import Queue
 
 from greenconsume import Runtime, spawn
 from greenconsume.events import ConsumerState
-from tests.integration.consumers import SOON, Recorder, consuming
-from tests.messages import publish, queue_depth
+from tests.integration.consumers import (
+    SOON,
+    Recorder,
+    consuming,
+    pause_for,
+)
+from tests.messages import declare, publish, queue_depth
 from tests.waiting import wait_until
 
 
@@ -136,8 +141,11 @@ def test_a_stop_in_a_handler_lets_it_finish_and_handles_no_other(rabbitmq, amqp_
     assert queue_depth(amqp_url, queue_name) == 49
 
 
-def test_orderly_stops_under_load_neither_lose_nor_repeat_a_message(amqp_url, queue_name):
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_orderly_stops_under_load_neither_lose_nor_repeat_a_message(amqp_url, queue_name, kind):
     """HAZARDS row 12 and 17: twenty stops, each with a prefetch full of messages."""
+    queue = Queue(queue_name, queue_arguments={"x-queue-type": kind})
+    declare(amqp_url, queue_name, x_queue_type=kind)
     total = publish(amqp_url, queue_name, 4000)
     handled: list[int] = []
 
@@ -146,11 +154,11 @@ def test_orderly_stops_under_load_neither_lose_nor_repeat_a_message(amqp_url, qu
         gevent.sleep(0)
 
     for goal in range(50, 1050, 50):
-        with consuming(Recorder(amqp_url, queue_name, handle, prefetch_count=100)):
+        with consuming(Recorder(amqp_url, queue, handle, prefetch_count=100)):
             wait_until(lambda goal=goal: len(handled) >= goal, SOON)
     assert len(handled) < total
     assert handled == list(range(len(handled)))
-    assert queue_depth(amqp_url, queue_name) == total - len(handled)
+    wait_until(lambda: queue_depth(amqp_url, queue_name) == total - len(handled))
 
 
 def test_consumers_of_one_link_stop_under_load_without_loss(amqp_url, queue_name):
@@ -159,7 +167,7 @@ def test_consumers_of_one_link_stop_under_load_without_loss(amqp_url, queue_name
 
     def handle(body: int, _message: Any) -> None:
         if body % 7 == 0:
-            gevent.sleep(0.001)
+            pause_for(0.001)
         handled.append(body)
 
     while len(handled) < total:
@@ -187,6 +195,83 @@ def test_ten_greenlets_stop_the_same_consumer_at_once(amqp_url, queue_name):
         gevent.joinall([gevent.spawn(greenlet.stop, f"greenlet {n}") for n in range(10)])
         assert greenlet.join(SOON)
         assert greenlet.state is ConsumerState.STOPPED
+
+
+@pytest.mark.parametrize("options", [{"no_ack": True}, {"prefetch_count": None}])
+def test_a_consumer_that_was_paused_stops_without_loss(amqp_url, queue_name, options):
+    """The broker knows nothing of it then, and its backlog goes back."""
+    total = publish(amqp_url, queue_name, 5000)
+    go_on = Event()
+    consumer = Recorder(amqp_url, queue_name, lambda *_: go_on.wait(SOON), **options)
+    with consuming(consumer) as [greenlet]:
+        wait_until(lambda: queue_depth(amqp_url, queue_name) < total - 1000)
+        consumer.should_stop = True
+        go_on.set()
+        assert greenlet.join(SOON)
+    assert greenlet.exception is None
+    assert consumer.bodies == [0]
+    if not options.get("no_ack"):
+        assert queue_depth(amqp_url, queue_name) == total - 1
+
+
+def test_a_handler_that_stops_its_consumer_still_acks(amqp_url, queue_name):
+    publish(amqp_url, queue_name, 20)
+
+    def stop(_body: Any, _message: Any) -> None:
+        consumer.should_stop = True
+
+    consumer = Recorder(amqp_url, queue_name, stop)
+    greenlet = spawn(consumer)
+    assert greenlet.join(SOON)
+    assert consumer.bodies == [0]
+    assert queue_depth(amqp_url, queue_name) == 19
+
+
+def test_a_consumer_without_queues_waits_and_stops(rabbitmq, amqp_url, queue_name):
+    class Empty(Recorder):
+        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+            return []
+
+    with consuming(Empty(amqp_url, queue_name)) as [greenlet]:
+        assert rabbitmq.connection_count(amqp_url) == 1
+        began = monotonic()
+        greenlet.stop()
+        assert greenlet.join(SOON)
+        assert monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("step", ["get_consumers", "on_connection_revived", "on_consume_ready"])
+def test_a_consumer_stops_itself_while_it_is_set_up(rabbitmq, amqp_url, queue_name, step):
+    class Hasty(Recorder):
+        pass
+
+    def stop_here(self: Recorder, *args: Any, **kwargs: Any) -> Any:
+        self.should_stop = True
+        return getattr(Recorder, step)(self, *args, **kwargs)
+
+    setattr(Hasty, step, stop_here)
+    publish(amqp_url, queue_name, 3)
+    consumer = Hasty(amqp_url, queue_name)
+    greenlet = spawn(consumer)
+    assert greenlet.join(SOON)
+    assert (greenlet.exception, consumer.bodies) == (None, [])
+    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
+    assert queue_depth(amqp_url, queue_name) == 3
+
+
+@pytest.mark.parametrize("step", ["get_consumers", "on_connection_revived", "on_consume_ready"])
+def test_a_consumer_that_fails_while_it_is_set_up_leaves_no_link(
+    rabbitmq, amqp_url, queue_name, step
+):
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise LookupError(step)
+
+    consumer = Recorder(amqp_url, queue_name)
+    setattr(consumer, step, fail)
+    greenlet = spawn(consumer)
+    assert greenlet.join(SOON)
+    assert isinstance(greenlet.exception, LookupError)
+    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
 
 
 def stop_of_a_thousand(url: str, prefix: str) -> float:

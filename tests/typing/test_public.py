@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 from typing_extensions import assert_type
 
 import greenconsume
 from greenconsume import (
+    Batch,
     ConsumerGreenlet,
     ConsumerMixin,
     ConsumerProducerMixin,
+    Publisher,
     Reject,
     Requeue,
     RestartPolicy,
@@ -22,6 +24,7 @@ from greenconsume import (
     spawn,
 )
 from greenconsume.events import ConsumerState, Event, subscribe
+from greenconsume.links import LinkPool
 
 
 class Orders(ConsumerMixin):
@@ -35,6 +38,24 @@ class Orders(ConsumerMixin):
 
     def on_order(self, body: Any, message: Any) -> None:
         message.ack()
+
+
+class Readings(ConsumerMixin):
+    batch_size = 100
+    batch_timeout = 0.5
+
+    def get_consumers(self, Consumer: Any, channel: Any) -> Sequence[Any]:
+        return [Consumer([Queue("readings")], callbacks=[self.on_batch])]
+
+    def on_batch(self, batch: Batch) -> None:
+        for body, message in batch:
+            assert_type(body, Any)
+            message.reject()
+        assert_type(batch.unsettled, list[Any])
+        assert_type(batch[:2], list[tuple[Any, Any]])
+        assert_type(batch[0], tuple[Any, Any])
+        batch.ack()
+        batch.append(1)  # type: ignore[attr-defined]  # it is what it was handed over as
 
 
 class Replies(ConsumerProducerMixin):
@@ -94,6 +115,21 @@ def many_consumers() -> None:
     runtime.kill()
     Runtime("amqp://", links="two")  # type: ignore[arg-type]  # a count
     RestartPolicy("sometimes")  # type: ignore[arg-type]  # one of three kinds
+
+
+def publishing(connection: Connection) -> None:
+    publisher = Publisher("amqp://", exchange=Exchange("orders"), timeout=5.0, max_unconfirmed=100)
+    publisher.publish({"id": 1}, routing_key="new", mandatory=True, headers={"a": 1})
+    publication = publisher.publish_nowait({"id": 1}, "new", message_id="1")
+    publication.wait(timeout=1.0)
+    assert_type(publication.ready, bool)
+    assert_type(publication.message_id, str)
+    publisher.flush(timeout=1.0)
+    publisher.stop()
+    publisher.close(timeout=1.0)
+    with Publisher(connection, links=LinkPool(2)) as shared:
+        shared.publish("text")
+    Publisher("amqp://", timeout="soon")  # type: ignore[arg-type]  # seconds
 
 
 def events() -> None:

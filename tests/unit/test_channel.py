@@ -155,7 +155,9 @@ def test_a_message_whose_get_was_given_up_goes_back_to_its_queue(connect, make_p
     with gevent.Timeout(0.01, False):
         channel.basic_get("q")
     peer.wait_for("basic.get")
-    peer.send(frames.method_frame(1, "basic.get-ok", 9, False, "", "q", 0) + frames.content(1, b"x"))
+    peer.send(
+        frames.method_frame(1, "basic.get-ok", 9, False, "", "q", 0) + frames.content(1, b"x")
+    )
     assert peer.wait_for("basic.reject").args == [9, True]
 
 
@@ -406,7 +408,9 @@ def test_a_poisoned_encoding_harms_nobody(connect, peer):
     consumer = kombu_consumer(connection, got)
     tag = tag_of(consumer)
     with recording() as events:
-        for n, encoding in enumerate(["a\0b", "\ud800", "../..", "rot13", "undefined", "ï" * 100], 1):
+        for n, encoding in enumerate(
+            ["a\0b", "\ud800", "../..", "rot13", "undefined", "ï" * 100], 1
+        ):
             peer.deliver(1, tag, n, b"\xff", content_encoding=encoding)
             connection.drain_events(timeout=2)
             assert got[-1].body == b"\xff"

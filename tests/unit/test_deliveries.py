@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import gevent
 import pytest
+from gevent.event import Event
 from kombu import Connection, Consumer, Producer, Queue
 
 from greenconsume import transports
@@ -116,7 +117,7 @@ def test_cancelling_forgets_all_and_leaves_them_unsettled(channel, requeues):
         requeues.add(message, 0.005)
     requeues.cancel()
     assert len(requeues) == 0
-    gevent.get_hub().join(0.02)
+    Event().wait(0.02)
     assert all(is_settleable(message) for message in messages)
 
 
@@ -132,10 +133,10 @@ def test_cancelling_never_switches(channel, requeues):
 def test_a_message_whose_link_was_lost_meanwhile_is_only_counted(peer, requeues):
     connection, message = amqp_message(peer)
     session = connection.connection
-    requeues.add(message, 0.02)
     peer.hang_up()
     wait_until(lambda: not session.connected)
     with recording() as events:
+        requeues.add(message, 0.001)
         wait_until(lambda: len(requeues) == 0)
     assert [type(event).__name__ for event in events] == ["StaleSettle"]
     assert message.channel.stale_count == 1
@@ -144,8 +145,9 @@ def test_a_message_whose_link_was_lost_meanwhile_is_only_counted(peer, requeues)
 
 def test_a_message_whose_channel_was_closed_meanwhile_is_only_counted(peer, requeues):
     connection, message = amqp_message(peer)
-    requeues.add(message, 0.01)
     peer.send(frames.channel_close(1, 406, "PRECONDITION_FAILED"))
+    peer.wait_for("channel.close-ok")
+    requeues.add(message, 0.001)
     wait_until(lambda: len(requeues) == 0)
     assert "basic.reject" not in peer.names
     assert message.channel.stale_count == 1

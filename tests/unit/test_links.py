@@ -18,7 +18,8 @@ from greenconsume.errors import StoppedError, UnsupportedTransportError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
 from greenconsume.links import FIRST_DELAY, MAX_DELAY, LinkPool, delays
 from greenconsume.stopping import StopSignal
-from greenconsume.transports.link import Link, LinkLostError
+from greenconsume.transports.link import Link
+from tests import frames
 from tests.peer import REFUSES_PASSWORD, REFUSES_VHOST
 from tests.servers import HOST, free_port
 from tests.unit.fakes import of_type, recording
@@ -95,6 +96,16 @@ def connecting(pool, connection, stop=None, **options):
         return None
 
     return gevent.spawn(connect)
+
+
+def opening_after(event):
+    """Have a peer open the connection only after an event."""
+
+    def answer(frame):
+        event.wait(2)
+        return frames.method_frame(0, "connection.open-ok", "")
+
+    return answer
 
 
 def away():
@@ -195,15 +206,7 @@ def test_a_connection_that_uses_many_channels_leaves_less_room(pool, connections
 
 def test_one_dial_serves_all_who_wait(pool, connections, make_peer):
     release = Event()
-    peer = make_peer()
-    original = peer._answer
-
-    def answer(frame):
-        if frame.name == "connection.open":
-            release.wait(2)
-        return original(frame)
-
-    peer._answer = answer
+    peer = make_peer(answers={"connection.open": opening_after(release)})
     greenlets = [connecting(pool, connections(peer.url)) for _ in range(20)]
     peer.wait_for("connection.open")
     release.set()
@@ -349,21 +352,15 @@ def test_a_link_that_is_lost_as_soon_as_it_is_up_is_dialled_again(pool, connecti
     connection, errors = connections(peer.url), []
 
     def lose():
-        peer.hang_up(reset=True)
         (dialled,) = [slot.link for slots in pool._slots.values() for slot in slots]
         dialled.fail(ConnectionResetError("cut"))
 
-    original = pool._slots
-
-    def lose_soon():
-        gevent.get_hub().loop.run_callback(lose)
-
-    assert original == {}
-    with at(LinkUp, lose_soon):
+    with at(LinkUp, lambda: gevent.get_hub().loop.run_callback(lose)):
         greenlet = connecting(pool, connection, on_error=lambda exc, _: errors.append(exc))
         assert greenlet.get(timeout=2) is None
     assert peer.connection_count == 2
     assert connection.connected
+    assert [str(error) for error in errors] == ["the new link was lost at once"]
 
 
 def test_what_is_no_error_of_the_brokers_is_raised_where_it_was_asked_for(pool, connections, peer):
@@ -433,16 +430,7 @@ def test_a_stop_that_is_set_already_dials_nobody(pool, connections, peer):
 
 def test_a_stop_of_one_leaves_the_dial_to_the_others(pool, connections, make_peer):
     release = Event()
-    peer = make_peer(answers={"connection.open": lambda frame: release.wait(2) and b""})
-    original = peer._answer
-    peer.answers.clear()
-
-    def answer(frame):
-        if frame.name == "connection.open":
-            release.wait(2)
-        return original(frame)
-
-    peer._answer = answer
+    peer = make_peer(answers={"connection.open": opening_after(release)})
     stop = StopSignal()
     stopped = connecting(pool, connections(peer.url), stop)
     patient = connecting(pool, connections(peer.url))
@@ -458,7 +446,9 @@ def test_a_dialer_ends_when_nobody_waits_any_more(pool, connections, make_peer, 
     attempts = []
     stop = StopSignal()
     with recording() as events:
-        greenlet = connecting(pool, connections(away()), stop, on_error=lambda *_: attempts.append(1))
+        greenlet = connecting(
+            pool, connections(away()), stop, on_error=lambda *_: attempts.append(1)
+        )
         wait_until(lambda: len(attempts) > 2)
         stopped_within(greenlet, stop)
         seen = len(of_type(events, ConnectFailed))
@@ -593,18 +583,19 @@ def test_a_lost_link_is_told_once_with_how_many_used_it(connected, peer):
     assert event.consumers == 5
 
 
-def test_a_neighbours_error_disturbs_nobody(connected, peer):
+def test_a_neighbours_close_and_its_errors_disturb_nobody(connected, peer):
     one, two = connected(peer), connected(peer)
-    one.channel()
-    kept = two.channel()
-    one.close()
-    with pytest.raises((amqp.RecoverableConnectionError, LinkLostError)):
-        one.default_channel.queue_declare("q") if one._connection else one_closed()
+    failing, kept = one.channel(), two.channel()
+    peer.answers["queue.declare"] = lambda frame: (
+        frames.channel_close(frame.channel, 404, "NOT_FOUND", "queue.declare")
+        if frame.args[1] == "gone"
+        else frames.method_frame(frame.channel, "queue.declare-ok", frame.args[1], 0, 0)
+    )
+    with pytest.raises(amqp.NotFound):
+        failing.queue_declare("gone", passive=True)
     assert kept.queue_declare("q").queue == "q"
-
-
-def one_closed():
-    raise amqp.RecoverableConnectionError("closed")
+    one.close()
+    assert kept.queue_declare("r").queue == "r"
 
 
 # -- transports without links -------------------------------------------------------------------------

@@ -33,10 +33,22 @@ LINES = [
     (events.ConsumerGivenUp("C-1", None), "supervisor", "ERROR"),
     (events.HandlerFailed("C-1", 7, "orders", ERROR, "requeued in 1 s"), "handlers", "ERROR"),
     (events.StaleSettle(7, 1), "deliveries", "DEBUG"),
+    (events.UnsettledTooLong("C-1", 7, 1440.0, 1800.0), "deliveries", "WARNING"),
+    (events.HubBlocked("C-1", 7, 2.5, "  File"), "blocking", "WARNING"),
+    (events.HubBlocked("", None, 2.5, "  File"), "blocking", "WARNING"),
+    (events.PublishFailed(URI, 3, ERROR), "publisher", "ERROR"),
     (events.DrainStarted(20, "SIGTERM", 30.0), "runtime", "INFO"),
     (events.DrainEscalated("kill what is left", 2, "SIGTERM"), "runtime", "WARNING"),
-    (events.DrainFinished(20, 0, 0.5), "runtime", "INFO"),
-    (events.DrainFinished(18, 2, 0.5), "runtime", "WARNING"),
+    (events.DrainFinished(20, 0, 500, 300, 0, 0, 0.5), "runtime", "INFO"),
+    (events.DrainFinished(18, 2, 500, 300, 0, 0, 0.5), "runtime", "WARNING"),
+    (events.DrainFinished(20, 0, 500, 300, 1, 0, 0.5), "runtime", "WARNING"),
+    (events.DrainFinished(20, 0, 500, 300, 0, 1, 0.5), "runtime", "WARNING"),
+    (events.ConsumerDrained("C-1", 50, 30, 0, 0, 0.5), "handlers", "DEBUG"),
+    (events.ConsumerDrained("C-1", 50, 30, 1, 0, 0.5), "handlers", "WARNING"),
+    (events.ConsumerDrained("C-1", 50, 30, 0, 1, 0.5), "handlers", "WARNING"),
+    (events.HandlerInterrupted("C-1", 7, "SIGTERM", False), "handlers", "DEBUG"),
+    (events.HandlerInterrupted("C-1", 7, "SIGTERM", True), "handlers", "WARNING"),
+    (events.PrefetchTooSmall("C-1", 10, 50), "handlers", "WARNING"),
 ]
 
 
@@ -109,6 +121,21 @@ def test_a_failed_handler_is_logged_with_its_traceback(caplog: pytest.LogCapture
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], KeyError)
     assert "requeued in 1 s" in record.getMessage()
+
+
+def test_a_blocked_hub_is_logged_with_the_stack_of_what_blocks_it(
+    stderr: Callable[[], str], caplog: pytest.LogCaptureFixture
+):
+    """Who and where: in the text below the line, in JSON as a field."""
+    event = events.HubBlocked("C-1", 7, 2.5, '  File "shop.py", line 7, in on_order')
+    logs.configure("INFO", "text")
+    emit(event)
+    line, stack = stderr().splitlines()
+    assert "blocked for 2.5 s by consumer C-1, message 7" in line
+    assert stack == event.stack
+    logs.configure("INFO", "json")
+    emit(event)
+    assert json.loads(stderr())["stack"] == event.stack
 
 
 def test_a_retry_is_logged_with_attempt_and_delay(caplog: pytest.LogCaptureFixture):

@@ -25,13 +25,16 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(greenconsume.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC = {
+    "Batch",
     "ConsumerGreenlet",
     "ConsumerMixin",
     "ConsumerProducerMixin",
+    "HandlerTimeout",
     "Reject",
     "Requeue",
     "RestartPolicy",
     "Runtime",
+    "Shutdown",
     "patch_all",
     "require_patched",
     "spawn",

@@ -389,7 +389,9 @@ def test_who_listens_for_confirms_may_wait_or_fail(channel, peer):
 
 def test_kombus_producer_confirms_from_many_greenlets_on_one_channel(connect, peer):
     """HAZARDS.md row 18."""
-    producer = Producer(connect(peer, confirm_publish=True).channel(), Exchange("e"), auto_declare=False)
+    producer = Producer(
+        connect(peer, confirm_publish=True).channel(), Exchange("e"), auto_declare=False
+    )
     calls = [run(producer.publish, {"n": n}, routing_key=str(n)) for n in range(3)]
     peer.wait_for("body", 3)
     peer.send(frames.basic_ack(1, 3))
@@ -401,9 +403,7 @@ def test_kombus_producer_confirms_from_many_greenlets_on_one_channel(connect, pe
 
 def test_kombus_producer_is_told_of_returned_messages(connect, peer):
     returned = []
-    producer = Producer(
-        connect(peer).channel(), on_return=lambda *args: returned.append(args[1:3])
-    )
+    producer = Producer(connect(peer).channel(), on_return=lambda *args: returned.append(args[1:3]))
     producer.publish({}, routing_key="k", mandatory=True)
     peer.wait_for("body")
     peer.send(frames.basic_return(1, b"{}", routing_key="k"))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -18,6 +19,7 @@ from gevent.event import Event
 
 import greenconsume
 from greenconsume import runtime as runtime_module
+from greenconsume import supervisor as supervisor_module
 from greenconsume.errors import (
     AlreadyRunningError,
     BrokerRefusedError,
@@ -38,6 +40,7 @@ from greenconsume.events import (
 from greenconsume.events import Event as AnyEvent
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
+from greenconsume.policies import Requeue
 from greenconsume.runtime import Runtime
 from greenconsume.supervisor import RestartPolicy
 from tests.unit.fakes import (
@@ -107,6 +110,16 @@ def monkeypatch_signal() -> Iterator[Callable[..., None]]:
     yield set_handler
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer that hangs is not given long to say goodbye."""
+    monkeypatch.setattr(supervisor_module, "_MARGIN", 0.01)
+
+
+def rungs_of(events: list[AnyEvent]) -> list[str]:
+    return [event.rung for event in of_type(events, DrainEscalated)]
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> None:
@@ -211,6 +224,13 @@ def test_what_cannot_be_spawned_is_refused_at_once(
         ({"links": 0}, ValueError, "links must be 1 or more, not 0"),
         ({"drain_timeout": -1}, ValueError, "must be 0 seconds or more, not -1"),
         ({"cancel_timeout": -1}, ValueError, "must be 0 seconds or more"),
+        ({"concurrency": 0}, ValueError, "concurrency must be 1 or more, or None, not 0"),
+        ({"max_handlers": 0}, ValueError, "max_handlers must be 1 or more, or None, not 0"),
+        (
+            {"on_error": Requeue},
+            InvalidConsumerError,
+            r"Runtime: on_error is the class Requeue.*: write Requeue\(\)",
+        ),
     ],
 )
 def test_a_runtime_that_makes_no_sense_is_refused(
@@ -650,29 +670,37 @@ def test_join_ends_when_all_consumers_have_ended_by_themselves(
     assert len(of_type(events, DrainFinished)) == 1
 
 
-def test_what_does_not_stop_in_time_is_killed_and_told(events: list[AnyEvent]):
+def test_what_does_not_stop_in_time_is_killed_and_told(events: list[AnyEvent], impatient: None):
     """The ladder's last rung: `run` returns False, for work was abandoned."""
-    runtime = Runtime("memory://localhost", drain_timeout=0.01, cancel_timeout=1.0)
+    runtime = Runtime("memory://localhost", drain_timeout=0.01, cancel_timeout=0.01)
     (child,) = runtime.spawn(Stubborn)
     running = gevent.spawn(runtime.run)
     wait_until(lambda: child.started)
     runtime.stop()
     assert running.get(timeout=1) is False
-    assert [e.rung for e in of_type(events, DrainEscalated)] == ["kill what is left"]
+    assert rungs_of(events) == [
+        "cancel the handlers that still run",
+        "kill the handlers that still run",
+        "kill what is left",
+    ]
     assert [(e.drained, e.killed) for e in of_type(events, DrainFinished)] == [(0, 1)]
 
 
-def test_kill_skips_the_drain(events: list[AnyEvent]):
+@pytest.mark.parametrize("rung", ["cancel", "kill"])
+def test_cancel_and_kill_skip_the_wait(rung: str, events: list[AnyEvent], impatient: None):
     """Also while the drain is under way, from a foreign thread."""
-    runtime = Runtime("memory://localhost", drain_timeout=1000.0)
+    runtime = Runtime("memory://localhost", drain_timeout=1000.0, cancel_timeout=0.2)
     stubborn, willing = runtime.spawn(Stubborn) + runtime.spawn(Idle)
     runtime.start()
     runtime.stop()
     wait_until(lambda: not willing.running)
-    in_thread(runtime.kill, "enough")
+    in_thread(getattr(runtime, rung), "enough")
+    began = monotonic()
     assert runtime.join(1)
+    assert (monotonic() - began < 0.2) is (rung == "kill")
     assert not stubborn.running
-    assert [(e.consumers, e.reason) for e in of_type(events, DrainEscalated)] == [(1, "enough")]
+    first = of_type(events, DrainEscalated)[0]
+    assert (first.consumers, first.reason) == (1, "enough")
 
 
 @pytest.mark.parametrize(("end", "timeout"), [("stop", 1.0), ("kill", 0.0)])
@@ -772,18 +800,23 @@ def test_a_signal_drains_and_the_handlers_are_restored(
     wait_until(lambda: heard == [signum])
 
 
-def test_a_second_signal_kills_what_still_runs(events: list[AnyEvent]):
-    """It skips the rest of the wait, and says so."""
-    runtime = Runtime("memory://localhost", drain_timeout=1000.0)
+def test_each_further_signal_goes_a_rung_down(events: list[AnyEvent], impatient: None):
+    """The second cancels, the third kills: each skips the rest of a wait, and says so."""
+    runtime = Runtime("memory://localhost", drain_timeout=1000.0, cancel_timeout=1000.0)
     (child,) = runtime.spawn(Stubborn)
     running = gevent.spawn(runtime.run)
     wait_until(lambda: child.started)
     os.kill(os.getpid(), signal.SIGTERM)
     wait_until(lambda: of_type(events, DrainStarted))
     os.kill(os.getpid(), signal.SIGINT)
+    wait_until(lambda: of_type(events, DrainEscalated))
+    assert not running.ready()
+    os.kill(os.getpid(), signal.SIGTERM)
     assert running.get(timeout=1) is False
     assert [(e.rung, e.reason) for e in of_type(events, DrainEscalated)] == [
-        ("kill what is left", "SIGINT")
+        ("cancel the handlers that still run", "SIGINT"),
+        ("kill the handlers that still run", "SIGTERM"),
+        ("kill what is left", "SIGTERM"),
     ]
 
 
@@ -796,7 +829,7 @@ def test_a_signal_while_connecting_ends_the_run(runtime: Runtime):
     assert running.get(timeout=1) is True
 
 
-THREE_SIGNALS = """
+FOUR_SIGNALS = """
 from gevent import monkey
 monkey.patch_all()
 
@@ -832,11 +865,11 @@ runtime.run()
 """
 
 
-def test_a_third_signal_exits_the_process():
+def test_a_fourth_signal_exits_the_process():
     """When even a kill does not end a consumer, the process ends with code 1, without a traceback."""
     home = str(Path(greenconsume.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", THREE_SIGNALS],
+        [sys.executable, "-c", FOUR_SIGNALS],
         env={**os.environ, "PYTHONPATH": home},
         timeout=20,
         capture_output=True,
@@ -845,7 +878,8 @@ def test_a_third_signal_exits_the_process():
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "drain: kill what is left; consumers still running: 1 (SIGTERM)",
+        "drain: cancel the handlers that still run; consumers still running: 1 (SIGTERM)",
+        "drain: kill the handlers that still run; consumers still running: 1 (SIGTERM)",
         "drain: exit at once; consumers still running: 1 (SIGTERM)",
     ]
 

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import gevent
 import pytest
 from gevent.event import Event
 
+from greenconsume import supervisor as supervisor_module
+from greenconsume.draining import drain_of
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
@@ -18,7 +21,8 @@ from greenconsume.events import (
 )
 from greenconsume.events import Event as AnyEvent
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.stopping import StopSignal
+from greenconsume.policies import Reject
+from greenconsume.stopping import Rungs, StopSignal
 from greenconsume.supervisor import Child, RestartPolicy, Supervisor
 from tests.unit.fakes import Idle, Scripted, Stubborn, failing, of_type, recording
 from tests.waiting import wait_until
@@ -48,7 +52,7 @@ class Nursery:
         self.stop.set("test")
         assert self.greenlet.join(1) is None
         assert self.greenlet.ready()
-        self.supervisor.drain(1.0, 1.0, StopSignal())
+        self.supervisor.drain(1.0, 1.0)
 
     def _run(self) -> None:
         self.supervisor.run()
@@ -65,6 +69,12 @@ def nursery() -> Iterator[Nursery]:
 def events() -> Iterator[list[AnyEvent]]:
     with recording() as events:
         yield events
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer that hangs is not given long to say goodbye."""
+    monkeypatch.setattr(supervisor_module, "_MARGIN", 0.01)
 
 
 def again(consumer: Any) -> Any:
@@ -377,44 +387,90 @@ def test_draining_stops_every_consumer_and_counts_them(events: list[AnyEvent]):
     supervisor.add(children)
     gevent.idle()
     stop.set("SIGTERM")
-    assert supervisor.drain(5.0, 1.0, StopSignal()) == (20, 0)
+    assert supervisor.drain(5.0, 1.0) == (20, 0)
     assert of_type(events, DrainStarted) == [DrainStarted(20, "SIGTERM", 5.0)]
     assert {lifecycle_of(child.consumer).stop.reason for child in children} == {"SIGTERM"}
     assert {child.state for child in children} == {ConsumerState.STOPPED}
 
 
-def test_what_does_not_end_within_the_drain_timeout_is_killed(events: list[AnyEvent]):
-    """The last rung: it is told, counted, and the others are not touched."""
+def rungs_of(events: list[AnyEvent]) -> list[tuple[str, int, str]]:
+    return [(e.rung, e.consumers, e.reason) for e in of_type(events, DrainEscalated)]
+
+
+def test_what_does_not_end_within_both_timeouts_is_killed(events: list[AnyEvent], impatient: None):
+    """Rung by rung: each is told, and the others are not touched."""
     stop = StopSignal()
     supervisor = Supervisor(AT_ONCE, stop, None)
     stubborn, willing = Child("stubborn", Stubborn), Child("willing", Idle)
     supervisor.add([stubborn, willing])
     gevent.idle()
     stop.set()
-    assert supervisor.drain(0.01, 1.0, StopSignal()) == (1, 1)
+    assert supervisor.drain(0.01, 0.02) == (1, 1)
     assert stubborn.greenlet is not None
     assert willing.greenlet is not None
     assert (stubborn.greenlet.killed, willing.greenlet.killed) == (True, False)
-    (escalated,) = of_type(events, DrainEscalated)
-    assert escalated.consumers == 1
-    assert escalated.reason == "drain_timeout of 0.01 s is over"
+    assert rungs_of(events) == [
+        ("cancel the handlers that still run", 1, "drain_timeout of 0.01 s is over"),
+        ("kill the handlers that still run", 1, "cancel_timeout of 0.02 s is over"),
+        ("kill what is left", 1, "both timeouts of the drain are over"),
+    ]
 
 
-def test_a_drain_can_be_hurried():
-    """The second signal ends the wait at once, however long it would have been."""
-    stop, hurry = StopSignal(), StopSignal()
-    supervisor = Supervisor(AT_ONCE, stop, None)
+def test_a_drain_can_be_hurried_rung_by_rung(events: list[AnyEvent], impatient: None):
+    """A further signal ends the wait of its rung at once, however long it would have been."""
+    stop, rungs = StopSignal(), Rungs()
+    supervisor = Supervisor(AT_ONCE, stop, None, rungs)
     supervisor.add([Child("stubborn", Stubborn)])
     gevent.idle()
     stop.set()
-    draining = gevent.spawn(supervisor.drain, 1000.0, 1.0, hurry)
+    draining = gevent.spawn(supervisor.drain, 1000.0, 1000.0)
     gevent.idle()
-    hurry.set("SIGTERM")
+    assert rungs_of(events) == []
+    rungs.cancel.set("SIGINT")
+    wait_until(lambda: len(rungs_of(events)) == 1)
+    gevent.idle()
+    assert not draining.ready()
+    rungs.kill.set("SIGTERM")
     assert draining.get(timeout=1) == (0, 1)
+    assert [reason for _, _, reason in rungs_of(events)] == ["SIGINT", "SIGTERM", "SIGTERM"]
 
 
-def test_the_wait_for_what_was_killed_is_bounded():
-    """A consumer that swallows its kill is given up after cancel_timeout."""
+@pytest.mark.parametrize("name", ["drain_timeout", "cancel_timeout"])
+def test_a_consumer_with_a_longer_timeout_of_its_own_is_left_it(
+    name: str, events: list[AnyEvent], impatient: None
+):
+    """The supervisor is there for what hangs, not to cut the handlers' own ladder short."""
+    stop, defaults = StopSignal(), {"drain_timeout": 0.0, "cancel_timeout": 0.0}
+    supervisor = Supervisor(AT_ONCE, stop, None, defaults=defaults)
+    slow, other = Child("slow", Stubborn), Child("other", Stubborn)
+    supervisor.add([slow, other])
+    gevent.idle()
+    setattr(slow.consumer, name, 0.15)
+    assert drain_of(slow.consumer).handling.settings
+    stop.set()
+    began = monotonic()
+    assert supervisor.drain(0.0, 0.0) == (0, 2)
+    assert monotonic() - began >= 0.15
+    assert f"{name} of 0.15 s is over" in [reason for _, _, reason in rungs_of(events)]
+
+
+def test_a_consumer_whose_settings_make_no_sense_is_not_started():
+    """It is told where it was spawned, not by its restarts, after it has connected."""
+
+    class Orders(Idle):
+        on_error = Reject
+
+    supervisor = Supervisor(AT_ONCE, StopSignal(), None)
+    child = Child("orders", Orders)
+    with pytest.raises(
+        InvalidConsumerError, match=r"orders: on_error is the class Reject.*Reject\(\)"
+    ):
+        supervisor.add([child])
+    assert child.consumer.runs == 0
+
+
+def test_the_wait_for_what_was_killed_is_bounded(impatient: None):
+    """A consumer that swallows its kill is left behind."""
     release = Event()
 
     class Undead(Idle):
@@ -432,7 +488,7 @@ def test_the_wait_for_what_was_killed_is_bounded():
     gevent.idle()
     stop.set()
     with gevent.Timeout(1):
-        assert supervisor.drain(0, 0.01, StopSignal()) == (0, 1)
+        assert supervisor.drain(0, 0.01) == (0, 1)
     assert child.running
     release.set()
     wait_until(lambda: not child.running)
@@ -451,4 +507,4 @@ def test_a_read_only_should_stop_does_not_keep_the_others_from_being_stopped():
     supervisor.add([Child("one", ReadOnly), Child("two", Idle)])
     gevent.idle()
     stop.set()
-    assert supervisor.drain(1.0, 1.0, StopSignal()) == (2, 0)
+    assert supervisor.drain(1.0, 1.0) == (2, 0)

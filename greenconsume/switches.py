@@ -1,0 +1,182 @@
+"""Owns `KillSwitch`: a consumer most of whose messages fail stops consuming, and tries one now and then.
+
+What its handlers need is away, so trying every message would only fill the dead-letter queue; the backlog
+stays in its own queue instead. A switch is *closed* (the consumer consumes), *open* (it waits, connected to
+nothing) or *half open* (it consumes one message). Called by `mixins` and, for each message, `handlers`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
+
+from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
+from greenconsume.lifecycle import Lifecycle
+from greenconsume.stopping import Deadline, StopSignal
+
+#: The share of a pause by which it is longer by chance, so that a fleet does not try in step.
+_JITTER = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class KillSwitch:
+    """When a consumer stops consuming because its messages fail, and for how long.
+
+    A message fails when its callback raises, whatever its policy then does with it.
+
+    Args:
+        threshold: It trips when more than this share, 0 to 1, of the last messages failed.
+        window: How many last messages these are; before that many were handled it does not trip.
+        pause: Seconds that it then waits before it tries one message. If that one is handled it resumes, if
+            that fails, too, it waits again.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    threshold: float = 0.5
+    window: int = 20
+    pause: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise ValueError(
+                f"KillSwitch(threshold) must be 0 or more and less than 1, not {self.threshold!r}"
+            )
+        if type(self.window) is not int or self.window < 1:
+            raise ValueError(
+                f"KillSwitch(window) must be a whole number, 1 or more, not {self.window!r}"
+            )
+        if not self.pause >= 0:
+            raise ValueError(f"KillSwitch(pause) must be 0 seconds or more, not {self.pause!r}")
+
+
+class Switch:
+    """The kill switch of one consumer, while it runs.
+
+    Args:
+        settings: When it trips, and for how long.
+        life: The consumer's lifecycle.
+
+    Attributes:
+        leave: Set when the consumer is to leave its loop: for a stop, or because the switch has tripped.
+        half_open: Only one message is to be consumed.
+    """
+
+    __slots__ = (
+        "_failed",
+        "_last",
+        "_life",
+        "_limit",
+        "_outcome",
+        "_settings",
+        "_since",
+        "half_open",
+        "leave",
+    )
+
+    def __init__(self, settings: KillSwitch, life: Lifecycle) -> None:
+        self.leave = StopSignal()
+        self.half_open = False
+        self._settings = settings
+        self._life = life
+        self._limit = settings.threshold * settings.window
+        self._last: deque[bool] = deque(maxlen=settings.window)
+        self._failed = 0
+        self._outcome: bool | None = None
+        self._since = 0.0
+        life.stop.link(self.leave.set)
+
+    def close(self) -> None:
+        """The consumer has ended. Never switches."""
+        self._life.stop.unlink(self.leave.set)
+
+    def note(self, failed: bool) -> None:
+        """Take note of how a message fared. Never switches."""
+        if self.half_open:
+            self._outcome = failed
+            return
+        last = self._last
+        if len(last) == last.maxlen:
+            self._failed -= last[0]
+        last.append(failed)
+        self._failed += failed
+        if failed and self._failed > self._limit and len(last) == last.maxlen:
+            self._trip()
+
+    def _trip(self) -> None:
+        if self.leave.is_set():
+            return
+        self._since = monotonic()
+        self.leave.set("the kill switch has tripped")
+        self._tell(self._failed, len(self._last))
+
+    def pause(self) -> float | None:
+        """The consumer has left its loop: return the seconds that it is to wait; None: it goes on."""
+        if self.half_open and not self._outcome:
+            if self._outcome is False:
+                self._reset()
+            return None  # if it is None, there was no message to judge by
+        if self.half_open:
+            self._tell(1, 1)
+        elif not self.leave.is_set():
+            return None
+        self.half_open, self._outcome = True, None
+        return self._settings.pause * random.uniform(1, 1 + _JITTER)
+
+    def resume(self) -> None:
+        """The wait is over. Never switches."""
+        if not self._life.stop.is_set():
+            self.leave.clear()
+
+    @property
+    def limit(self) -> int | None:
+        """How many messages are to be consumed now; None: all."""
+        return 1 if self.half_open else None
+
+    def wait_out(self, stopping: Callable[[], bool], tick: float | None) -> None:
+        """The consumer has left its loop: wait, if the switch has tripped, until it is to come back.
+
+        Args:
+            stopping: Tells whether the consumer stops, which the stop signal need not say.
+            tick: Seconds between two looks at it; None: the signal says it.
+
+        Switches: yes, if the switch has tripped.
+        """
+        deadline = Deadline(self.pause())
+        while not (deadline.remaining is None or deadline.expired or stopping()):
+            remaining = deadline.remaining
+            self._life.stop.wait(remaining if tick is None else min(tick, remaining))
+        self.resume()
+
+    def _reset(self) -> None:
+        self.half_open = False
+        self._last.clear()
+        self._failed = 0
+        emit(KillSwitchReset(self._life.name, monotonic() - self._since))
+
+    def _tell(self, failed: int, of: int) -> None:
+        emit(KillSwitchTripped(self._life.name, failed, of, self._settings.pause))
+
+
+@contextmanager
+def switched(settings: KillSwitch | None, life: Lifecycle) -> Iterator[Switch | None]:
+    """Give a consumer its switch while it runs, if it is to have one."""
+    if settings is None:
+        yield None
+        return
+    life.switch = switch = Switch(settings, life)
+    try:
+        yield switch
+    finally:
+        life.switch = None
+        switch.close()
+
+
+def leaving(stopping: Callable[[], bool], switch: Switch | None) -> Callable[[], bool]:
+    """Return what tells whether a consumer leaves its loop: it stops, or its switch has tripped."""
+    return stopping if switch is None else lambda: stopping() or switch.leave.is_set()

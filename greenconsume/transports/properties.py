@@ -1,0 +1,84 @@
+"""Owns the encoding of what goes with a published message: its properties, and where it is to go.
+
+Byte for byte what py-amqp writes, in a fifth of the time for values of the usual types; for any other value
+py-amqp itself is asked. Does no I/O. Called by `frames`.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+import amqp
+from amqp.serialization import dumps
+
+_flags = Struct(">H")
+_octet = Struct(">B")
+_octets = [bytes((value,)) for value in range(256)]
+_EMPTY_TABLE = b"\0\0\0\0"
+
+#: What most messages share is encoded once: the names of exchanges, content types and so on.
+_known_texts: dict[str, bytes] = {}
+_KNOWN_LIMIT = 1000
+#: These are seldom the same twice.
+_UNLIKE = ("correlation_id", "message_id", "expiration")
+
+_TEXT, _UNLIKE_TEXT, _OCTET, _TABLE, _OTHER = range(5)
+_KINDS = {"s": _TEXT, "o": _OCTET, "F": _TABLE}
+#: The name of each property, its flag, and its kind.
+_PROPERTIES = tuple(
+    (name, 1 << (15 - at), _UNLIKE_TEXT if name in _UNLIKE else _KINDS.get(kind, _OTHER))
+    for at, (name, kind) in enumerate(amqp.Message.PROPERTIES)
+)
+
+
+def encode_properties(message: Any) -> bytes:
+    """Return what the content header of an `amqp.Message` ends with: its flags and its properties.
+
+    Raises:
+        Exception: What py-amqp raises for a value that cannot be encoded.
+    """
+    flags, parts = 0, [b""]
+    get = message.properties.get
+    for name, flag, kind in _PROPERTIES:
+        value = get(name)
+        if value is None:
+            continue
+        flags |= flag
+        of = type(value)
+        if of is str and kind == _TEXT:
+            parts.append(_known_texts.get(value) or _text(value))
+        elif of is str and kind == _UNLIKE_TEXT:
+            parts.append(_short(value))
+        elif of is int and kind == _OCTET and 0 <= value <= 255:
+            parts.append(_octets[value])
+        elif of is dict and kind == _TABLE:
+            parts.append(dumps("F", (value,)) if value else _EMPTY_TABLE)
+        else:  # a timestamp, or a type that py-amqp converts, or refuses
+            encoded: bytes = message._serialize_properties()
+            return encoded
+    parts[0] = _flags.pack(flags)
+    return b"".join(parts)
+
+
+def encode_address(exchange: Any, routing_key: Any, mandatory: bool, immediate: bool) -> bytes:
+    """Return the arguments of `Basic.Publish`; raises as `encode_properties`."""
+    if type(exchange) is not str or type(routing_key) is not str:
+        args: bytes = dumps("Bssbb", (0, exchange, routing_key, mandatory, immediate))
+        return args
+    where = _known_texts.get(exchange) or _text(exchange)
+    key = _known_texts.get(routing_key) or _text(routing_key)
+    return b"\0\0%b%b%c" % (where, key, (1 if mandatory else 0) | (2 if immediate else 0))
+
+
+def _text(text: str) -> bytes:
+    encoded = _short(text)
+    if len(_known_texts) >= _KNOWN_LIMIT:
+        _known_texts.clear()
+    _known_texts[text] = encoded
+    return encoded
+
+
+def _short(text: str) -> bytes:
+    encoded = text.encode("utf-8", "surrogatepass")
+    return _octet.pack(len(encoded)) + encoded
