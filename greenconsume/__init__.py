@@ -17,6 +17,8 @@ Where it is written; a module imports only what stands below it::
     outbox         what a publisher has outstanding, and how it is written again
     lane           the channel that an outbox writes to
     publications   one message of a publisher, until it is confirmed or has failed
+    dead_letters_cli  the command `greenconsume dead-letters list|show|replay|purge QUEUE`
+    dead_letters   what is in a dead-letter queue, and its way back
     runtime        Runtime: all consumers of a process together
     signals        what SIGTERM and SIGINT do to it
     blocking       the warning that something keeps every greenlet waiting
@@ -29,7 +31,13 @@ Where it is written; a module imports only what stands below it::
     overdue        the warning that a message stays unsettled until the broker loses patience
     batches        messages that a callback is given together
     handlers       the boundary around the callbacks, and their timeouts
+    shielding      calls on polled channels: one at a time, and not interrupted
     settings       what a consumer, its runtime or the defaults say of handlers, checked
+    switches       KillSwitch: a consumer whose messages fail stops consuming
+    retries        Retry: again after a delay, and in the end into a dead-letter queue
+    retry_queues   the queues that retries need in the broker
+    republishing   the way out for failed messages: confirmed, over a link that consumes nothing
+    copies         what a failed message is published as: everything kept, and our headers
     pools          the greenlets that callbacks run in: how many at once, in which order
     policies       Requeue, Reject: what becomes of a message whose handler failed
     deliveries     a message's life: settled once, on the channel it came from
@@ -58,10 +66,12 @@ __all__ = [
     "ConsumerMixin",
     "ConsumerProducerMixin",
     "HandlerTimeout",
+    "KillSwitch",
     "Publisher",
     "Reject",
     "Requeue",
     "RestartPolicy",
+    "Retry",
     "Runtime",
     "Shutdown",
     "patch_all",
@@ -77,8 +87,10 @@ if TYPE_CHECKING:
     from greenconsume.patching import patch_all, require_patched
     from greenconsume.policies import Reject, Requeue
     from greenconsume.publisher import Publisher
+    from greenconsume.retries import Retry
     from greenconsume.runtime import Runtime
     from greenconsume.supervisor import RestartPolicy
+    from greenconsume.switches import KillSwitch
 else:
     _HOMES = {
         "Batch": "batches",
@@ -86,10 +98,12 @@ else:
         "ConsumerMixin": "mixins",
         "ConsumerProducerMixin": "mixins",
         "HandlerTimeout": "errors",
+        "KillSwitch": "switches",
         "Publisher": "publisher",
         "Reject": "policies",
         "Requeue": "policies",
         "RestartPolicy": "supervisor",
+        "Retry": "retries",
         "Runtime": "runtime",
         "Shutdown": "errors",
         "patch_all": "patching",

@@ -105,6 +105,11 @@ class Batching(Handling):
 
     # -- gathering ------------------------------------------------------------------------------
 
+    @property
+    def gathered(self) -> int:
+        """How many messages wait in batches that have not started."""
+        return sum(len(job.pairs) for job in self._unstarted)
+
     def submit(self, consumer: Any, message: Any) -> None:
         """Add a message to its batch, and hand a full one over. Switches: while the pool is full."""
         if self._life.stop.is_set():
@@ -120,8 +125,7 @@ class Batching(Handling):
         job.pairs.append((body, message))
         if len(job.pairs) >= self._size:
             del self._open[consumer]
-            if job.cancel_timer():
-                self._hand_over(job)
+            self._hand_over(job)
 
     def _begin(self, consumer: Any) -> _Gathering:
         job = self._open[consumer] = _Gathering(consumer)
@@ -132,11 +136,13 @@ class Batching(Handling):
 
     def _time_is_up(self, job: _Gathering) -> None:
         # In the hub, which cannot wait for a place.
-        job.cancel_timer()
         job.waiter = gevent.spawn(self._hand_over, job)
 
     def _hand_over(self, job: _Gathering) -> None:
         assert self.pool is not None
+        if job.handed_over:  # by whoever was first: its time, its last message, the end
+            return
+        job.handed_over = True
         if not self.pool.submit(job, self._life.stop, self._is_wanted) and self._forget(job):
             self.give_back(job.message)
 
@@ -152,10 +158,9 @@ class Batching(Handling):
 
         Switches: while the pool is full.
         """
-        for job in [] if self._life.stop.is_set() else list(self._unstarted):
-            if job.cancel_timer():
-                self._hand_over(job)
-            elif job.waiter is not None:
+        for job in list(self._unstarted):
+            self._hand_over(job)
+            if job.waiter is not None:
                 job.waiter.join()
 
     def _forget(self, job: _Gathering) -> bool:
@@ -227,11 +232,12 @@ class _Gathering(Job):
 
     Attributes:
         pairs: The messages.
-        timer: What ends the wait for more; None: it is handed over, or forgotten.
-        waiter: The greenlet that waits for a place in the pool, once the time was up.
+        timer: What ends the wait for more.
+        waiter: The greenlet that hands the batch over when its time is up.
+        handed_over: It has a place in the pool, or waits for one.
     """
 
-    __slots__ = ("pairs", "timer", "waiter")
+    __slots__ = ("handed_over", "pairs", "timer", "waiter")
 
     def __init__(self, consumer: Any) -> None:
         batch = Batch()
@@ -239,14 +245,14 @@ class _Gathering(Job):
         self.pairs = batch._pairs
         self.timer: Any = None
         self.waiter: Any = None
+        self.handed_over = False
 
-    def cancel_timer(self) -> bool:
-        """Return False if that was done before."""
+    def cancel_timer(self) -> None:
+        """Stop the timer, if it was not stopped before."""
         timer, self.timer = self.timer, None
         if timer is not None:
             timer.stop()
             timer.close()
-        return timer is not None
 
 
 def _body_of(consumer: Any, message: Any) -> Any:

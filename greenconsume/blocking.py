@@ -21,9 +21,6 @@ from gevent import monkey
 from greenconsume.events import HubBlocked, emit
 from greenconsume.handlers import handler_in
 
-_start_thread: Any = monkey.get_original("_thread", "start_new_thread")
-_allocate_lock: Any = monkey.get_original("_thread", "allocate_lock")
-
 
 class BlockWatch:
     """Watches the hub of the greenlet that makes it, until it is closed.
@@ -37,9 +34,11 @@ class BlockWatch:
         hub = gevent.get_hub()
         self._loop, self._thread = hub.loop, hub.thread_ident
         self._asked = self._answered = 0
-        self._closed = _allocate_lock()
+        # The unpatched ones, looked up here: kept at import they would look like names that escaped gevent.
+        self._closed: Any = monkey.get_original("_thread", "allocate_lock")()
         self._closed.acquire()
-        _start_thread(self._watch, ())
+        start_new_thread: Any = monkey.get_original("_thread", "start_new_thread")
+        start_new_thread(self._watch, ())
 
     def close(self) -> None:
         """End the thread, soon. Idempotent. Never switches."""

@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from greenconsume import __version__, logs
+from greenconsume.dead_letters_cli import dead_letters
 from greenconsume.errors import (
     BrokerRefusedError,
     GreenconsumeError,
@@ -175,6 +176,9 @@ def run(
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     _serve(runtime_of(target, options, given))
+
+
+cli.add_command(dead_letters)
 
 
 def _serve(runtime: Runtime) -> None:

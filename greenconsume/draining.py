@@ -12,9 +12,11 @@ once when it is hurried (`Rungs`)::
 A handler that does not even end then is left behind, and told of. Called by `mixins`; the deadline of a
 consumer that hangs elsewhere is `supervisor`'s.
 
-What a quorum queue counts towards its delivery limit (RabbitMQ 3.10, measured): a reject with requeue,
-a nack with requeue and a channel that closes count one each, whether or not a handler had begun. So
-giving back at once costs a message no more than leaving it to the close would.
+A quorum queue with a delivery limit counts each return of a message once, however it comes about
+(RabbitMQ 3.10, measured: a reject or a nack with requeue, a recover, a channel that closes), and whether or not
+a handler had begun. So to give back at once costs a message no more than to leave it to the close, and
+others have it sooner. The consumer is cancelled first: what it gave back would else come to it again, at
+one count more each time.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class Drain:
         if self.handling.pool is not None:
             self.handling.pool.open()
         if session is not None:
-            self._life.stop.link(session.announce_stop)
+            self._life.leave.link(session.announce_stop)
             deadline = self.handling.settings.settle_deadline
             if deadline is not None:
                 overdue.watch(session, self._life.name, deadline)
@@ -116,7 +118,7 @@ class Drain:
         Switches: yes, if one runs.
         """
         try:
-            if orderly:
+            if orderly and not self._life.stop.is_set():
                 self.handling.complete()
             if self._life.stop.is_set():
                 self._life.enter(ConsumerState.DRAINING)
@@ -163,7 +165,7 @@ class Drain:
         self._life.stop.unlink(self._on_stop)
         if session is not None:
             overdue.unwatch(session)
-            self._life.stop.unlink(session.announce_stop)
+            self._life.leave.unlink(session.announce_stop)
             self.handling.given_back += session.given_back_count
         self.handling.retire()
 

@@ -27,6 +27,7 @@ from greenconsume.errors import HandlerTimeout, Interrupt, Shutdown, StoppedErro
 from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.pools import ALONE, HandlerPool, Job
+from greenconsume.retries import retrier_of
 from greenconsume.settings import Settings
 from greenconsume.stopping import FORK
 
@@ -73,7 +74,7 @@ class Handler:
         handling: Where and how they run.
     """
 
-    __slots__ = ("_consumer", "_handle")
+    __slots__ = ("_accept", "_consumer", "_handle")
 
     #: A green channel hands over its deliveries as they came.
     takes_deliveries = True
@@ -81,11 +82,14 @@ class Handler:
     def __init__(self, consumer: Any, handling: Handling) -> None:
         self._consumer = consumer
         self._handle = handling.handle if handling.pool is None else handling.submit
+        self._accept = None if handling.retrier is None else handling.retrier.accept
 
     def __call__(self, raw: Any) -> None:
         """Handle one delivery. Switches: inline as the user's callback does, else while the pool is full."""
         to_python = getattr(self._consumer.channel, "message_to_python", None)
-        self._handle(self._consumer, to_python(raw) if to_python is not None else raw)
+        message = to_python(raw) if to_python is not None else raw
+        if self._accept is None or self._accept(message, raw):
+            self._handle(self._consumer, message)
 
 
 class Handling:
@@ -101,6 +105,7 @@ class Handling:
         pool: Where they run; None: inline.
         idle: Set while none runs.
         requeues: The failed messages that wait to go back.
+        retrier: What its `Retry` policies need; None if it has none.
         given_back: How many messages were given back that no handler had started.
         cancelled: How many handlers a shutdown ended.
     """
@@ -110,6 +115,7 @@ class Handling:
         self.requeues = DelayedRequeues()
         self.given_back = self.cancelled = 0
         self.pool: HandlerPool | None = None
+        self.retrier = retrier_of(settings.on_error, life, self.requeues)
         self._life = life
         self._inline: set[Job] = set()
         if settings.concurrency is None:
@@ -184,6 +190,8 @@ class Handling:
                 raise job.interrupted  # it was swallowed, and the work is not done
             if self.settings.auto_settle and self._is_unsettled(job.message):
                 job.message.ack()
+            if self._life.switch is not None:
+                self._life.switch.note(failed=False)
         except BaseException as exc:  # the boundary: what the user's code raises ends here
             job.shields += 1  # what follows is not the handler's any more
             if not self._ends_here(job, exc):
@@ -250,6 +258,8 @@ class Handling:
         routing_key = str(message.delivery_info.get("routing_key", ""))
         count = len(message) if isinstance(message, Sequence) else 1
         emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome, count))
+        if self._life.switch is not None:
+            self._life.switch.note(failed=True)
 
     def _outcome_of(self, message: Any, exc: BaseException) -> str:
         """Have a failed message meet the policy, and return in words what became of it."""

@@ -30,6 +30,7 @@ class Lifecycle:
         "ready",
         "state",
         "stop",
+        "switch",
     )
 
     def __init__(self, name: str) -> None:
@@ -40,8 +41,15 @@ class Lifecycle:
         self.links: Any = None  # the LinkPool it connects over; None: one of its own
         self.drain: Any = None  # its handlers and how they end, once it connected
         self.defaults: dict[str, Any] = {}  # what its runtime sets where the consumer does not
+        self.switch: Any = None  # its kill switch, while it runs
         self._rungs: Rungs | None = None
         self.owned = False  # it runs in a ConsumerGreenlet: no foreign code below it on the stack
+
+    @property
+    def leave(self) -> StopSignal:
+        """What ends consuming: the stop signal, or the kill switch's, which a stop sets, too."""
+        leave: StopSignal = self.stop if self.switch is None else self.switch.leave
+        return leave
 
     @property
     def rungs(self) -> Rungs:

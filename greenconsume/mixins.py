@@ -29,8 +29,11 @@ from greenconsume.handlers import Handler, Handling
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links import LinkPool
 from greenconsume.policies import OnError
+from greenconsume.retries import prepared
 from greenconsume.settings import SETTLE_DEADLINE
+from greenconsume.shielding import shield_channels
 from greenconsume.stopping import Deadline, StopSignal
+from greenconsume.switches import KillSwitch, fit_switch, leaving, switched
 from greenconsume.transports.amqp import LinkLostError, Session
 
 logger = logging.getLogger(__name__)
@@ -54,9 +57,8 @@ class ConsumerMixin:
         connection: A `kombu.Connection`; it is cloned, never used itself.
         connect_max_retries: Failed attempts to connect that are followed by another; None: all.
         should_stop: Assign True, from any greenlet or thread, to stop.
-        on_error: What becomes of a message whose callback raised: `Requeue(delay)`, `Reject()`, or a mapping
-            from exception classes to policies, the most specific of which counts; None, and what
-            the mapping lacks: as its runtime says, else `Requeue(1.0)`.
+        on_error: What becomes of a message whose callback raised: a policy, or a mapping from exception
+            classes to policies, of which the most specific counts. Else the runtime's, or `Requeue(1.0)`.
         concurrency: How many callbacks run at once, each in a greenlet; None: inline, one after the other.
         partition_by: Messages with the same key run one after the other, in order: the name of a header,
             "routing_key", or a callable that is given the message. Needs `concurrency`.
@@ -65,11 +67,10 @@ class ConsumerMixin:
             with `partition_by` or `on_message`.
         batch_timeout: Seconds after its first message at which a batch is handed over though it is not full.
         handler_timeout: Seconds after which `HandlerTimeout` is raised in a callback; None: never.
+        kill_switch: A `KillSwitch`: `run` stops consuming for a while when too many messages fail.
         auto_settle: Acknowledge a message whose callback returned without settling it.
-        drain_timeout: Seconds that a stop leaves running callbacks to end by themselves; None: as its
-            runtime says, else 30.
-        cancel_timeout: Seconds that callbacks have to end after `Shutdown` was raised in them; None: as
-            its runtime says, else 5.
+        drain_timeout: Seconds that a stop leaves callbacks to end by themselves; None: the runtime's, or 30.
+        cancel_timeout: Seconds that they have after `Shutdown` was raised in them; None: likewise, or 5.
         settle_deadline: The seconds after which the broker closes a channel with an unsettled message,
             RabbitMQ's `consumer_timeout`: at four fifths of it there is a warning. 0: never.
     """
@@ -82,6 +83,7 @@ class ConsumerMixin:
     batch_size: int | None = None
     batch_timeout: float = 1.0
     handler_timeout: float | None = None
+    kill_switch: KillSwitch | None = None
     auto_settle: bool = False
     drain_timeout: float | None = None
     cancel_timeout: float | None = None
@@ -170,12 +172,13 @@ class ConsumerMixin:
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
         stopping = self._stopping()
         try:
-            with seen_off(self):
+            with seen_off(self), switched(self) as switch:
                 while not stopping():
                     try:
                         if restart_limit.can_consume(_tokens):
-                            for _ in self.consume(limit=None, **kwargs):
+                            for _ in self.consume(limit=switch.limit, **kwargs):
                                 pass
+                            switch.wait_out(stopping)
                         else:
                             sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
                     except LinkLostError as exc:
@@ -232,7 +235,7 @@ class ConsumerMixin:
         drain, waits = self._drain_of(conn)
         tick = safety_interval if self._needs_ticks() or not waits else None
         on_iteration = self.on_iteration if _is_overridden(self, "on_iteration") else int
-        stopping = self._stopping()
+        stopping = leaving(self._stopping(), lifecycle_of(self).switch)
         handled, idle = 0, Deadline(timeout or None)
         while not stopping() and not (limit and handled >= limit):
             on_iteration()  # int, which does nothing, where there is none
@@ -263,7 +266,7 @@ class ConsumerMixin:
         """Return what waits for one message, and whether it is woken (or polls)."""
         if not getattr(conn.transport, "wakes", False):
             return lambda seconds: conn.drain_events(timeout=seconds), False
-        stop = lifecycle_of(self).stop
+        stop = lifecycle_of(self).leave
         session = _session_of(conn)
         if session is None:
             return lambda seconds: conn.drain_events(timeout=seconds, stop=stop), True
@@ -320,9 +323,9 @@ class ConsumerMixin:
             cls = partial(Consumer, channel, on_decode_error=self.on_decode_error)
             drain = drain_of(self)
             consumers = self._guarded(self.get_consumers(cls, channel), drain.handling)
-            with self._consume_from(*consumers) as entered:
+            with prepared(drain.handling, conn, consumers), self._consume_from(*consumers) as used:
                 with self._ending(conn, drain):
-                    yield conn, channel, entered
+                    yield conn, channel, used
             debug("Consumers canceled")
             self.on_consume_end(conn, channel)
         debug("Connection closed")
@@ -338,6 +341,7 @@ class ConsumerMixin:
         for consumer in guarded:
             consumer._receive_callback = Handler(consumer, handling)
             handling.fit_prefetch(consumer)
+            fit_switch(consumer, lifecycle_of(self).switch)
         return guarded
 
     @contextmanager
@@ -388,6 +392,7 @@ class ConsumerMixin:
             stop, retries = StopSignal(), 0  # for a handler that finishes: one attempt
         ask = (lambda: self.should_stop) if _shadows_should_stop(self) else None
         life.links.connect(conn, stop, tell, retries, publishing, ask)
+        shield_channels(conn)
         session = _session_of(conn)
         if session is not None and publishing:
             session.publish_stop = life.stop  # a broker may block its publishers for hours

@@ -274,7 +274,7 @@ class Retrier:
             for queue in queues:
                 wanted[policy.dead_letter_of(queue.name)] = None
                 if self._republisher is not None and lasts(queue):
-                    wanted |= delay_queues(queue.name, policy.delays[: policy.max_retries])
+                    wanted |= delay_queues(queue, policy.delays[: policy.max_retries])
         declare_queues(connection, wanted, anew)
 
 

@@ -15,22 +15,35 @@ from kombu import Connection, Queue
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.transports.amqp import Session
 
+#: Of the delay queues of a quorum queue. A classic one dead-letters what expired while the broker was down
+#: before the quorum queue has a leader again, and so into nothing (RabbitMQ 3.10, seen). From 3.10 on.
+_AT_LEAST_ONCE = {
+    "x-queue-type": "quorum",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+
 
 def delay_queue(queue: str, delay: float) -> str:
     """Return the name of the queue in which messages of a queue wait for `delay` seconds."""
     return f"{queue}.retry.{_milliseconds(delay)}"
 
 
-def delay_queues(queue: str, delays: Iterable[float]) -> dict[str, dict[str, Any]]:
+def delay_queues(queue: Queue, delays: Iterable[float]) -> dict[str, dict[str, Any]]:
     """Return the queues that messages of a queue wait in, by name, with their arguments."""
     return {
-        delay_queue(queue, delay): {
+        delay_queue(queue.name, delay): {
             "x-message-ttl": _milliseconds(delay),
             "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": queue,
+            "x-dead-letter-routing-key": queue.name,
+            **(_AT_LEAST_ONCE if _is_quorum(queue) else {}),
         }
         for delay in delays
     }
+
+
+def _is_quorum(queue: Queue) -> bool:
+    return (queue.queue_arguments or {}).get("x-queue-type") == "quorum"
 
 
 def lasts(queue: Queue) -> bool:

@@ -86,22 +86,10 @@ class Runtime:
             InvalidConsumerError: `on_error` is no policy.
             ValueError: A number is out of its range.
         """
+        _check_counts(links=links, concurrency=concurrency, max_handlers=max_handlers)
+        _check_seconds(drain_timeout, cancel_timeout, block_warning)
         if on_error is not None:
             check_policy(on_error, "Runtime")
-        if not links >= 1:
-            raise ValueError(f"links must be 1 or more, not {links!r}")
-        for name, number in (("concurrency", concurrency), ("max_handlers", max_handlers)):
-            if number is not None and not number >= 1:
-                raise ValueError(f"{name} must be 1 or more, or None, not {number!r}")
-        if not (drain_timeout >= 0 and cancel_timeout >= 0):
-            raise ValueError(
-                "drain_timeout and cancel_timeout must be 0 seconds or more, "
-                f"not {drain_timeout!r} and {cancel_timeout!r}"
-            )
-        if block_warning is not None and not block_warning > 0:
-            raise ValueError(
-                f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"
-            )
         self.connection = connection_to(broker)
         self.children: list[Child] = []
         self.links = links
@@ -378,6 +366,28 @@ class _Run:
         self.abandoned = bool(killed or found.abandoned)
         numbers = (found.finished, found.given_back, found.cancelled, found.killed)
         events.emit(events.DrainFinished(drained, killed, *numbers, seconds))
+
+
+def _check_counts(links: int, **counts: int | None) -> None:
+    if not links >= 1:
+        raise ValueError(f"links must be 1 or more, not {links!r}")
+    for name, number in counts.items():
+        if number is not None and not number >= 1:
+            raise ValueError(f"{name} must be 1 or more, or None, not {number!r}")
+
+
+def _check_seconds(
+    drain_timeout: float, cancel_timeout: float, block_warning: float | None
+) -> None:
+    if not (drain_timeout >= 0 and cancel_timeout >= 0):
+        raise ValueError(
+            "drain_timeout and cancel_timeout must be 0 seconds or more, "
+            f"not {drain_timeout!r} and {cancel_timeout!r}"
+        )
+    if block_warning is not None and not block_warning > 0:
+        raise ValueError(
+            f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"
+        )
 
 
 def _defaults_of(runtime: Runtime) -> dict[str, Any]:

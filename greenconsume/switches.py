@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
-from greenconsume.lifecycle import Lifecycle
+from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.stopping import Deadline, StopSignal
 
 #: The share of a pause by which it is longer by chance, so that a fleet does not try in step.
 _JITTER = 0.1
+#: Seconds between two looks whether a consumer stops that is not woken for it.
+_TICK = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +141,18 @@ class Switch:
         """How many messages are to be consumed now; None: all."""
         return 1 if self.half_open else None
 
-    def wait_out(self, stopping: Callable[[], bool], tick: float | None) -> None:
+    def wait_out(self, stopping: Callable[[], bool]) -> None:
         """The consumer has left its loop: wait, if the switch has tripped, until it is to come back.
 
         Args:
-            stopping: Tells whether the consumer stops, which the stop signal need not say.
-            tick: Seconds between two looks at it; None: the signal says it.
+            stopping: Tells whether the consumer stops; looked at now and then if the signal does not say it.
 
         Switches: yes, if the switch has tripped.
         """
-        deadline = Deadline(self.pause())
+        deadline, stop = Deadline(self.pause()), self._life.stop
         while not (deadline.remaining is None or deadline.expired or stopping()):
-            remaining = deadline.remaining
-            self._life.stop.wait(remaining if tick is None else min(tick, remaining))
+            seconds = deadline.remaining
+            stop.wait(seconds if stopping == stop.is_set else min(_TICK, seconds))
         self.resume()
 
     def _reset(self) -> None:
@@ -163,18 +165,34 @@ class Switch:
         emit(KillSwitchTripped(self._life.name, failed, of, self._settings.pause))
 
 
+class NoSwitch:
+    """What a consumer without a kill switch has."""
+
+    limit = None
+
+    def wait_out(self, stopping: Callable[[], bool]) -> None:
+        """Do nothing."""
+
+
 @contextmanager
-def switched(settings: KillSwitch | None, life: Lifecycle) -> Iterator[Switch | None]:
+def switched(consumer: Any) -> Iterator[Switch | NoSwitch]:
     """Give a consumer its switch while it runs, if it is to have one."""
-    if settings is None:
-        yield None
+    life = lifecycle_of(consumer)
+    if consumer.kill_switch is None:
+        yield NoSwitch()
         return
-    life.switch = switch = Switch(settings, life)
+    life.switch = switch = Switch(consumer.kill_switch, life)
     try:
         yield switch
     finally:
         life.switch = None
         switch.close()
+
+
+def fit_switch(consumer: Any, switch: Switch | None) -> None:
+    """Have the broker send a `kombu.Consumer` one message, if it is to consume no more."""
+    if switch is not None and switch.half_open:
+        consumer.qos(prefetch_count=1)
 
 
 def leaving(stopping: Callable[[], bool], switch: Switch | None) -> Callable[[], bool]:

@@ -250,7 +250,7 @@ def test_children_that_exit_as_users_let_them_harm_nobody(rabbitmq, amqp_url, qu
     done = subprocess.run(
         [sys.executable, str(script), amqp_url, queue_name],
         check=False,  # its standard error says more than an exit code
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(root)])},
         capture_output=True,
         text=True,
         timeout=60.0,

@@ -14,7 +14,8 @@ from gevent.event import Event
 from kombu import Connection, Queue
 
 from greenconsume import Batch, ConsumerMixin, HandlerTimeout, Reject, Requeue, Runtime, Shutdown
-from greenconsume.events import ConsumerDrained, HandlerFailed, StaleSettle
+from greenconsume.events import ConsumerDrained, HandlerFailed, LinkDown, StaleSettle
+from greenconsume.lifecycle import lifecycle_of
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, consuming, green_connection, observed, pause_for
 from tests.messages import declare, publish, queue_depth
@@ -85,6 +86,11 @@ def put(url: str, queue: str, count: int) -> None:
             producer.publish(body, routing_key=queue, declare=[Queue(queue)])
 
 
+def gathered(consumer: Gatherer) -> int:
+    """Return how many messages wait in batches that have not started."""
+    return int(lifecycle_of(consumer).drain.handling.gathered)
+
+
 def settled(broker: RabbitMQ, url: str, queue: str) -> Callable[[], bool]:
     """Return what tells whether nothing is left of a queue's messages, ready or unsettled."""
     return lambda: broker.queue_counts(url, queue)[:2] == (0, 0)
@@ -151,6 +157,35 @@ def test_a_runtime_counts_batches_as_handlers(amqp_url, queue_name):
         child.consumer.wait_for(60)
     assert most == 3
     assert queue_depth(amqp_url, queue_name) == 0
+
+
+def test_a_batch_takes_one_of_a_runtimes_places(rabbitmq, amqp_url, queue_name):
+    inside: set[str] = set()
+    most: list[int] = []
+
+    class Counted(Gatherer):
+        batch_timeout = 0.02
+
+        def on_batch(self, batch: Batch) -> None:
+            inside.add(self.queue.name)
+            most.append(len(inside))
+            pause_for(0.01)
+            inside.discard(self.queue.name)
+            super().on_batch(batch)
+
+    runtime = Runtime(amqp_url, max_handlers=1)
+    names = [f"{queue_name}-{n}" for n in range(3)]
+    children = [
+        runtime.spawn(lambda connection, name=name: Counted(connection, name))[0] for name in names
+    ]
+    for name in names:
+        publish(amqp_url, name, 33)
+    with runtime:
+        for child in children:
+            assert child.consumer.wait_for(33) == list(range(33))
+    assert set(most) == {1}
+    for name in names:
+        wait_until(settled(rabbitmq, amqp_url, name))
 
 
 # -- failures -----------------------------------------------------------------------------------------
@@ -236,12 +271,12 @@ def test_a_stop_gives_an_incomplete_batch_back_at_once(rabbitmq, amqp_url, queue
     consumer = Gatherer(amqp_url, queue_name)
     publish(amqp_url, queue_name, 7)
     with observed(ConsumerDrained) as drained, consuming(consumer) as [greenlet]:
-        wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (0, 7, 1))
+        wait_until(lambda: gathered(consumer) == 7)
         began = monotonic()
         greenlet.stop()
         assert greenlet.join(SOON)
         assert monotonic() - began < 0.5
-        assert rabbitmq.queue_counts(amqp_url, queue_name) == (7, 0, 0)
+        wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (7, 0, 0))
     assert consumer.batches == []
     assert [event.given_back for event in drained] == [7]
 
@@ -252,12 +287,12 @@ def test_what_was_gathered_goes_back_while_another_batch_runs(rabbitmq, amqp_url
     publish(amqp_url, queue_name, 17)
     with consuming(consumer) as [greenlet]:
         wait_until(lambda: consumer.sizes == [10])
-        wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (0, 17, 1))
+        wait_until(lambda: gathered(consumer) == 7)
         greenlet.stop()
         wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (7, 10, 0))
         go.set()
         assert greenlet.join(SOON)
-    assert rabbitmq.queue_counts(amqp_url, queue_name) == (7, 0, 0)
+    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (7, 0, 0))
 
 
 def test_stops_at_any_moment_lose_and_double_nothing(rabbitmq, amqp_url, queue_name):
@@ -280,14 +315,14 @@ def test_stops_at_any_moment_lose_and_double_nothing(rabbitmq, amqp_url, queue_n
             greenlet.stop()
             assert greenlet.join(SOON)
         seen.update(consumer.bodies)
-        counts = rabbitmq.queue_counts(amqp_url, queue_name)
-        assert (counts.ready + sum(seen.values()), counts.unacked) == (count, 0)
+        left = count - sum(seen.values())
+        wait_until(lambda left=left: rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (left, 0))
     consumer = Gatherer(amqp_url, queue_name, batch_timeout=0.1)
     with consuming(consumer):
         consumer.wait_for(count - sum(seen.values()))
     seen.update(consumer.bodies)
     assert seen == dict.fromkeys(range(count), 1)
-    assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
+    wait_until(settled(rabbitmq, amqp_url, queue_name))
 
 
 def test_a_batch_that_outlasts_the_drain_is_delivered_again(rabbitmq, amqp_url, queue_name):
@@ -310,7 +345,7 @@ def test_a_batch_that_outlasts_the_drain_is_delivered_again(rabbitmq, amqp_url, 
         assert greenlet.join(SOON)
     assert [type(exc) for exc in ended] == [Shutdown]
     assert failures == []
-    assert rabbitmq.queue_counts(amqp_url, queue_name) == (6, 0, 0)
+    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (6, 0, 0))
 
 
 # -- a lost link --------------------------------------------------------------------------------------
@@ -322,7 +357,7 @@ def test_a_lost_link_costs_no_message_and_mixes_none_into_the_next_batch(
     consumer = Gatherer(proxy.url, queue_name, batch_timeout=NEVER)
     publish(amqp_url, queue_name, 7)
     with observed(StaleSettle) as stale, consuming(consumer):
-        wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (0, 7, 1))
+        wait_until(lambda: gathered(consumer) == 7)
         proxy.cut()
         publish(amqp_url, queue_name, [7, 8, 9])
         assert sorted(consumer.wait_for(10)) == list(range(10))
@@ -337,9 +372,10 @@ def test_a_batch_that_runs_while_the_link_is_lost_settles_nothing_of_the_next(
     go = Event()
     consumer = Gatherer(proxy.url, queue_name, lambda batch: go.wait(), batch_timeout=0.2)
     publish(amqp_url, queue_name, 10)
-    with observed(StaleSettle) as stale, consuming(consumer):
+    with observed(StaleSettle) as stale, observed(LinkDown) as lost, consuming(consumer):
         consumer.wait_for(10)
         proxy.cut()
+        wait_until(lambda: lost)
         wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (0, 10, 1), SOON)
         go.set()
         assert Counter(consumer.wait_for(20)) == dict.fromkeys(range(10), 2)

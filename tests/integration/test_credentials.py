@@ -21,6 +21,9 @@ from tests.integration.consumers import SOON, Recorder, consuming, green_connect
 from tests.messages import publish
 from tests.waiting import wait_until
 
+# A broker that somebody gave us has other users than guest.
+pytestmark = pytest.mark.usefixtures("rabbitmq")
+
 SECRET = "hunter2-hunter2"
 
 

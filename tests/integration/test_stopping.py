@@ -157,7 +157,9 @@ def test_orderly_stops_under_load_neither_lose_nor_repeat_a_message(amqp_url, qu
         with consuming(Recorder(amqp_url, queue, handle, prefetch_count=100)):
             wait_until(lambda goal=goal: len(handled) >= goal, SOON)
     assert len(handled) < total
-    assert handled == list(range(len(handled)))
+    assert len(set(handled)) == len(handled)
+    if kind == "classic":  # the other kind has its own idea of where a message goes back to
+        assert handled == list(range(len(handled)))
     wait_until(lambda: queue_depth(amqp_url, queue_name) == total - len(handled))
 
 

@@ -308,6 +308,24 @@ def test_a_batch_that_waits_for_a_place_goes_on_filling_up_to_its_size(started, 
     consumer.wait_for([0], [1, 2, 3], [4])
 
 
+def test_a_batch_whose_time_is_up_keeps_its_turn(started, put, channel):
+    """Also where more messages come in the very moment in which its timer fires."""
+    consumer, life = Gatherer(), Lifecycle("in order")
+    handled = []
+    consumer.on_batch = lambda batch: handled.append([body for body, _ in batch])
+    source = Consumer(channel, [consumer.queue], callbacks=[consumer.on_batch])
+    batch, _ = received(channel, *range(6))
+    batching = Batching(life, settings_of(consumer))
+    messages = [message for _, message in batch]
+    batching.submit(source, messages[0])
+    batching._time_is_up(batching._open[source])
+    for message in messages[1:]:
+        batching.submit(source, message)
+    wait_until(lambda: len(handled) == 2)
+    batching.retire()
+    assert handled == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_batches_are_handled_one_after_the_other_unless_told_otherwise(started, put):
     consumer = Gatherer(options={"prefetch_count": 100})
     gate = consumer.handle = Gate()
@@ -881,7 +899,7 @@ def test_a_lost_link_forgets_what_was_gathered_and_the_next_one_begins_anew(peer
     started(consumer)
     deliver = deliverer(peer)
     deliver(1, "old")
-    wait_until(lambda: list(lifecycle_of(consumer).drain.handling._unstarted))
+    wait_until(lambda: lifecycle_of(consumer).drain.handling.gathered == 1)
     peer.hang_up()
     deliver = deliverer(peer, count=2)
     for tag in range(1, 4):

@@ -435,6 +435,10 @@ def test_a_hub_that_was_busy_does_not_take_unread_input_for_silence(dial, make_p
             peer.send(frames.heartbeat())
             block_hub(0.1)  # two heartbeats and a half
             assert not down.wait(0.005)
+            block_hub(0.1)
+            late = gevent.spawn_later(0.01, peer.send, frames.heartbeat())  # blocked like this side
+            assert not down.wait(0.02)
+            late.get()
         assert not down.wait(0.03)
     assert link.connected
 
