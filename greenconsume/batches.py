@@ -93,7 +93,7 @@ class Batching(Handling):
     """One consumer's handlers, where they are given batches.
 
     Each `kombu.Consumer` gathers a batch of its own. Messages that cannot be decoded are in none: each is a
-    job by itself, which calls `on_decode_error`.
+    job by itself, which calls `on_decode_error`. A kill switch takes a batch for one message.
     """
 
     def __init__(self, life: Lifecycle, settings: Settings) -> None:
@@ -112,7 +112,7 @@ class Batching(Handling):
 
     def submit(self, consumer: Any, message: Any) -> None:
         """Add a message to its batch, and hand a full one over. Switches: while the pool is full."""
-        if self._life.stop.is_set():
+        if self._life.leave.is_set():
             self.give_back(message)
             return
         try:
@@ -143,7 +143,7 @@ class Batching(Handling):
         if job.handed_over:  # by whoever was first: its time, its last message, the end
             return
         job.handed_over = True
-        if not self.pool.submit(job, self._life.stop, self._is_wanted) and self._forget(job):
+        if not self.pool.submit(job, self._life.leave, self._is_wanted) and self._forget(job):
             self.give_back(job.message)
 
     def _is_wanted(self, job: Job) -> bool:

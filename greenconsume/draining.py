@@ -13,8 +13,8 @@ A handler that does not even end then is left behind, and told of. Called by `mi
 consumer that hangs elsewhere is `supervisor`'s.
 
 A quorum queue with a delivery limit counts each return of a message once, however it comes about
-(RabbitMQ 3.10, measured: a reject or a nack with requeue, a recover, a channel that closes), and whether or not
-a handler had begun. So to give back at once costs a message no more than to leave it to the close, and
+(RabbitMQ 3.10, measured: a reject or a nack with requeue, a recover, a channel that closes), and whether
+or not a handler had begun. So to give back at once costs a message no more than to leave it to the close, and
 others have it sooner. The consumer is cancelled first: what it gave back would else come to it again, at
 one count more each time.
 """
@@ -118,7 +118,7 @@ class Drain:
         Switches: yes, if one runs.
         """
         try:
-            if orderly and not self._life.stop.is_set():
+            if orderly and not self._life.leave.is_set():
                 self.handling.complete()
             if self._life.stop.is_set():
                 self._life.enter(ConsumerState.DRAINING)

@@ -103,7 +103,7 @@ def test_a_hundred_consumers_stop_clean_on_ctrl_c(start: Callable[..., Example])
     example.process.send_signal(signal.SIGINT)
     assert example.process.wait(30) == 0, example.err
     assert "stopping 100 consumers within 30.0 s (SIGINT)" in example.err
-    assert "100 consumers drained, 0 killed" in example.err
+    assert "consumers: 100 drained, 0 killed" in example.err
     assert example.out == ""
 
 

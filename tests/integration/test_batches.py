@@ -16,6 +16,7 @@ from kombu import Connection, Queue
 from greenconsume import Batch, ConsumerMixin, HandlerTimeout, Reject, Requeue, Runtime, Shutdown
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkDown, StaleSettle
 from greenconsume.lifecycle import lifecycle_of
+from greenconsume.retries import Retry
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, consuming, green_connection, observed, pause_for
 from tests.messages import declare, publish, queue_depth
@@ -262,6 +263,29 @@ def test_a_batch_that_takes_too_long_is_tried_again(rabbitmq, amqp_url, queue_na
         wait_until(settled(rabbitmq, amqp_url, queue_name))
     assert [type(f.error) for f in failures] == [HandlerTimeout]
     assert Counter(consumer.bodies) == dict.fromkeys(range(10), 2)
+
+
+def test_each_message_of_a_failed_batch_is_retried_and_then_dead_lettered(
+    rabbitmq, amqp_url, queue_name
+):
+    def handle(batch: Batch) -> None:
+        for body, message in batch:
+            if body % 2:
+                raise ValueError("odd")
+            message.ack()
+
+    consumer = Gatherer(amqp_url, queue_name, handle, batch_size=4, batch_timeout=0.1)
+    consumer.on_error = Retry(delays=[0.2])
+    dead = f"{queue_name}.dead"
+    with observed(HandlerFailed) as failures, consuming(consumer):
+        publish(amqp_url, queue_name, [0, 1, 3, 5])
+        wait_until(lambda: queue_depth(amqp_url, dead) == 3)
+        wait_until(settled(rabbitmq, amqp_url, queue_name))
+    assert consumer.sizes == [4, 3]
+    assert [failure.outcome for failure in failures] == [
+        "1 left as the handler settled it, 3 retry 1 of 1 in 0.2 s",
+        f"3 put into {dead} after 1 retries",
+    ]
 
 
 # -- stopping -----------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_a_signal_drains_and_exits_with_0(start: Start, amqp_url: str, signum: i
     command.signal(signum)
     assert command.ends() == 0
     assert f"({signal.Signals(signum).name})" in command.err
-    assert "1 consumers drained, 0 killed" in command.err
+    assert "consumers: 1 drained, 0 killed" in command.err
 
 
 def test_a_signal_lets_the_message_at_hand_be_finished(

@@ -26,12 +26,15 @@ from greenconsume.events import (
     ConsumerDrained,
     HandlerFailed,
     HandlerInterrupted,
+    KillSwitchReset,
+    KillSwitchTripped,
     LinkDown,
     PrefetchTooSmall,
     StaleSettle,
 )
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.settings import settings_of
+from greenconsume.switches import KillSwitch
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
@@ -601,6 +604,22 @@ def test_without_auto_settle_a_batch_may_be_settled_later(started, put):
     assert [len(batch.unsettled) for batch in kept] == [3, 3]
     kept[0].ack()
     assert [len(batch.unsettled) for batch in kept] == [0, 3]
+
+
+def test_a_kill_switch_tries_a_batch_of_one(started, put):
+    consumer = Gatherer(raising(LookupError()), on_error=Requeue(0), batch_timeout=0.03)
+    consumer.kill_switch = KillSwitch(window=2, pause=0.03)
+    consumer.restart_limit = TokenBucket(1000, 1000)
+    with recording() as events:
+        started(consumer)
+        put(consumer, *range(8))
+        wait_until(lambda: len(of_type(events, HandlerFailed)) == 3)
+        consumer.handle = None
+        wait_until(lambda: of_type(events, KillSwitchReset))
+        wait_until(lambda: sum(map(len, consumer.batches[3:])) == 8)
+    assert [event.message_count for event in of_type(events, HandlerFailed)] == [3, 3, 1]
+    assert len(of_type(events, KillSwitchTripped)) == 2
+    assert consumer_depth(consumer) == 0
 
 
 # -- what cannot be decoded ------------------------------------------------------------------------------

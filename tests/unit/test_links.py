@@ -365,13 +365,10 @@ def test_a_link_that_is_lost_as_soon_as_it_is_up_is_dialled_again(pool, connecti
 
 def test_what_is_no_error_of_the_brokers_is_raised_where_it_was_asked_for(pool, connections, peer):
     connection = connections(peer.url)
-
-    def password():
-        raise KeyError("no password today")
-
-    connection.password = connection._initial_params["password"] = password
+    connection.login_method = "HANDSHAKE"
     outcome = connecting(pool, connection).get(timeout=2)
-    assert isinstance(outcome, KeyError)
+    assert isinstance(outcome, ValueError)
+    assert "HANDSHAKE" in str(outcome)
     assert peer.connection_count == 0
 
 
