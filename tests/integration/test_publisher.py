@@ -169,11 +169,11 @@ def test_what_is_published_reaches_a_consumer_as_kombu_sends_it(amqp_url, queue_
     def note(body: Any, message: Any) -> None:
         seen.append((body, message.headers, message.properties["message_id"]))
 
-    with Publisher(amqp_url, exchange=orders, serializer="yaml", compression="zlib") as publisher:
+    with Publisher(amqp_url, exchange=orders, serializer="pickle", compression="zlib") as publisher:
         publisher.publish(
             {"ü": [1, None]}, "new.x", headers={"a": 1}, message_id="m", declare=[queue]
         )
-        with consuming(Recorder(amqp_url, queue, note, accept=["yaml"])) as [greenlet]:
+        with consuming(Recorder(amqp_url, queue, note, accept=["pickle"])) as [greenlet]:
             wait_until(lambda: seen, SOON)
             assert greenlet.ready.is_set()
     ((body, headers, message_id),) = seen

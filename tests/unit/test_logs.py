@@ -32,6 +32,8 @@ LINES = [
     (events.ConsumerGivenUp("C-1", ERROR), "supervisor", "ERROR"),
     (events.ConsumerGivenUp("C-1", None), "supervisor", "ERROR"),
     (events.HandlerFailed("C-1", 7, "orders", ERROR, "requeued in 1 s"), "handlers", "ERROR"),
+    (events.KillSwitchTripped("C-1", 11, 20, 30.0), "switches", "WARNING"),
+    (events.KillSwitchReset("C-1", 31.5), "switches", "INFO"),
     (events.StaleSettle(7, 1), "deliveries", "DEBUG"),
     (events.UnsettledTooLong("C-1", 7, 1440.0, 1800.0), "deliveries", "WARNING"),
     (events.HubBlocked("C-1", 7, 2.5, "  File"), "blocking", "WARNING"),

@@ -173,13 +173,13 @@ def test_a_message_is_what_a_kombu_producer_makes_of_it(publish_to, broker):
 
 def test_the_publishers_own_options_hold_unless_told_otherwise(publish_to, broker):
     publisher = publish_to(
-        broker, exchange="e", routing_key="k", serializer="yaml", compression="zlib"
+        broker, exchange="e", routing_key="k", serializer="pickle", compression="zlib"
     )
     publisher.publish([1])
     publisher.publish("text", "other", exchange="", serializer="raw", compression="bzip2")
     first, second = broker.published
     assert (first.exchange, first.routing_key) == ("e", "k")
-    assert first.properties["content_type"] == "application/x-yaml"
+    assert first.properties["content_type"] == "application/x-python-serialize"
     assert first.properties["headers"] == {"compression": "application/x-gzip"}
     assert (second.exchange, second.routing_key) == ("e", "other")  # "" is kombu's for its default
     assert second.properties["content_type"] == "application/data"
