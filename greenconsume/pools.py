@@ -118,11 +118,17 @@ class Job:
 
     def run(self, work: Callable[[Job], None]) -> None:
         """Call `work` with this job, in this greenlet and in the job's own context."""
-        self.greenlet = gevent.getcurrent()
+        current = self.greenlet = gevent.getcurrent()
+        outer = _running.get(current)  # of a handler that drains by itself
+        _running[current] = self
         try:
-            self.context.run(_work_in_context, work, self)
+            self.context.run(work, self)
         finally:
             self.greenlet = None
+            if outer is None:
+                del _running[current]
+            else:
+                _running[current] = outer
 
     def interrupt(self, interrupt: Interrupt) -> None:
         """Raise `interrupt` in the handler at the hub's next turn, if it still runs then. Never switches.
@@ -164,18 +170,14 @@ class Job:
             raise error
 
 
-_current: contextvars.ContextVar[Job] = contextvars.ContextVar("greenconsume handler")
-
-
-def _work_in_context(work: Callable[[Job], None], job: Job) -> None:
-    _current.set(job)
-    work(job)
+#: The job that runs in a greenlet. No context variable: that costs a message several objects for the garbage
+#: collector, whose work grows with what thousands of waiting handlers hold.
+_running: dict[Any, Job] = {}
 
 
 def current_job() -> Job | None:
     """Return the job that runs in this greenlet; a greenlet that a handler spawns has none."""
-    job = _current.get(None)
-    return job if job is not None and job.greenlet is gevent.getcurrent() else None
+    return _running.get(gevent.getcurrent())
 
 
 @contextmanager
