@@ -31,8 +31,8 @@ HOST, TIME = PREFIX + "host", PREFIX + "time"
 #: What a replay takes off again.
 FAILURE = (RETRIES, NOT_BEFORE, QUEUE, ERROR_TYPE, ERROR, STACK, HOST, TIME)
 
-_ASIDE = {"expiration": PREFIX + "expiration", "user_id": PREFIX + "user-id"}
-_CC, _CC_ASIDE = "CC", PREFIX + "cc"
+_EXPIRATION, _USER, _CC_ASIDE = PREFIX + "expiration", PREFIX + "user-id", PREFIX + "cc"
+_CC = "CC"
 #: What quorum queues add to what they deliver.
 _COUNTS = ("x-delivery-count", "x-acquired-count")
 #: What of a message belongs to its passage through one of kombu's virtual transports.
@@ -60,17 +60,20 @@ class Copy:
 
     def put_aside(self, user: str | None) -> None:
         """Keep from the broker what it would act on; `user` may publish messages of its own name."""
-        for name, header in _ASIDE.items():
-            if self.properties.get(name) not in (None, user):
-                self.headers[header] = self.properties.pop(name)
+        if self.properties.get("user_id") not in (None, user):
+            self.headers[_USER] = self.properties.pop("user_id")
         if _CC in self.headers:
             self.headers[_CC_ASIDE] = self.headers.pop(_CC)
 
-    def put_back(self) -> None:
-        """Give it its expiration again, for its own queue."""
-        expiration = self.headers.pop(_ASIDE["expiration"], None)
-        if expiration is not None:
-            self.properties["expiration"] = expiration
+    def put_expiration_aside(self) -> None:
+        """Have it not expire where it waits, or is kept."""
+        if "expiration" in self.properties:
+            self.headers[_EXPIRATION] = self.properties.pop("expiration")
+
+    def put_expiration_back(self) -> None:
+        """Have it expire again, in its own queue."""
+        if _EXPIRATION in self.headers:
+            self.properties["expiration"] = self.headers.pop(_EXPIRATION)
 
     def forget_passage(self, queue: str) -> None:
         """Drop what brokers noted about its way through the retry queues of `queue`."""

@@ -27,6 +27,7 @@ from greenconsume.transports.amqp import Transport
 
 #: What RabbitMQ notes about a message that it dead-lettered itself.
 _DEATHS = "x-death"
+_NOT_FOUND = "404"  # a number with AMQP, a text with kombu's virtual transports
 _DEATH_PREFIXES = ("x-death", "x-first-death-", "x-last-death-")
 
 
@@ -116,7 +117,7 @@ class DeadLetter:
         copy.headers[copies.ROUTING_KEY] = self.routing_key
         for name in copies.FAILURE:
             copy.headers.pop(name, None)
-        copy.put_back()
+        copy.put_expiration_back()
         return copy
 
 
@@ -162,10 +163,7 @@ class DeadLetters:
             declared = self._channel.queue_declare(self._queue, passive=True)
         except BaseException as exc:
             self._connection.close()
-            if (
-                isinstance(exc, amqp.NotFound)
-                or getattr(exc, "reply_code", 0) == amqp.NotFound.code
-            ):
+            if isinstance(exc, amqp.ChannelError) and str(exc.reply_code) == _NOT_FOUND:
                 raise GreenconsumeError(f"there is no queue {self._queue!r}") from exc
             raise
         self.count = declared.message_count

@@ -62,6 +62,7 @@ class Drain:
         self.told = False
         self._life = life
         self._climber: Any = None
+        self._climbed = False
 
     @contextmanager
     def consuming(
@@ -94,6 +95,7 @@ class Drain:
             self._retire(session)
 
     def _begin(self, session: Any) -> None:
+        self._climbed = False
         if self.handling.pool is not None:
             self.handling.pool.open()
         if session is not None:
@@ -139,7 +141,7 @@ class Drain:
         if self.told:
             return
         began = monotonic()
-        if self.handling.busy:
+        if self.handling.busy and not self._climbed:
             self.end()
         self.told = True
         found, seconds = self.outcome, monotonic() - began
@@ -185,6 +187,7 @@ class Drain:
                     rungs.kill.reason or f"cancel_timeout of {settings.cancel_timeout:g} s is over"
                 )
         self.finished += started - (handling.cancelled + self.killed - before)
+        self._climbed = True  # who goes on all the same is not waited for again
 
     def _ended(self, seconds: float, hurry: StopSignal | None) -> bool:
         """Wait until no handler runs, for `seconds` or until it is hurried; return whether none does."""

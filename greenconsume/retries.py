@@ -212,6 +212,7 @@ class Retrier:
         copy = copies.copy_of(message)
         copies.note_origin(copy, message, queue.name)
         copy.forget_passage(queue.name)
+        copy.put_expiration_aside()
         retries = copies.retries_of(copy.headers)
         delay = policy.delay_after(retries, error)
         if delay is None:

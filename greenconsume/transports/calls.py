@@ -23,7 +23,7 @@ from gevent.event import Event
 from kombu.transport import pyamqp
 
 from greenconsume.stopping import Deadline, wait
-from greenconsume.transports.frames import decode_args, decode_body
+from greenconsume.transports.frames import decode_args, decode_body, decode_properties
 
 if TYPE_CHECKING:
     from greenconsume.transports.session import Session
@@ -207,14 +207,19 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             raise AMQPNotImplementedError(f"Unknown AMQP method {method_sig!r}")
         args = decode_args(method.args, payload) if method.args else []
         if method.content:
-            if self.auto_decode:
-                content.body = decode_body(content.properties, content.body)
+            if method_sig != spec.Basic.Deliver:
+                self._decode(content)
             args.append(content)
         listener = self._callbacks.get(method_sig)
         if listener is not None:
             listener(*args)
         if method_sig in _REPLIES:
             self._answer(method_sig, args)
+
+    def _decode(self, content: Any) -> None:
+        content.properties = decode_properties(content.encoded)
+        if self.auto_decode:
+            content.body = decode_body(content.properties, content.body)
 
     def _answer(self, method_sig: tuple[int, int], args: list[Any]) -> None:
         # The broker answers a channel's calls in their order, so the first that fits is the one.

@@ -247,7 +247,7 @@ class Channel(PublishingChannel):
 
     def _on_basic_deliver(self, *args: Any) -> None:
         *fields, msg = args
-        self.on_delivery((*fields, msg.properties, msg.body))
+        self.on_delivery((*fields, msg.encoded, msg.body or b""))
 
     def _taker_of(self, callback: Any) -> Any:
         """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""

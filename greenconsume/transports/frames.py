@@ -167,7 +167,7 @@ def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
     if known is not None:
         properties = known.copy()
     else:
-        properties = _decode_properties(encoded)
+        properties = decode_properties(encoded)
         if not encoded[0] & _HAS_HEADERS:  # headers are mutable, and seldom the same twice
             if len(_known_properties) >= _KNOWN_LIMIT:
                 _known_properties.clear()
@@ -175,7 +175,8 @@ def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
     return properties, decode_body(properties, body)
 
 
-def _decode_properties(encoded: bytes) -> dict[str, Any]:
+def decode_properties(encoded: bytes) -> dict[str, Any]:
+    """Return the properties of a content header, as py-amqp does, whatever bytes their texts are."""
     message = amqp.Message()
     try:
         message._load_properties(amqp.Message.CLASS_ID, encoded, 0)

@@ -33,6 +33,7 @@ from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
 from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
 from greenconsume.transports.frames import (
     DELIVERY,
+    HEADER,
     HEARTBEAT_FRAME,
     Delivery,
     FrameParser,
@@ -101,6 +102,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._free_ids: list[int] = []
         self._last_id = 0
         self._settling: list[Channel] = []
+        self._properties: dict[int, bytes] = {}  # by channel, of the content that is coming in
         self._outgoing = Outgoing()
         self._sending = 0
         self._unsent, self._writable, self._unblocked = Event(), Event(), Event()
@@ -228,6 +230,8 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                 for frame in parser.feed(data):
                     if frame[0] == DELIVERY:
                         self._deliver(frame[1], frame[2])
+                    elif frame[0] == HEADER:
+                        self._take_header(*frame)
                     else:
                         self.on_inbound_frame(frame)
                 gevent.sleep(0)  # recv does not switch while data keeps coming
@@ -238,10 +242,17 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             error.__cause__ = exc
             self.fail(error)
 
+    def _take_header(self, kind: int, channel_id: int, payload: bytes) -> None:
+        # Without the properties: those that cannot be decoded are their message's fault, not the link's.
+        self._properties[channel_id] = payload[12:]
+        self.on_inbound_frame((kind, channel_id, payload[:12] + b"\0\0"))
+
     def on_inbound_method(
         self, channel_id: int, method_sig: tuple[int, int], payload: bytes, content: Any
     ) -> None:
         """Hand one complete method to its channel; a channel that is gone gets nothing."""
+        if content is not None:
+            content.encoded = self._properties.pop(channel_id)
         channel = self.channels.get(channel_id)
         if channel is not None:
             channel.dispatch_method(method_sig, payload, content)

@@ -38,7 +38,7 @@ def connect(make_peer):
     connections = []
 
     def open_connection(peer, **options):
-        options = {"close_timeout": 0.5, **options}
+        options = {"close_timeout": 2.0, **options}
         connections.append(Connection(peer.url, transport_options=options))
         connections[-1].connect()
         return connections[-1]
@@ -438,23 +438,48 @@ def test_a_routing_key_that_is_no_utf_8_harms_nobody(connect, make_peer, body):
         b"",
     ],
 )
+@pytest.mark.parametrize("parts", [1, 2])
 def test_properties_that_cannot_be_decoded_are_a_decode_error_of_their_message(
-    connect, peer, properties
+    connect, peer, properties, parts
 ):
     """Not the link's: it would be lost again with each redelivery."""
     connection, got, undecodable = connect(peer), [], []
     consumer = kombu_consumer(connection, got)
     consumer.on_decode_error = lambda message, exc: undecodable.append(message)
     method = frames.method_frame(1, "basic.deliver", tag_of(consumer), 1, False, "e", "k")
-    header = frames.raw_frame(2, 1, frames.header_frame(1, 1)[7:19] + properties)
-    peer.send(method + header + frames.raw_frame(3, 1, b"x"))
+    header = frames.raw_frame(2, 1, frames.header_frame(1, 2)[7:19] + properties)
+    body = frames.raw_frame(3, 1, b"xy")
+    if parts == 2:
+        body = frames.raw_frame(3, 1, b"x") + frames.raw_frame(3, 1, b"y")
+    peer.send(method + header + body)
     connection.drain_events(timeout=2)
     (message,) = undecodable
-    assert (message.body, message.delivery_info["routing_key"]) == (b"x", "k")
+    assert (message.body, message.delivery_info["routing_key"]) == (b"xy", "k")
     assert (message.headers, message.properties) == ({}, {})
     message.reject()
     assert peer.wait_for("basic.reject").args == [1, False]
     assert got == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_a_message_is_the_same_however_it_came(connect, make_peer, size):
+    peer = make_peer(frame_max=4096)
+    connection, got = connect(peer), []
+    consumer = kombu_consumer(connection, got)
+    properties = {"headers": {"n": [1, None]}, "priority": 4, "reply_to": "r"}
+    data = frames.deliver(
+        1, tag_of(consumer), 1, b"x" * size, frame_max=4096, exchange="e", **properties
+    )
+    peer.send(data[:-1])
+    wait_until(lambda: connection.connection.link.bytes_recv or size == 0)
+    peer.send(data[-1:] + data)
+    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=2)
+    for message in got:
+        assert (message.body, message.content_type) == ("x" * size, "application/json")
+        assert message.headers == {"n": [1, None]}
+        assert (message.properties["priority"], message.properties["reply_to"]) == (4, "r")
+        assert message.delivery_info["exchange"] == "e"
 
 
 def test_properties_that_are_no_utf_8_arrive(connect, peer):
@@ -630,7 +655,7 @@ def test_close_is_bounded_where_it_is_never_answered_and_the_id_stays_taken(conn
     channel = connection.channel()
     begun = monotonic()
     channel.close()
-    assert 0.02 < monotonic() - begun < 0.3
+    assert 0.02 < monotonic() - begun < 0.5
     assert connection.channel().channel_id == 2
     with pytest.raises(ResourceError, match="all 2 channels"):
         connection.channel()
@@ -732,7 +757,7 @@ def test_closing_a_channel_of_a_lost_link_returns_at_once(connect, peer):
     wait_until(lambda: not connection.connected)
     begun = monotonic()
     channel.close()
-    assert monotonic() - begun < 0.05
+    assert monotonic() - begun < 0.5
 
 
 def test_a_kill_in_a_call_leaves_the_channel_usable(connect, make_peer):

@@ -45,7 +45,7 @@ def make_link(make_peer):
     links = []
 
     def make(port, **options):
-        options = {"connect_timeout": 2, "close_timeout": 0.5, **options}
+        options = {"connect_timeout": 2, "close_timeout": 2.0, **options}
         link = Link(host=f"{HOST}:{port}", **options)
         link.uri = "amqp://guest:**@peer//"
         links.append(link)

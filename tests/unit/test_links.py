@@ -52,7 +52,7 @@ def connections():
     made = []
 
     def make(url, **options):
-        options.setdefault("close_timeout", 0.5)
+        options.setdefault("close_timeout", 2.0)
         ways = {name: options.pop(name) for name in list(options) if name in ("heartbeat", "ssl")}
         made.append(Connection(url, transport_options=options, **ways))
         return made[-1]
@@ -382,7 +382,7 @@ def test_a_transport_that_is_unknown_is_refused(pool, connections):
 # -- stopping -----------------------------------------------------------------------------------------
 
 
-def stopped_within(greenlet, stop, seconds=0.1):
+def stopped_within(greenlet, stop, seconds=0.5):
     begun = monotonic()
     stop.set("enough")
     outcome = greenlet.get(timeout=2)

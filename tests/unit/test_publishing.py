@@ -33,7 +33,7 @@ def connect(make_peer):
     connections = []
 
     def open_connection(peer, **options):
-        options = {"close_timeout": 0.5, **options}
+        options = {"close_timeout": 2.0, **options}
         connections.append(Connection(peer.url, transport_options=options))
         connections[-1].connect()
         return connections[-1]

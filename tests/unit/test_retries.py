@@ -212,13 +212,14 @@ def test_what_the_broker_would_act_on_waits_in_headers():
         delivered(b"", expiration="5000", user_id="ann", application_headers={"CC": ["audit"]})
     )
     copy.put_aside("bob")
+    copy.put_expiration_aside()
     assert copy.properties == {}
     assert copy.headers == {
         "greenconsume-expiration": "5000",
         "greenconsume-user-id": "ann",
         "greenconsume-cc": ["audit"],
     }
-    copy.put_back()
+    copy.put_expiration_back()
     assert copy.properties == {"expiration": "5000"}
 
 

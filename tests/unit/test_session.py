@@ -6,6 +6,7 @@ import socket
 from collections import Counter
 from time import monotonic
 
+import amqp
 import gevent
 import pytest
 from amqp.exceptions import ConnectionForced, NotFound, RecoverableConnectionError
@@ -32,7 +33,7 @@ def connect(make_peer):
     transports.register()
     connections = []
 
-    def open_connection(peer, close_timeout=0.5, **options):
+    def open_connection(peer, close_timeout=2.0, **options):
         options = {"close_timeout": close_timeout, **options}
         connections.append(Connection(peer.url, transport_options=options))
         connections[-1].connect()
@@ -148,7 +149,7 @@ def test_heartbeats_and_part_frames_do_not_extend_a_drain(connect, peer):
     begun = monotonic()
     with pytest.raises(socket.timeout):
         connection.drain_events(timeout=0.06)
-    assert monotonic() - begun < 0.15
+    assert monotonic() - begun < 0.35
     trickling.kill()
 
 
@@ -252,7 +253,7 @@ def test_a_stop_wakes_a_drain_at_once(connect, peer):
     stop.set("enough")
     with pytest.raises(StoppedError, match="enough"):
         drainer.get(timeout=2)
-    assert monotonic() - begun < 0.05
+    assert monotonic() - begun < 0.5
 
 
 def test_a_stop_from_a_foreign_thread_wakes_a_drain(connect, peer):
@@ -474,6 +475,25 @@ def test_kills_of_draining_greenlets_leave_the_connection_usable(connect, peer):
     while len(got) < 100:
         connection.drain_events(timeout=2)
     assert got == list(range(1, 101))
+
+
+def test_the_time_that_a_drain_has_is_not_that_of_a_write(connect, peer):
+    """HAZARDS.md row 8: py-amqp sets the timeout of the socket, and cuts a frame in two."""
+    connection = connect(peer)
+    channel, stop = connection.channel(), StopSignal()
+
+    def drain():
+        while not stop.is_set():
+            with pytest.raises(socket.timeout):
+                connection.drain_events(timeout=0.0005)
+
+    draining = gevent.spawn(drain)
+    body = bytes(range(256)) * 40_000
+    channel.basic_publish(amqp.Message(body, content_encoding="binary"))
+    channel.queue_declare("behind it")
+    stop.set()
+    draining.get(timeout=2)
+    assert [message.body for message in peer.published] == [body]
 
 
 def test_a_gevent_timeout_around_a_call_leaves_the_connection_usable(connect, make_peer):
@@ -699,13 +719,13 @@ def test_close_is_bounded_where_no_channel_is_answered_and_the_link_lives_on(
 ):
     """HAZARDS.md row 17."""
     peer = make_peer(silent={"channel.close"})
-    connection = connect(peer, close_timeout=0.05)
+    connection = connect(peer, close_timeout=0.2)
     other = share(connection)
     for _ in range(5):
         connection.channel()
     begun = monotonic()
     connection.close()
-    assert monotonic() - begun < 0.2  # one deadline, not five
+    assert monotonic() - begun < 0.7  # one deadline, not five
     assert len(peer.frames("channel.close")) == 5
     assert other.channel().queue_declare("q").queue == "q"
 
@@ -755,7 +775,7 @@ def test_collect_lets_go_at_once_and_tells_nobody(connect, make_peer, share):
         assert socket.getdefaulttimeout() == before
         assert other.connected
         other.collect()
-    assert monotonic() - begun < 0.05
+    assert monotonic() - begun < 0.5
     assert of_type(events, LinkDown) == []
     wait_until(lambda: peer.open_count == 0)
 
