@@ -93,7 +93,10 @@ def cli(ctx: click.Context) -> None:
       greenconsume run shop:Orders --broker amqp:// --replicas 20
       greenconsume run --help
     """  # noqa: D301  # \b is click's: leave the paragraph as it is
-    ctx.default_map = {"run": _table()}
+    table = _table()
+    broker = {name: value for name, value in table.items() if name == "broker"}
+    looks = dict.fromkeys(dead_letters.commands, broker)
+    ctx.default_map = {"run": table, "dead-letters": looks}
 
 
 @cli.command()

@@ -218,7 +218,7 @@ def _in_full(letter: DeadLetter) -> Iterator[str]:
     yield f"  error        {_plain(letter.error_type)}: {_plain(letter.error)}"
     yield f"  retries      {letter.retry_count}"
     yield f"  queue        {_plain(letter.queue)}"
-    yield f"  exchange     {_plain(letter.exchange)}"
+    yield f"  exchange     {_plain(letter.exchange) or '(default)'}"
     yield f"  routing key  {_plain(letter.routing_key)}"
     yield f"  host         {_plain(letter.host)}"
     for title, table in (("properties", letter.properties), ("headers", letter.headers)):

@@ -10,6 +10,9 @@ from typing import Any
 
 import gevent
 
+#: Seconds until another try to give back what could not be given back.
+_AGAIN = 1.0
+
 
 def is_settleable(message: Any) -> bool:
     """Whether the message still waits for its settlement: nobody settled it, and the broker wants one."""
@@ -18,10 +21,13 @@ def is_settleable(message: Any) -> bool:
     auto_acked = getattr(message.channel, "no_ack_consumers", None) or ()
     if message.delivery_info.get("consumer_tag") in auto_acked:
         return False
-    qos = getattr(
-        message.channel, "_qos", None
-    )  # kombu's virtual transports keep what is unsettled
-    return qos is None or message.delivery_tag in qos._delivered
+    # kombu's virtual transports keep what is unsettled, and for a while what was settled since.
+    qos = getattr(message.channel, "_qos", None)
+    delivered = getattr(qos, "_delivered", None)
+    if delivered is None:
+        return True
+    tag = message.delivery_tag
+    return tag in delivered and tag not in getattr(qos, "_dirty", ())
 
 
 def is_live(message: Any) -> bool:
@@ -46,15 +52,21 @@ class DelayedRequeues:
         self._timers: set[gevent.Greenlet[..., None]] = set()
 
     def add(self, message: Any, delay: float) -> None:
-        """Requeue `message` in `delay` seconds, unless it is settled by then."""
+        """Requeue `message` in `delay` seconds, unless it is settled by then. Never switches."""
         timer = gevent.spawn_later(delay, self._requeue, message)
         self._timers.add(timer)
         timer.rawlink(self._timers.discard)
 
-    @staticmethod
-    def _requeue(message: Any) -> None:
-        if is_settleable(message):
+    def _requeue(self, message: Any) -> None:
+        # From here on it is not killed: on some transports this is a write to the broker.
+        self._timers.discard(gevent.getcurrent())
+        if not is_settleable(message):
+            return
+        try:
             message.requeue()
+        except Exception:  # the broker's: if it was not its end, another try may succeed
+            if is_live(message):
+                self.add(message, _AGAIN)
 
     def cancel(self) -> None:
         """Forget them all: their channel is about to close. Never switches."""

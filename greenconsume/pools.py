@@ -154,20 +154,19 @@ class Job:
         if self.shields and not self.killed:
             self._pending = error
         else:
-            self._note(error)
+            if isinstance(error, Interrupt):
+                self.interrupted = error
             # Not the greenlet's own `throw`: that of a consumer's means that it is killed itself.
             greenlet.greenlet.throw(self.greenlet, error)
 
-    def _note(self, error: BaseException) -> None:
-        if isinstance(error, Interrupt):
-            self.interrupted = error
-
-    def raise_pending(self) -> None:
-        """Raise what had to wait for the shield to end."""
-        error, self._pending = self._pending, None
-        if error is not None:
-            self._note(error)
-            raise error
+    def end_shield(self) -> None:
+        """Let interrupts through again; one that had to wait comes at the next switch. Never switches."""
+        self.shields -= 1
+        error = self._pending
+        if error is not None and not self.shields:
+            self._pending = None
+            # Not raised here: whoever called what was shielded is to see how it ended.
+            gevent.get_hub().loop.run_callback(self._raise_inside, error)
 
 
 #: The job that runs in a greenlet. No context variable: that costs a message several objects for the garbage
@@ -191,9 +190,7 @@ def shielded() -> Iterator[None]:
     try:
         yield
     finally:
-        job.shields -= 1
-        if not job.shields:
-            job.raise_pending()
+        job.end_shield()
 
 
 class HandlerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is untyped

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
@@ -139,11 +140,12 @@ def wait(event: _Waitable, deadline: Deadline, stop: StopSignal | None = None) -
     if stop is None:
         event.wait(deadline.remaining)
         return event.is_set()
-    stop.link(event.set)
+    wake = partial(event.set)  # equal to no other: leaving takes no other waiter's wake-up along
+    stop.link(wake)
     try:
         event.wait(deadline.remaining)
     finally:
-        stop.unlink(event.set)
+        stop.unlink(wake)
     return event.is_set()
 
 

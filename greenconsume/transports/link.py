@@ -72,7 +72,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     Args:
         close_timeout: Seconds that an orderly close may take before the socket is dropped.
-        call_timeout: Seconds that a call waits for its reply before the link is given up as dead.
+        call_timeout: Seconds that a call waits for its reply before it raises `TimeoutError`.
         **options: As `amqp.Connection`.
     """
 

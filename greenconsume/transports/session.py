@@ -12,7 +12,6 @@ import socket
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -26,17 +25,6 @@ from greenconsume.transports.link import Link
 
 #: Callbacks that never wait may run this many seconds before the hub gets a turn.
 _TURN = 0.002
-
-
-class _Waiter:
-    """One greenlet's wait for an event that others wait for, too: its stop signal is its own."""
-
-    __slots__ = ("is_set", "set", "wait")
-
-    def __init__(self, event: Event) -> None:
-        self.is_set = event.is_set
-        self.wait = event.wait
-        self.set = partial(event.set)  # equal to no other, so that it unlinks nobody else's
 
 
 class Session:
@@ -135,7 +123,7 @@ class Session:
             if deadline.expired:
                 raise socket.timeout("timed out")
             self._arrival.clear()
-            wait(_Waiter(self._arrival), deadline, stop)
+            wait(self._arrival, deadline, stop)
             self._turn_began = monotonic()
 
     @property

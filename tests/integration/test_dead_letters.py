@@ -308,6 +308,12 @@ def test_the_broker_may_come_from_the_environment(run, amqp_url, dead, monkeypat
     assert run("list", dead).code == 0
 
 
+def test_the_broker_may_come_from_pyproject(run, amqp_url, dead, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text(f'[tool.greenconsume]\nbroker = "{amqp_url}"\n')
+    assert run("list", dead).code == 0
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
 def test_an_interrupted_replay_neither_loses_nor_mixes_up_messages(
     amqp_url, queue_name, tmp_path, signum, code

@@ -19,7 +19,7 @@ from greenconsume.runtime import Runtime
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
-SECONDS = 0.03
+SECONDS = 0.05
 
 native_sleep: Any = monkey.get_original("time", "sleep")
 
@@ -49,14 +49,15 @@ def watch() -> Iterator[BlockWatch]:
 def test_a_blocked_hub_is_told_of_once_while_it_is_blocked(events, watch, block: Any):
     """Python that computes, and C that waits; with the stack of where it is."""
     gevent.sleep(0.01)
-    block(4 * SECONDS)
+    block(6 * SECONDS)
+    wait_until(lambda: of_type(events, HubBlocked))
     (event,) = of_type(events, HubBlocked)
-    assert SECONDS <= event.seconds < 4 * SECONDS
+    assert SECONDS <= event.seconds < 6 * SECONDS
     assert event.consumer == ""
     assert "test_a_blocked_hub_is_told_of_once" in event.stack
-    gevent.sleep(0.02)
-    block(4 * SECONDS)
-    assert len(of_type(events, HubBlocked)) == 2
+    gevent.sleep(SECONDS)
+    block(6 * SECONDS)
+    wait_until(lambda: len(of_type(events, HubBlocked)) == 2)
 
 
 def test_a_hub_that_waits_is_not_blocked(events, watch: BlockWatch):
@@ -92,7 +93,7 @@ class Computing(ConsumerMixin):
 
     def on_message(self, body: Any, message: Any) -> None:
         self.tag = message.delivery_tag
-        compute(4 * SECONDS)
+        compute(6 * SECONDS)
         message.ack()
 
 

@@ -12,7 +12,7 @@ import gevent
 import pytest
 from gevent import GreenletExit
 from gevent.event import Event
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu import Connection, Message, Producer, Queue, serialization
 from kombu import Consumer as KombuConsumer
@@ -451,6 +451,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=100, deadline=None)
 @given(json_values, st.booleans())
 def test_json_is_decoded_as_kombu_does(value, as_text):
     text = json.dumps(value, ensure_ascii=as_text)

@@ -425,9 +425,7 @@ def test_any_byte_from_the_peer_counts_as_a_heartbeat(dial, make_peer):
             assert not down.wait(0.02)
 
 
-def test_a_hub_that_was_busy_does_not_take_unread_input_for_silence(
-    dial, make_peer, monkeypatch
-):
+def test_a_hub_that_was_busy_does_not_take_unread_input_for_silence(dial, make_peer, monkeypatch):
     """HAZARDS.md row 5: a handler that computes does not lose its link."""
     monkeypatch.setattr(link_module, "_GRACE", 1.0)
     peer = make_peer(heartbeat=1)

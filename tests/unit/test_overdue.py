@@ -171,11 +171,12 @@ def test_a_consumer_is_looked_after_while_it_consumes(
 
 
 def test_a_consumer_that_wants_no_warning_is_not_looked_after(peer: Peer, events):
-    consumer, looked = Forgetful(peer.url), Forgetful(peer.url)
-    consumer.settle_deadline = 0
-    greenlets = [spawn(consumer), spawn(looked)]
-    for number, greenlet in enumerate(greenlets):
-        assert greenlet.ready.wait(2)
+    greenlets = []
+    for number, deadline in enumerate((0, DEADLINE)):
+        consumer = Forgetful(peer.url)
+        consumer.settle_deadline = deadline
+        greenlets.append(spawn(consumer))
+        assert greenlets[-1].ready.wait(2)
         peer.deliver(1, peer.wait_for("basic.consume", number + 1).args[2], 5)
     wait_until(lambda: told(events) == [(greenlets[1].name, 5)])
     for greenlet in greenlets:

@@ -567,7 +567,8 @@ def test_a_shielded_handler_finishes_what_it_writes_before_it_is_interrupted(ben
         with shielded():
             written.wait()
             steps.append("written")
-        steps.append("went on")
+        steps.append("saw how it ended")
+        Event().wait()
 
     job = bench.put(1, lambda job: guarded(job, writes, steps))
     gevent.idle()
@@ -576,7 +577,7 @@ def test_a_shielded_handler_finishes_what_it_writes_before_it_is_interrupted(ben
     assert steps == []
     written.set()
     bench.settle()
-    assert steps == ["written", "Shutdown"]
+    assert steps == ["written", "saw how it ended", "Shutdown"]
 
 
 def test_the_outermost_shield_counts(bench: Bench):
@@ -586,7 +587,9 @@ def test_the_outermost_shield_counts(bench: Bench):
         with shielded():
             with shielded():
                 written.wait()
+            gevent.sleep(0)
             steps.append("inner")
+        gevent.sleep(0)
         steps.append("outer")
 
     job = bench.put(1, lambda job: guarded(job, writes, steps))

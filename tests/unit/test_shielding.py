@@ -11,12 +11,12 @@ from gevent.event import Event
 from kombu import Connection, Queue
 from kombu.transport import virtual
 
+from greenconsume import deliveries
 from greenconsume.errors import HandlerTimeout, Shutdown
 from greenconsume.events import Event as AnyEvent
-from greenconsume.events import HandlerFailed, StaleSettle
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.events import HandlerFailed, HandlerInterrupted, StaleSettle
 from greenconsume.mixins import ConsumerProducerMixin
-from greenconsume.policies import Reject
+from greenconsume.policies import Reject, Requeue
 from greenconsume.runtime import Runtime
 from greenconsume.shielding import shield_channels
 from tests.unit.fakes import of_type, recording
@@ -140,54 +140,74 @@ def running(worker: Worker) -> Runtime:
     return runtime
 
 
-ENDS: list[Any] = [{"handler_timeout": 0.02}, {}]
-
-
-@pytest.mark.parametrize("concurrency", [None, 3])
-@pytest.mark.parametrize("attributes", ENDS)
-@pytest.mark.parametrize("what", ["ack", "reject", "put"])
-def test_an_interrupt_waits_for_the_end_of_a_write(
-    wire: Wire, events: list[AnyEvent], what: str, attributes: Any, concurrency: int | None
-):
-    """HAZARDS.md rows 1 and 2: a timeout and a shutdown, at an ack, a reject and a publish."""
-    ended: list[BaseException] = []
+def writing(what: str, ended: list[BaseException]) -> Callable[[Any, Any, Any], None]:
+    """A handler that writes, and then waits; and what ends it."""
 
     def handle(worker: Worker, body: Any, message: Any) -> None:
-        do = {
+        do: dict[str, Callable[[], object]] = {
             "ack": message.ack,
             "reject": message.reject,
             "put": lambda: worker.producer.publish("answer", routing_key="q"),
         }
         try:
             do[what]()
+            Event().wait()
         except BaseException as exc:
             ended.append(exc)
             raise
 
+    return handle
+
+
+@pytest.fixture(params=["ack", "reject", "put"])
+def what(request: pytest.FixtureRequest, wire: Wire) -> str:
+    """What a handler is in the midst of, with the wire held up."""
     put(1)
-    wire.begun.clear(), wire.done.clear(), wire.open.clear()
-    worker = Worker(handle, concurrency=concurrency, on_error=Reject(), **attributes)
-    runtime = running(worker)
-    wait_until(lambda: wire.begun == [what])
-    gevent.sleep(0.05)
-    if not attributes:
-        runtime.stop()
-        wait_until(lambda: lifecycle_of(worker).drain._climber is not None)
-        gevent.sleep(0.02)
-    assert ended == wire.done == []
+    wire.begun.clear()
+    wire.done.clear()
+    wire.open.clear()
+    return str(request.param)
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_a_timeout_waits_for_the_end_of_a_write(
+    wire: Wire, events: list[AnyEvent], what: str, concurrency: int | None
+):
+    """HAZARDS.md rows 1 and 2; and what was settled is settled."""
+    ended: list[BaseException] = []
+    attributes = {"handler_timeout": 0.02, "on_error": Reject()}
+    runtime = running(Worker(writing(what, ended), concurrency=concurrency, **attributes))
+    wait_until(lambda: of_type(events, HandlerInterrupted))
+    gevent.sleep(0.01)
+    assert (wire.begun, wire.done, ended) == ([what], [], [])
     wire.open.set()
-    wait_until(lambda: ended)
-    assert wire.done[0] == what
-    assert isinstance(ended[0], HandlerTimeout if attributes else Shutdown)
+    wait_until(lambda: of_type(events, HandlerFailed))
+    assert isinstance(ended[0], HandlerTimeout)
+    outcome = "rejected" if what == "put" else "left as the handler settled it"
+    assert of_type(events, HandlerFailed)[0].outcome == outcome
     runtime.stop()
     assert runtime.join(3)
-    failed = [e.outcome for e in of_type(events, HandlerFailed)]
-    unsettled = what == "put"
-    if attributes:
-        assert failed == (["rejected"] if unsettled else ["left as the handler settled it"])
-    else:
-        assert failed == []
-        assert Channel.queues["q"].__len__() == 2 * unsettled  # the answer, and what was given back
+    assert wire.done[0] == what
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_a_shutdown_waits_for_the_end_of_a_write(
+    wire: Wire, events: list[AnyEvent], what: str, concurrency: int | None
+):
+    """HAZARDS.md rows 1 and 2; and what was settled is not given back."""
+    ended: list[BaseException] = []
+    runtime = running(Worker(writing(what, ended), concurrency=concurrency))
+    wait_until(lambda: wire.begun == [what])
+    runtime.stop()
+    wait_until(lambda: of_type(events, HandlerInterrupted))
+    gevent.sleep(0.01)
+    assert (wire.done, ended) == ([], [])
+    wire.open.set()
+    assert runtime.join(3)
+    assert isinstance(ended[0], Shutdown)
+    assert of_type(events, HandlerFailed) == []
+    assert wire.done[0] == what
+    assert len(Channel.queues["q"]) == (2 if what == "put" else 0)  # the answer, and the message
 
 
 def test_a_kill_at_the_last_rung_heeds_no_write(wire: Wire):
@@ -236,6 +256,54 @@ def test_a_settle_after_its_channel_was_closed_is_counted(wire: Wire, events: li
     ]
     assert wire.done == []
     conn.release()
+
+
+def test_a_requeue_that_the_store_refuses_is_tried_again(
+    wire: Wire, events: list[AnyEvent], monkeypatch: pytest.MonkeyPatch
+):
+    """It does no harm to anybody else meanwhile, and nothing is lost."""
+    monkeypatch.setattr(deliveries, "_AGAIN", 0.01)
+    refused: list[Any] = []
+
+    def reject(self: QoS, delivery_tag: Any, requeue: bool = False) -> None:
+        refused.append(delivery_tag)
+        if len(refused) < 3:
+            raise ConnectionError("try again")
+        virtual.QoS.reject(self, delivery_tag, requeue)
+
+    def handle(worker: Worker, body: Any, message: Any) -> None:
+        handled.append(body)
+        if len(handled) == 1:
+            raise ValueError("no such thing")
+        message.ack()
+
+    handled: list[Any] = []
+    monkeypatch.setattr(QoS, "reject", reject)
+    put(1)
+    runtime = running(Worker(handle, concurrency=1, on_error=Requeue(0.01)))
+    wait_until(lambda: handled == [1, 1])
+    assert len(refused) == 3
+    runtime.stop()
+    assert runtime.join(3)
+
+
+def test_a_requeue_under_way_is_not_cut_in_two_by_the_end(wire: Wire, events: list[AnyEvent]):
+    """HAZARDS.md row 2: what waits is forgotten, what is being written is not."""
+
+    def handle(worker: Worker, body: Any, message: Any) -> None:
+        raise ValueError("no such thing")
+
+    put(1)
+    worker = Worker(handle, concurrency=1, on_error=Requeue(0.01))
+    runtime = running(worker)
+    wait_until(lambda: of_type(events, HandlerFailed))
+    wire.open.clear()
+    wait_until(lambda: "reject" in wire.begun)
+    runtime.stop()
+    gevent.sleep(0.02)
+    wire.open.set()
+    assert runtime.join(3)
+    wait_until(lambda: "reject" in wire.done)
 
 
 def test_a_channel_is_shielded_once(wire: Wire):
