@@ -175,7 +175,8 @@ class Drain:
 
     def _climb(self) -> None:
         handling, settings, rungs = self.handling, self.handling.settings, self._life.rungs
-        started, before = len(handling.running()), handling.cancelled + self.killed
+        started = sum(job.greenlet is not None for job in handling.running())
+        before = handling.cancelled + self.killed
         for job in handling.unstarted():
             handling.give_back(job.message)
         if not self._ended(settings.drain_timeout, rungs.cancel):
@@ -196,6 +197,7 @@ class Drain:
     def _cancel(self, why: str) -> None:
         for job in self.handling.running():
             self.handling.interrupt(job, Shutdown(why), why)
+        gevent.sleep(0)  # most end at once, also where they are left no time to
 
     def _kill(self, why: str) -> None:
         for job in self.handling.running():

@@ -122,7 +122,7 @@ class Handling:
             self.idle = Event()
             self.idle.set()
         else:
-            self.pool = HandlerPool(life.name, settings.concurrency, self._work, settings.slots)
+            self.pool = HandlerPool(life.name, settings.concurrency, self._begin, settings.slots)
             self.idle = self.pool.idle
 
     # -- where it runs --------------------------------------------------------------------------
@@ -178,6 +178,13 @@ class Handling:
         return chosen
 
     # -- one message ----------------------------------------------------------------------------
+
+    def _begin(self, job: Job) -> None:
+        # The stop may have come after it was given a greenlet, and before that had its turn.
+        if self._life.stop.is_set() and self._is_unsettled(job.message):
+            self.give_back(job.message)
+        else:
+            self._work(job)
 
     def _work(self, job: Job) -> None:
         try:
@@ -278,8 +285,8 @@ class Handling:
             return f"requeued in 1 s, because its policy failed: {error!r}"
 
     def give_back(self, message: Any, started: bool = False) -> None:
-        """Put a message back into its queue, unaltered."""
-        if is_settleable(message):
+        """Put a message back into its queue, unaltered; the broker has those of a lost link already."""
+        if is_settleable(message) and is_live(message):
             self.given_back += not started
             message.requeue()
 

@@ -5,14 +5,17 @@ Called by `retries`. Holds no message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import amqp
+from gevent.event import Event
 from kombu import Connection, Queue
 
 from greenconsume.errors import InvalidConsumerError
+from greenconsume.stopping import Deadline, wait_open
 from greenconsume.transports.amqp import Session
 
 #: Of the delay queues of a quorum queue. A classic one dead-letters what expired while the broker was down
@@ -51,8 +54,26 @@ def lasts(queue: Queue) -> bool:
     return not (queue.auto_delete or queue.exclusive or queue.name.startswith("amq."))
 
 
-#: By link, what was declared over it: ten thousand replicas declare their queues once.
-_declared: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+class _Declared:
+    """What was declared over one link: ten thousand replicas declare their queues once."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.pending: dict[str, Event] = {}
+
+    @contextmanager
+    def declaring(self, name: str) -> Iterator[None]:
+        """Let others who need the queue wait for it."""
+        self.pending[name] = done = Event()
+        try:
+            yield
+            self.names.add(name)
+        finally:
+            del self.pending[name]
+            done.set()
+
+
+_declared: WeakKeyDictionary[Any, _Declared] = WeakKeyDictionary()
 
 
 def declare_queues(
@@ -62,25 +83,47 @@ def declare_queues(
 
     Raises:
         InvalidConsumerError: The broker refuses it.
+        StoppedError: The consumer stops.
 
     Switches: yes, unless all were declared over this link before, and not `anew`.
     """
     session = connection.connection
-    known = _declared.setdefault(session.link, set()) if isinstance(session, Session) else set()
+    declared = _declared_over(session)
     if anew:
-        known.difference_update(wanted)
-    for name, arguments in wanted.items():
-        if name not in known:
-            _declare_queue(connection, name, arguments)
-            known.add(name)
-
-
-def _declare_queue(connection: Connection, name: str, arguments: dict[str, Any] | None) -> None:
+        declared.names.difference_update(wanted)
+    channel = None
     try:
-        _on_channel(connection, Queue(name, queue_arguments=arguments).queue_declare)
+        for name, arguments in wanted.items():
+            while name in declared.pending:
+                _await(declared.pending[name], session)
+            if name not in declared.names:
+                channel = channel or connection.channel()  # of its own, for an error closes it
+                with declared.declaring(name):
+                    _declare_queue(channel, name, arguments)
+    finally:
+        if channel is not None:
+            channel.close()
+
+
+def _declared_over(session: Any) -> _Declared:
+    if not isinstance(session, Session):
+        return _Declared()
+    return _declared.setdefault(session.link, _Declared())
+
+
+def _await(done: Event, session: Session) -> None:
+    """Wait for another consumer's declaration, which has a deadline of its own."""
+    wait_open(done, Deadline(session.link.call_timeout), session.stop)
+    if session.stop is not None:
+        session.stop.check()
+
+
+def _declare_queue(channel: Any, name: str, arguments: dict[str, Any] | None) -> None:
+    try:
+        Queue(name, queue_arguments=arguments).queue_declare(channel=channel)
     except (amqp.PreconditionFailed, amqp.AccessRefused) as exc:
         try:
-            _on_channel(connection, lambda channel: channel.queue_declare(name, passive=True))
+            channel.queue_declare(name, passive=True)  # a green channel opens itself again
         except amqp.ChannelError:
             raise InvalidConsumerError(
                 f"the broker does not let the queue {name!r} be declared, and it is not there: {exc}"
@@ -89,15 +132,6 @@ def _declare_queue(connection: Connection, name: str, arguments: dict[str, Any] 
             raise InvalidConsumerError(
                 f"there is a queue {name!r} with other properties than Retry needs, delete it: {exc}"
             ) from exc
-
-
-def _on_channel(connection: Connection, action: Callable[..., object]) -> None:
-    """Call `action` with a channel of its own, which an error closes."""
-    channel = connection.channel()
-    try:
-        action(channel=channel)
-    finally:
-        channel.close()
 
 
 def _milliseconds(delay: float) -> int:

@@ -19,10 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import greenconsume
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.chart import bars, svg
-from tests.benchmarks.report import report
+from tests.benchmarks.report import Measured, report
 from tests.benchmarks.rows import rows
 from tests.brokers import RabbitMQ
 
@@ -31,13 +33,13 @@ PACKAGES = (
     *("aio-pika", "celery", "dramatiq", "eventlet", "nameko", "pika", "uvloop"),
 )
 
+#: What may be going on elsewhere when a measurement begins, of all cores together.
+IDLE_PERCENT = 10.0
+
 
 def main() -> int:
     given = parse()
-    if given.read:
-        figures = json.loads(given.read.read_text())
-    else:
-        figures = measure(given.runs, given.only, given.scale)
+    figures = json.loads(given.read.read_text()) if given.read else measure(given)
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1) + "\n")
     if given.svg:
@@ -53,31 +55,42 @@ def parse() -> argparse.Namespace:
         "--only", default="", help="only rows whose group or name contains this text"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the message counts")
+    parser.add_argument(
+        "--wait", action="store_true", help="measure only while the machine is idle"
+    )
     parser.add_argument("--json", type=Path, help="write every run's figures to this file")
     parser.add_argument("--svg", type=Path, help="write the chart to this file")
     parser.add_argument("--read", type=Path, help="show a file of --json instead of measuring")
     return parser.parse_args()
 
 
-def measure(runs: int, only: str, scale: float) -> dict[str, Any]:
+def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Return every run's figures, and what they were measured with."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         broker = RabbitMQ(folder)
         with closing(broker):
             broker.start()
-            bench = Bench(broker, folder, scale)
-            chosen = [row for row in rows(bench) if only in f"{row[0]}: {row[1]}"]
-            measured = [{"group": group, "who": who, "runs": []} for group, who, _ in chosen]
-            for number in range(runs):
-                for (group, who, of), kept in zip(chosen, measured, strict=True):
-                    print(f"run {number + 1}: {group}: {who}", file=sys.stderr)
-                    try:
-                        kept["runs"].append(bench.run(of))
-                    except subprocess.SubprocessError as exc:  # the others are not lost with it
-                        print(f"failed: {exc}", file=sys.stderr)
+            bench = Bench(broker, folder, given.scale)
+            measured = run(bench, given)
             named = dict(versions(broker, bench))
-    return {"machine": machine(), "versions": named, "runs": runs, "rows": measured}
+    return {"machine": machine(), "versions": named, "runs": given.runs, "rows": measured}
+
+
+def run(bench: Bench, given: argparse.Namespace) -> list[Measured]:
+    """Measure all rows that are asked for in turn, and that as often as is asked for."""
+    chosen = [row for row in rows(bench) if given.only in f"{row[0]}: {row[1]}"]
+    measured: list[Measured] = [{"group": row[0], "who": row[1], "runs": []} for row in chosen]
+    for number in range(given.runs):
+        for (group, who, of), kept in zip(chosen, measured, strict=True):
+            print(f"run {number + 1}: {group}: {who}", file=sys.stderr)
+            while given.wait and psutil.cpu_percent(1.0) > IDLE_PERCENT:
+                pass
+            try:
+                kept["runs"].append(bench.run(of))
+            except subprocess.SubprocessError as exc:  # the others are not lost with it
+                print(f"failed: {exc}", file=sys.stderr)
+    return measured
 
 
 def versions(broker: RabbitMQ, bench: Bench) -> Iterator[tuple[str, str]]:

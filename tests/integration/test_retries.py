@@ -417,6 +417,20 @@ def test_while_the_broker_blocks_publishers_the_message_goes_back(
     assert "requeued in 1 s, because its policy failed" in failures[0].outcome
 
 
+def test_a_message_that_the_broker_does_not_take_stays_where_it_is(rabbitmq, amqp_url, queue_name):
+    dead = f"{queue_name}.dead"
+    declare(amqp_url, dead, x_max_length=1, x_overflow="reject-publish")
+    consumer = Failing(amqp_url, queue_name, Retry(0))
+    with consuming(consumer), observed(HandlerFailed) as failures:
+        publish(amqp_url, queue_name, ["bad"] * 2)
+        wait_until(lambda: len(failures) == 2, SOON)
+        assert rabbitmq.queue_counts(amqp_url, queue_name).unacked == 1
+        taken(amqp_url, dead)
+        taken(amqp_url, dead)
+    assert "requeued in 1 s, because its policy failed: MessageNacked" in failures[1].outcome
+    assert len(consumer.times) == 3
+
+
 def test_lost_links_lose_no_message(proxy, amqp_url, queue_name):
     count = 300
     consumer = Failing(proxy.url, queue_name, Retry(delays=[0.05, 0.05]), prefetch_count=40)

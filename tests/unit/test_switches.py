@@ -10,7 +10,7 @@ import pytest
 from greenconsume import KillSwitch, Reject
 from greenconsume.events import ConsumerState, KillSwitchReset, KillSwitchTripped
 from greenconsume.lifecycle import Lifecycle
-from greenconsume.switches import Switch
+from greenconsume.switches import Switch, fit_switch
 from tests.integration.consumers import Recorder, consuming, green_connection, observed
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
@@ -108,6 +108,22 @@ def test_a_stop_ends_the_loop_and_is_not_taken_back():
     wait_until(tried.leave.is_set)
     tried.resume()
     assert tried.leave.is_set()
+
+
+def test_half_open_it_has_the_broker_send_one_message():
+    asked: list[int] = []
+
+    class Asked:
+        def qos(self, prefetch_count: int) -> None:
+            asked.append(prefetch_count)
+
+    consumer = Asked()
+    tried = switch()
+    fit_switch(consumer, tried)
+    tried.half_open = True
+    fit_switch(consumer, tried)
+    fit_switch(consumer, None)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(
