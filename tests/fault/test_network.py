@@ -106,9 +106,9 @@ def test_a_cut_at_any_byte_loses_nothing(way, amqp_url, queue_name, concurrency,
         for first in range(0, count, 10):
             way.proxy.truncate_at(random.Random(first).randrange(1, 900))
             publish(amqp_url, queue_name, range(first, first + 10))
-            wait_until(lambda cuts=cuts: len(lost) > cuts, within=5.0)
+            wait_until(lambda cuts=cuts: len(lost) > cuts, within=20.0)
             cuts = len(lost)
-            wait_until(greenlet.ready.is_set, within=5.0)
+            wait_until(greenlet.ready.is_set, within=20.0)
         wait_until(everything(handled, count), within=20.0)
         stop_and_join(greenlet)
     assert duplicates(handled) <= PREFETCH * cuts

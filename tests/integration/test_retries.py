@@ -97,6 +97,7 @@ def test_delays_are_kept_and_attempts_counted(rabbitmq, amqp_url, queue_name, ki
         publish(amqp_url, queue_name, ["bad"])
         waits = consumer.came(4)
         dead = taken(amqp_url, f"{queue_name}.dead")
+        wait_until(lambda: len(failures) == 4, SOON)  # told once the original is acked
     assert consumer.counts == [0, 1, 2, 3]
     for wait, delay in zip(waits, [0.3, 0.6, 1], strict=True):
         assert delay <= wait < delay + 0.1
