@@ -122,7 +122,9 @@ class Handling:
             self.idle = Event()
             self.idle.set()
         else:
-            self.pool = HandlerPool(life.name, settings.concurrency, self._begin, settings.slots)
+            self.pool = HandlerPool(
+                life.name, settings.concurrency, self._work_unless_stopped, settings.slots
+            )
             self.idle = self.pool.idle
 
     # -- where it runs --------------------------------------------------------------------------
@@ -179,7 +181,7 @@ class Handling:
 
     # -- one message ----------------------------------------------------------------------------
 
-    def _begin(self, job: Job) -> None:
+    def _work_unless_stopped(self, job: Job) -> None:
         # The stop may have come after it was given a greenlet, and before that had its turn.
         if self._life.stop.is_set() and self._is_unsettled(job.message):
             self.give_back(job.message)
