@@ -8,6 +8,10 @@ in a header. No header begins with `x-`: RabbitMQ 4 ignores those of clients. Ca
 
 from __future__ import annotations
 
+import os
+import socket
+import traceback
+from datetime import datetime, timezone
 from typing import Any
 
 import amqp
@@ -40,6 +44,7 @@ _PASSAGE = ("body_encoding", "delivery_info", "delivery_tag")
 #: The octets of a header frame around its properties.
 _FRAMING = 8 + 12
 _CUT = "…".encode()
+_STACK_SIZE, _ERROR_SIZE = 16384, 2048
 
 
 class Copy:
@@ -164,6 +169,26 @@ def note_origin(copy: Copy, message: Any, queue: str) -> None:
     copy.headers.setdefault(EXCHANGE, info.get("exchange") or "")
     copy.headers.setdefault(ROUTING_KEY, info.get("routing_key") or "")
     copy.headers[QUEUE] = queue
+
+
+def note_failure(copy: Copy, error: BaseException) -> None:
+    """Write into the headers why, where and when a message was given up."""
+    kind = type(error)
+    stack = "".join(traceback.format_exception(kind, error, error.__traceback__))
+    copy.headers |= {
+        ERROR_TYPE: f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."),
+        ERROR: tail_of(_words(error), _ERROR_SIZE),
+        STACK: tail_of(stack, _STACK_SIZE),
+        HOST: f"{socket.gethostname()}:{os.getpid()}",
+        TIME: datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+    }
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as exc:  # the user's __str__
+        return f"<its text cannot be had: {type(exc).__name__}>"
 
 
 def restore_origin(message: Any) -> None:

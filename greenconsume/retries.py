@@ -14,13 +14,9 @@ the consumer holds it, unsettled, until then. Called by `handlers` and `mixins`.
 
 from __future__ import annotations
 
-import os
-import socket
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from time import time
 from typing import Any
 
@@ -39,7 +35,6 @@ from greenconsume.transports.amqp import Transport
 
 #: The longest delay that RabbitMQ takes, in seconds: 2**32 - 1 ms, not quite 50 days.
 MAX_DELAY = 4294967.0
-_STACK_SIZE, _ERROR_SIZE = 16384, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +213,8 @@ class Retrier:
         if delay is None:
             target = policy.dead_letter_of(queue.name)
             copy.headers.pop(copies.NOT_BEFORE, None)
-            copy.headers |= {copies.RETRIES: retries, **_account_of(error)}
+            copy.headers[copies.RETRIES] = retries
+            copies.note_failure(copy, error)
             outcome = f"put into {target} after {retries} retries"
         else:
             target = self._delay(copy, queue, retries, delay)
@@ -296,25 +292,6 @@ def retrier_of(policy: FailurePolicy, life: Lifecycle, requeues: DelayedRequeues
 
 
 # -- the message --------------------------------------------------------------------------------------
-
-
-def _account_of(error: BaseException) -> dict[str, str]:
-    kind = type(error)
-    stack = "".join(traceback.format_exception(kind, error, error.__traceback__))
-    return {
-        copies.ERROR_TYPE: f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."),
-        copies.ERROR: copies.tail_of(_words(error), _ERROR_SIZE),
-        copies.STACK: copies.tail_of(stack, _STACK_SIZE),
-        copies.HOST: f"{socket.gethostname()}:{os.getpid()}",
-        copies.TIME: datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-    }
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as exc:  # the user's __str__
-        return f"<its text cannot be had: {type(exc).__name__}>"
 
 
 def _require_exceptions(name: str, value: Any) -> None:

@@ -97,8 +97,8 @@ def declare_queues(
             while name in declared.pending:
                 _await(declared.pending[name], session)
             if name not in declared.names:
-                channel = channel or connection.channel()  # of its own, for an error closes it
-                with declared.declaring(name):
+                with declared.declaring(name):  # from here on, for all that follows may switch
+                    channel = channel or connection.channel()
                     _declare_queue(channel, name, arguments)
     finally:
         if channel is not None:

@@ -338,8 +338,10 @@ def test_each_error_has_the_policy_that_a_mapping_gives_it(amqp_url, queue_name)
 
 def test_a_runtime_has_a_policy_for_all_its_consumers(amqp_url, queue_name):
     runtime = Runtime(amqp_url, on_error=Retry(delays=[0.05]))
-    runtime.spawn(lambda connection: Failing(connection, queue_name, None), replicas=10)
+    runtime.spawn(lambda connection: Failing(connection, queue_name, None), replicas=100)
+    began = time()
     with runtime:
+        assert time() - began < SOON  # they declare the queues once, and not each
         publish(amqp_url, queue_name, ["bad"] * 20)
         wait_until(lambda: queue_depth(amqp_url, f"{queue_name}.dead") == 20, SOON)
     counts = [count for child in runtime.children for count in child.consumer.counts]
@@ -355,6 +357,14 @@ def test_consumers_publish_over_one_link_that_closes_with_them(rabbitmq, amqp_ur
         wait_until(lambda: queue_depth(amqp_url, f"{queue_name}.retry.30000") == 50, SOON)
         wait_until(lambda: rabbitmq.connection_count(amqp_url) == 2)
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
+
+
+def test_a_killed_consumer_leaves_no_link_behind(rabbitmq, amqp_url, queue_name):
+    greenlet = spawn(Failing(amqp_url, queue_name, Retry(0)))
+    publish(amqp_url, queue_name, ["bad"])
+    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 2, SOON)
+    greenlet.kill()
+    wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0, SOON)
 
 
 def test_a_queue_that_dies_with_its_consumer_gets_no_queues_of_its_own(amqp_url, queue_name):
@@ -580,10 +590,12 @@ def test_a_poison_message_among_ten_thousand(amqp_url, queue_name, policy, ends_
             assert said(copies.ERROR_TYPE) == ("LookupError" if retried else None)
         return cost
 
-    pure = [run(good, number) for number in range(0, 8, 2)]
-    mixed = [run(poisoned, number) for number in range(1, 8, 2)]
+    costs = [run(bodies, number) for number, bodies in enumerate([good, poisoned] * 4)]
+    pure, mixed = costs[::2], costs[1::2]
     for title, costs in (("without", pure), ("with", mixed)):
         wall, cpu = min(cost.wall for cost in costs), min(cost.cpu for cost in costs)
-        print(f"{policy} {title} a poison message: {10_000 / wall:.0f}/s, {cpu:.3f} CPU s")
+        print(
+            f"{type(policy).__name__} {title} a poison message: {10_000 / wall:.0f}/s, {cpu:.3f} CPU s"
+        )
     # 10 % is the aim, of an idle machine; a busy one adds to either.
-    assert min(cost.cpu for cost in mixed) < 1.25 * min(cost.cpu for cost in pure)
+    assert min(cost.cpu for cost in mixed) < 1.35 * min(cost.cpu for cost in pure)
