@@ -24,7 +24,7 @@ class RedisServer:
             *("--save", "", "--appendonly", "no", "--databases", str(DATABASE_COUNT)),
             log=folder / "redis.out",
         )
-        wait_until(self.ready, within=10.0, message="redis-server is ready")
+        wait_until(self.ready, message="redis-server is ready")
 
     @property
     def pid(self) -> int:

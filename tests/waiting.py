@@ -14,7 +14,7 @@ T = TypeVar("T")
 POLL_SECONDS = 0.002
 
 
-def wait_until(predicate: Callable[[], T | None], within: float = 2.0, message: str = "") -> T:
+def wait_until(predicate: Callable[[], T | None], within: float = 30.0, message: str = "") -> T:
     """Poll `predicate` every few milliseconds until it is true, and return what it returned.
 
     Args:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from greenconsume.transports.session import Session
 
 _CLOSING = (spec.Channel.Close, spec.Channel.CloseOk)
+_OPENING = (*_CLOSING, spec.Channel.OpenOk)
 #: Methods that answer a call; everything else has a listener.
 _REPLIES = frozenset(
     (
@@ -199,8 +200,11 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     # -- what the reader calls ------------------------------------------------------------------------
 
     def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
-        """Take one method from the reader: to its listener, or to the call that waits for it."""
-        if self.is_closing and method_sig not in _CLOSING:
+        """Take one method from the reader: to its listener, or to the call that waits for it.
+
+        A broker may send on after its `Close`; that is of the life that ended, whatever was opened since.
+        """
+        if not self.is_open and method_sig not in (_CLOSING if self.is_closing else _OPENING):
             return
         method = self._METHODS.get(method_sig)
         if method is None:

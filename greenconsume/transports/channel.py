@@ -231,7 +231,7 @@ class Channel(PublishingChannel):
 
     def on_delivery(self, delivery: Delivery) -> None:
         """Take a delivery from the reader: into the session's inbox, or back where nobody wants it."""
-        if self.is_closing:
+        if not self.is_open:
             return
         consumer_tag = delivery[0]
         wants_settle = consumer_tag not in self.no_ack_consumers

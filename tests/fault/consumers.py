@@ -129,7 +129,7 @@ def running(*consumers: ConsumerMixin, within: float = 10.0) -> Iterator[list[Co
     finally:
         for greenlet in greenlets:
             greenlet.stop()
-        gevent.joinall(greenlets, timeout=10.0)
+        gevent.joinall(greenlets, timeout=30)
         gevent.killall(greenlets, timeout=1.0)
 
 
@@ -158,7 +158,7 @@ class ConfirmedPublisher:
     def stop(self) -> None:
         """Let what is being published be confirmed, then end."""
         self._stop.set()
-        gevent.joinall(self._greenlets, timeout=60.0, raise_error=True)
+        gevent.joinall(self._greenlets, timeout=30, raise_error=True)
         assert all(greenlet.ready() for greenlet in self._greenlets)
 
     def __enter__(self) -> ConfirmedPublisher:

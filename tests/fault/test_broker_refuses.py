@@ -52,13 +52,13 @@ def test_connections_that_the_broker_closes_come_back(rabbitmq, amqp_url, queue_
     handled: Counter[Any] = Counter()
     with observing(LinkDown) as lost, Runtime(connection_to(amqp_url), links=2) as runtime:
         runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=50)
-        wait_until(lambda: all(child.started for child in runtime.children), within=5.0)
+        wait_until(lambda: all(child.started for child in runtime.children))
         publish(amqp_url, queue_name, 500)
         rabbitmq.close_connections(amqp_url)
         wait_until(lambda: len(lost) == 2)
-        wait_until(lambda: all(child.started for child in runtime.children), within=5.0)
+        wait_until(lambda: all(child.started for child in runtime.children))
         publish(amqp_url, queue_name, range(500, 600))
-        wait_until(everything(handled, 600), within=5.0)
+        wait_until(everything(handled, 600))
         assert rabbitmq.connection_count(amqp_url) == 2
     assert [event.consumers for event in lost] == [25, 25]
     assert {type(event.error) for event in lost} == {amqp.ConnectionForced}
@@ -75,7 +75,7 @@ def test_consumers_go_on_while_publishers_are_blocked(rabbitmq_fault, amqp_url, 
     other = Collector(connection_to(amqp_url), f"{source}-other")
     with observing(LinkBlocked) as blocked, Runtime(connection_to(amqp_url)) as runtime:
         runtime.spawn(relay)
-        wait_until(lambda: blocked, within=5.0)
+        wait_until(lambda: blocked)
         assert len(relay.handled) < 20
         runtime.spawn(other)  # on the same link as the relay
         wait_until(everything(other.handled, 100))
@@ -97,7 +97,7 @@ def test_a_stop_ends_a_handler_that_publishes_to_a_blocked_broker(
     with observing(LinkBlocked) as blocked, observing(HandlerFailed):
         connection = connection_to(amqp_url, confirm_publish=confirmed)
         greenlet = spawn(Relay(connection, source, sink))
-        wait_until(lambda: blocked, within=5.0)
+        wait_until(lambda: blocked)
         gevent.sleep(0.05)
         # The confirm is given the time of a close, then come two connections.
         assert stop_and_join(greenlet) < 3 * CLOSE_TIMEOUT + AT_ONCE
@@ -105,7 +105,7 @@ def test_a_stop_ends_a_handler_that_publishes_to_a_blocked_broker(
     rabbitmq_fault.unblock()
     again = Relay(connection_to(amqp_url), source, sink)
     with running(again):
-        wait_until(lambda: rabbitmq_fault.queue_counts(amqp_url, source)[:2] == (0, 0), within=5.0)
+        wait_until(lambda: rabbitmq_fault.queue_counts(amqp_url, source)[:2] == (0, 0))
     # Without confirms, what was published to a broker that blocks is lost with the connection.
     missing = 20 - queue_depth(amqp_url, sink)
     assert missing <= (0 if confirmed else 15)
@@ -124,7 +124,7 @@ def test_blocked_publishers_go_on_when_the_broker_lets_them(rabbitmq_fault, amqp
         ]
         gevent.sleep(0.3)
         rabbitmq_fault.unblock()
-        gevent.joinall(greenlets, timeout=5.0, raise_error=True)
+        gevent.joinall(greenlets, timeout=30, raise_error=True)
         assert all(greenlet.successful() for greenlet in greenlets)
     assert queue_depth(amqp_url, queue) == 101
 
@@ -159,11 +159,11 @@ def test_a_broker_that_froze_has_its_consumers_back_when_it_thaws(
     with observing(LinkDown) as lost, running(consumer):
         wait_until(lambda: len(consumer.handled) > 10)
         freeze(rabbitmq_fault)
-        wait_until(lambda: lost, within=5.0)
+        wait_until(lambda: lost)
         gevent.sleep(0.5)
         rabbitmq_fault.resume()
         began = monotonic()
-        wait_until(everything(consumer.handled, 100), within=10.0)
+        wait_until(everything(consumer.handled, 100))
         print(f"\nall handled {monotonic() - began:.2f} s after the broker thawed")
     assert "no heartbeat" in str(lost[0].error)
     assert duplicates(consumer.handled) <= 10
@@ -179,9 +179,9 @@ def test_a_relay_that_loses_its_links_loses_no_message(rabbitmq, proxy, amqp_url
     with running(relay):
         for _ in range(8):
             handled = len(relay.handled)
-            wait_until(lambda n=handled: len(relay.handled) > min(n + 10, 299), within=10.0)
+            wait_until(lambda n=handled: len(relay.handled) > min(n + 10, 299))
             proxy.cut()
-        wait_until(lambda: rabbitmq.queue_counts(amqp_url, source)[:2] == (0, 0), within=10.0)
+        wait_until(lambda: rabbitmq.queue_counts(amqp_url, source)[:2] == (0, 0))
     with channel(amqp_url) as chan:
         arrived = Counter(
             message.body for message in iter(lambda: chan.basic_get(sink, no_ack=True), None)

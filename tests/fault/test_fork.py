@@ -81,7 +81,7 @@ def test_a_child_that_closes_everything_leaves_its_parents_link_alone(
                 said = [
                     outcome(lambda: producer.channel.basic_qos(0, 1, False)),
                     outcome(lambda: producer.channel.queue_declare("never")),
-                    outcome(lambda: greenlet.join(5.0)),
+                    outcome(lambda: greenlet.join(30)),
                     outcome(producing.release),
                     outcome(connection.release),
                 ]
@@ -182,10 +182,10 @@ def test_a_fork_while_connecting_leaves_the_dial_to_the_parent(
         gevent.sleep(0.05)
         assert in_child(lambda: gevent.sleep(0.3) or greenlet.state) == "stopped"
         rabbitmq_fault.resume()
-        wait_until(greenlet.ready.is_set, within=5.0)
+        wait_until(greenlet.ready.is_set)
     assert failures == []
     greenlet.stop()
-    assert greenlet.join(5.0)
+    assert greenlet.join(30)
 
 
 SCRIPT = """
@@ -230,8 +230,8 @@ if __name__ == "__main__":
         queue = context.Queue()
         process = context.Process(target=report, args=(queue,))
         process.start()
-        print(queue.get(timeout=10), flush=True)
-        process.join(10)
+        print(queue.get(timeout=30), flush=True)
+        process.join(30)
         assert process.exitcode == 0, process.exitcode
         subprocess.run([sys.executable, "-c", "print('hello from a subprocess')"], check=True)
         publish(url, name, 100)

@@ -45,7 +45,7 @@ def kill(greenlet: gevent.Greenlet, **options: Any) -> float:
 
 
 def ready(consumer: Collector) -> None:
-    assert lifecycle_of(consumer).ready.wait(5.0)
+    assert lifecycle_of(consumer).ready.wait(30)
 
 
 @OWN_GREENLET
@@ -85,7 +85,7 @@ def test_a_kill_within_a_handler_gives_its_message_back(
         consumer = Collector(connection_to(amqp_url), queue_name, work=work)
         consumer.concurrency = concurrency
         greenlet = start(consumer)
-        assert begun.wait(5.0)
+        assert begun.wait(30)
         assert kill(greenlet) < CLOSE_TIMEOUT + AT_ONCE
     assert failures == []
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
@@ -170,7 +170,7 @@ def test_kills_at_random_moments_under_load_disturb_no_neighbour(
             gevent.sleep(rng.uniform(0, 0.02))
             seconds += [kill(victim) for victim in victims]
         assert all(other.ready.is_set() for other in others)
-        wait_until(everything(handled, sent), within=10.0)
+        wait_until(everything(handled, sent))
         wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (0, 0, 5))
         assert [type(each) for each in links] == [LinkUp]
     print(f"\n{len(seconds)} kills, the slowest took {max(seconds) * 1000:.0f} ms")
@@ -284,7 +284,7 @@ def test_killall_and_joinall_end_many_consumers_together(rabbitmq, amqp_url, que
     began = monotonic()
     gevent.killall(greenlets, timeout=5.0)
     assert monotonic() - began < 1.0
-    assert len(gevent.joinall(greenlets, timeout=1.0)) == 50
+    assert len(gevent.joinall(greenlets, timeout=30)) == 50
     assert all(greenlet.successful() for greenlet in greenlets)
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
 
@@ -312,7 +312,7 @@ def test_a_kill_that_comes_twice_does_not_hang(make_peer, queue_name):
     for _ in range(5):  # cancel, channel, connection, …
         greenlet.kill(block=False)
         gevent.sleep(0.01)
-    assert greenlet.join(1.0)
+    assert greenlet.join(30)
     assert monotonic() - began < 0.5
     wait_until(lambda: peer.open_count == 0)
 
@@ -340,7 +340,7 @@ def test_a_killed_consumer_of_a_runtime_leaves_the_others_alone(amqp_url, queue_
     with observing(ConsumerRestarting, LinkDown) as events:
         with Runtime(connection_to(amqp_url)) as runtime:
             runtime.spawn(lambda c: Collector(c, queue_name), replicas=10)
-            wait_until(lambda: all(child.started for child in runtime.children), within=5.0)
+            wait_until(lambda: all(child.started for child in runtime.children))
             victim, *others = runtime.children
             assert kill(victim.greenlet) < CLOSE_TIMEOUT + AT_ONCE
             publish(amqp_url, queue_name, 50)

@@ -43,7 +43,7 @@ def settled(rabbitmq, amqp_url, queue_name) -> Callable[[], None]:
 
     def wait() -> None:
         counts = partial(rabbitmq.queue_counts, amqp_url, queue_name)
-        wait_until(lambda: counts()[:2] == (0, 0), within=5.0)
+        wait_until(lambda: counts()[:2] == (0, 0))
 
     return wait
 
@@ -82,12 +82,12 @@ def test_a_link_lost_while_a_handler_runs_brings_its_consumer_back(
 
     consumer = Collector(way.connection(), queue_name, work=work, concurrency=concurrency)
     with observing(LinkDown) as lost, running(consumer):
-        assert begun.wait(2.0)
+        assert begun.wait(30)
         way.proxy.cut()
         wait_until(lambda: lost)
         gevent.sleep(0.1)
         go_on.set()
-        wait_until(lambda: consumer.handled[0] == 2, within=5.0)
+        wait_until(lambda: consumer.handled[0] == 2)
         publish(amqp_url, queue_name, [1])
         wait_until(lambda: consumer.handled[1] == 1)
     settled()
@@ -106,10 +106,10 @@ def test_a_cut_at_any_byte_loses_nothing(way, amqp_url, queue_name, concurrency,
         for first in range(0, count, 10):
             way.proxy.truncate_at(random.Random(first).randrange(1, 900))
             publish(amqp_url, queue_name, range(first, first + 10))
-            wait_until(lambda cuts=cuts: len(lost) > cuts, within=20.0)
+            wait_until(lambda cuts=cuts: len(lost) > cuts)
             cuts = len(lost)
-            wait_until(greenlet.ready.is_set, within=20.0)
-        wait_until(everything(handled, count), within=20.0)
+            wait_until(greenlet.ready.is_set)
+        wait_until(everything(handled, count))
         stop_and_join(greenlet)
     assert duplicates(handled) <= PREFETCH * cuts
     settled()
@@ -140,9 +140,9 @@ def test_a_half_open_link_is_noticed_by_its_heartbeat(way, amqp_url, queue_name)
         way.proxy.half_open()
         began = monotonic()
         publish(amqp_url, queue_name, 20)
-        wait_until(lambda: lost, within=5.0)
+        wait_until(lambda: lost)
         assert 1.0 < monotonic() - began < 3.2
-        wait_until(everything(consumer.handled, 20), within=5.0)
+        wait_until(everything(consumer.handled, 20))
     assert duplicates(consumer.handled) == 0
 
 
@@ -158,7 +158,7 @@ def test_a_stall_within_the_heartbeat_loses_nothing_and_keeps_the_link(
         gevent.sleep(1.0)
         assert not everything(consumer.handled, 100)()
         way.proxy.resume()
-        wait_until(everything(consumer.handled, 100), within=5.0)
+        wait_until(everything(consumer.handled, 100))
         settled()
         assert lost == []
     assert duplicates(consumer.handled) == 0
@@ -177,10 +177,10 @@ def test_a_stop_during_a_stall_is_bounded_and_loses_nothing(
         assert stop_and_join(greenlet) < 0.2 + AT_ONCE
     handled_before = set(consumer.handled)
     way.proxy.resume()
-    wait_until(lambda: way.proxy.open_count == 0, within=5.0)
+    wait_until(lambda: way.proxy.open_count == 0)
     rest = Collector(connection_to(amqp_url), queue_name, consumer.handled, PREFETCH)
     with running(rest):
-        wait_until(everything(consumer.handled, 100), within=5.0)
+        wait_until(everything(consumer.handled, 100))
         settled()
     assert duplicates(consumer.handled) <= len(handled_before)
 
@@ -195,11 +195,11 @@ def test_many_acks_into_a_stalled_socket_are_all_sent_once_it_flows_again(
     way.proxy.stall("to_server")
     way.proxy.resume()
     with observing(LinkDown) as lost, running(consumer):
-        wait_until(lambda: len(consumer.handled) > 50, within=5.0)
+        wait_until(lambda: len(consumer.handled) > 50)
         way.proxy.stall("to_server")
         gevent.sleep(1.5)
         way.proxy.resume()
-        wait_until(everything(consumer.handled, count), within=20.0)
+        wait_until(everything(consumer.handled, count))
         settled()
         assert lost == []
     assert duplicates(consumer.handled) == 0
@@ -236,7 +236,7 @@ def test_latency_slows_down_and_breaks_nothing(proxy, amqp_url, queue_name, sett
     consumer = Collector(connection_to(proxy.url), queue_name, prefetch=PREFETCH)
     with running(consumer) as (greenlet,):
         publish(amqp_url, queue_name, 50)
-        wait_until(everything(consumer.handled, 50), within=10.0)
+        wait_until(everything(consumer.handled, 50))
         settled()
         assert stop_and_join(greenlet) < 0.5
     assert duplicates(consumer.handled) == 0
@@ -249,13 +249,13 @@ def test_a_hundred_consumers_of_one_link_come_back_from_every_fault(
     handled: Counter[Any] = Counter()
     with observing(LinkUp, LinkDown) as links, Runtime(connection_to(proxy.url)) as runtime:
         runtime.spawn(lambda c: Collector(c, queue_name, handled, prefetch=1), replicas=100)
-        wait_until(lambda: all(child.started for child in runtime.children), within=10.0)
+        wait_until(lambda: all(child.started for child in runtime.children))
         for fault in range(3):
             publish(amqp_url, queue_name, range(fault * 500, fault * 500 + 500))
             proxy.cut()
-            wait_until(lambda n=2 * fault + 3: len(links) == n, within=5.0)
-            wait_until(lambda: all(c.greenlet.ready.is_set() for c in runtime.children), within=5.0)
-        wait_until(everything(handled, 1500), within=10.0)
+            wait_until(lambda n=2 * fault + 3: len(links) == n)
+            wait_until(lambda: all(c.greenlet.ready.is_set() for c in runtime.children))
+        wait_until(everything(handled, 1500))
         settled()
         assert proxy.open_count == 1
     assert [type(each) for each in links] == [LinkUp, LinkDown] * 3 + [LinkUp]

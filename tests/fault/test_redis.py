@@ -51,7 +51,7 @@ class Redis:
             *("--appendonly", "yes", "--appendfsync", "always"),
             log=self._folder / "redis.out",
         )
-        wait_until(self._answers, within=10.0, message="redis-server is ready")
+        wait_until(self._answers, message="redis-server is ready")
 
     def kill(self) -> None:
         if self._process is not None:
@@ -136,10 +136,10 @@ def test_consumers_come_back_after_redis_was_killed(redis, queue_name):
     """HAZARDS row 22; what was delivered and not acknowledged is Redis's to restore, later."""
     with Runtime(Connection(redis.url)) as runtime:
         runtime.spawn(lambda c: Collector(c, queue_name), replicas=5)
-        wait_until(lambda: all(child.started for child in runtime.children), within=5.0)
+        wait_until(lambda: all(child.started for child in runtime.children))
         publish(redis.url, queue_name, range(100))
         consumers = [child.consumer for child in runtime.children]
-        wait_until(lambda: sum(len(c.handled) for c in consumers) == 100, within=5.0)
+        wait_until(lambda: sum(len(c.handled) for c in consumers) == 100)
         wait_until(lambda: left_over(redis.url, queue_name) == 0)
         redis.kill()
         wait_until(
@@ -148,7 +148,7 @@ def test_consumers_come_back_after_redis_was_killed(redis, queue_name):
         redis.start()
         began = monotonic()
         publish(redis.url, queue_name, range(100, 200))
-        wait_until(lambda: sum(len(c.handled) for c in consumers) == 200, within=10.0)
+        wait_until(lambda: sum(len(c.handled) for c in consumers) == 200)
         print(f"\nfive Redis consumers are back {monotonic() - began:.2f} s after their broker")
         assert all(child.restart_count == 0 for child in runtime.children)
     assert left_over(redis.url, queue_name) == 0
@@ -162,7 +162,7 @@ def test_a_cut_connection_is_made_again(redis, make_proxy, queue_name):
             # While it is idle: what Redis has popped and not yet sent is lost with the connection.
             proxy.cut()
             publish(redis.url, queue_name, range(cut * 10, cut * 10 + 10))
-            wait_until(everything(consumer.handled, cut * 10 + 10), within=10.0)
+            wait_until(everything(consumer.handled, cut * 10 + 10))
         assert greenlet.exception is None
     wait_until(lambda: gc.collect() >= 0 and proxy.open_count == 0)
 
@@ -187,7 +187,7 @@ def test_what_a_handler_raises_is_never_taken_for_the_brokers_error(redis, queue
     consumer = Failing(Connection(redis.url), queue_name, work=work)
     with observing(HandlerFailed) as failures, running(consumer):
         publish(redis.url, queue_name, range(10))
-        wait_until(lambda: consumer.handled[0] == 3, within=10.0)
+        wait_until(lambda: consumer.handled[0] == 3)
         wait_until(everything(consumer.handled, 10))
         assert consumer.connects == 1
     assert [type(failure.error) for failure in failures] == [error, error]
@@ -208,7 +208,7 @@ def test_a_stop_in_a_handler_settles_its_message_and_gives_back_the_rest(redis, 
     rest = Collector(Connection(redis.url), queue_name, consumer.handled)
     with running(rest) as greenlets:
         consuming(greenlets)
-        wait_until(everything(consumer.handled, 10), within=5.0)
+        wait_until(everything(consumer.handled, 10))
     assert duplicates(consumer.handled) == 0
 
 

@@ -70,7 +70,7 @@ def test_a_stop_from_a_foreign_thread_ends_the_backoff_at_once(refused_url, queu
     greenlet = connecting(refused_url, queue_name)
     began = monotonic()
     gevent.get_hub().threadpool.apply(setattr, (greenlet.consumer, "should_stop", True))
-    assert greenlet.join(5.0)
+    assert greenlet.join(30)
     assert monotonic() - began < AT_ONCE
 
 
@@ -155,7 +155,7 @@ def test_a_stop_ends_what_get_consumers_declares_with_a_frozen_broker(
             raise AssertionError("a frozen broker has answered")
 
     greenlet = spawn(Declaring(connection_to(amqp_url), queue_name))
-    wait_until(lambda: rabbitmq_fault._paused, within=5.0)
+    wait_until(lambda: rabbitmq_fault._paused)
     gevent.sleep(0.05)
     assert stop_and_join(greenlet) < CLOSE_TIMEOUT + AT_ONCE
     assert greenlet.successful()
@@ -168,7 +168,7 @@ def test_a_stop_ends_the_backoff_after_a_lost_link_at_once(proxy, queue_name):
         consuming([greenlet])
         proxy.refuse()
         proxy.cut()
-        wait_until(lambda: failures, within=5.0)
+        wait_until(lambda: failures)
         assert stop_and_join(greenlet) < AT_ONCE
 
 
@@ -211,7 +211,7 @@ def test_a_stop_within_on_connection_error_ends_the_consumer(refused_url, queue_
 
     errors: list[Any] = []
     greenlet = spawn(Resigning(connection_to(refused_url), queue_name))
-    assert greenlet.join(2.0)
+    assert greenlet.join(30)
     assert [type(exc) for exc, _ in errors] == [ConnectionRefusedError]
 
 
@@ -241,12 +241,12 @@ def test_a_thousand_consumers_of_a_broker_that_is_down_stop_at_once(refused_url,
         runtime = Runtime(connection_to(refused_url))
         runtime.spawn(lambda connection: Collector(connection, queue_name), replicas=1000)
         starting = gevent.spawn(runtime.start)
-        wait_until(lambda: len(failures) == 2, within=5.0)
+        wait_until(lambda: len(failures) == 2)
         began = monotonic()
         runtime.stop()
-        assert runtime.join(5.0)
+        assert runtime.join(30)
         assert monotonic() - began < 1.0
-        starting.get(timeout=1.0)
+        starting.get(timeout=30)
     assert len(failures) == 2
 
 
@@ -261,7 +261,7 @@ def test_a_stop_at_the_very_moment_the_link_comes_up_leaves_no_link(peer, queue_
 
     unsubscribe = subscribe(end)
     greenlet.start()
-    assert greenlet.join(2.0)
+    assert greenlet.join(30)
     unsubscribe()
     assert greenlet.successful()
     wait_until(lambda: peer.open_count == 0)
@@ -274,11 +274,11 @@ def test_a_stop_while_consumers_come_back_ends_them_all(proxy, queue_name):
     runtime.start()
     with observing(LinkUp) as ups:
         proxy.cut()
-        wait_until(lambda: ups, within=5.0)
+        wait_until(lambda: ups)
         gevent.sleep(0.05)
         began = monotonic()
         runtime.stop()
-        assert runtime.join(5.0)
+        assert runtime.join(30)
         assert monotonic() - began < 1.0
     assert [child.error for child in runtime.children] == [None] * 300
 
@@ -295,7 +295,7 @@ def test_a_link_lost_in_the_drain_does_not_hold_it_up(proxy, amqp_url, queue_nam
 
     consumer = Collector(connection_to(proxy.url), queue_name, work=work, concurrency=concurrency)
     with running(consumer) as (greenlet,), observing(HandlerFailed) as failures:
-        assert begun.wait(2.0)
+        assert begun.wait(30)
         greenlet.stop()
         gevent.sleep(0.05)
         proxy.refuse()
@@ -304,7 +304,7 @@ def test_a_link_lost_in_the_drain_does_not_hold_it_up(proxy, amqp_url, queue_nam
         assert not greenlet.dead
         go_on.set()
         began = monotonic()
-        assert greenlet.join(5.0)
+        assert greenlet.join(30)
         assert monotonic() - began < AT_ONCE
     assert failures == []
     wait_until(lambda: queue_depth(amqp_url, queue_name) == 1)
@@ -325,7 +325,7 @@ def test_a_wrong_password_is_waited_out_until_the_stop(amqp_url, queue_name):
     with observing(ConnectFailed) as failures:
         url = amqp_url.replace("guest:guest", "guest:wrong")
         greenlet = spawn(Collector(connection_to(url), queue_name))
-        wait_until(lambda: failures, within=5.0)
+        wait_until(lambda: failures)
         assert failures[0].refused
         assert "wrong" not in failures[0].uri
         assert stop_and_join(greenlet) < AT_ONCE
@@ -338,7 +338,7 @@ def test_a_mixin_run_by_hand_stops_at_once_too(refused_url, queue_name):
     gevent.sleep(0.1)
     began = monotonic()
     consumer.should_stop = True
-    greenlet.join(5.0)
+    greenlet.join(30)
     assert greenlet.successful()
     assert monotonic() - began < AT_ONCE
 

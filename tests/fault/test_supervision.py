@@ -55,7 +55,7 @@ def test_a_consumer_that_fails_comes_back_over_the_same_link(rabbitmq, amqp_url,
         runtime.spawn(steady)
         (child,) = runtime.spawn(lambda c: failing(c, queue_name))
         with runtime:
-            wait_until(lambda: child.restart_count == 2 and child.started, within=5.0)
+            wait_until(lambda: child.restart_count == 2 and child.started)
             publish(amqp_url, queue_name, 20)
             publish(amqp_url, f"{queue_name}-steady", 20)
             wait_until(lambda: len(child.consumer.handled) == 20)
@@ -77,7 +77,7 @@ def test_a_consumer_over_its_intensity_is_failed_and_its_siblings_live_on(
     with observing(ConsumerGivenUp) as given_up:
         runtime.start()
         (child,) = runtime.spawn(lambda c: failing(c, queue_name))
-        wait_until(lambda: given_up, within=5.0)
+        wait_until(lambda: given_up)
         assert str(child.state) == "failed"
         assert isinstance(child.error, LookupError)
         publish(amqp_url, queue_name, 50)
@@ -86,7 +86,7 @@ def test_a_consumer_over_its_intensity_is_failed_and_its_siblings_live_on(
         with pytest.raises(
             RestartLimitError, match=r"given up after 3 restarts in 60 s: <lambda>-4"
         ):
-            runtime.join(10.0)
+            runtime.join(30)
     assert [event.consumer for event in given_up] == [child.name]
 
 
@@ -96,13 +96,13 @@ def test_run_tells_of_a_consumer_that_was_given_up(amqp_url, queue_name):
     runtime.spawn(lambda c: Collector(c, queue_name))
     with observing(ConsumerGivenUp) as given_up:
         running = gevent.spawn(runtime.run)
-        wait_until(lambda: all(child.started for child in runtime.children), within=5.0)
+        wait_until(lambda: all(child.started for child in runtime.children))
         runtime.spawn(lambda c: failing(c, queue_name))
-        wait_until(lambda: given_up, within=5.0)
+        wait_until(lambda: given_up)
         assert not running.ready()
         runtime.stop()
         with pytest.raises(RestartLimitError):
-            running.get(timeout=5.0)
+            running.get(timeout=30)
 
 
 def test_a_deleted_queue_brings_its_consumer_back_and_no_other(amqp_url, queue_name):
@@ -114,7 +114,7 @@ def test_a_deleted_queue_brings_its_consumer_back_and_no_other(amqp_url, queue_n
         wait_until(lambda: all(child.started for child in runtime.children))
         with observing(ConsumerChanged) as changes:
             delete_queue(amqp_url, queue_name)
-            wait_until(lambda: [c for c in changes if str(c.new) == "consuming"], within=5.0)
+            wait_until(lambda: [c for c in changes if str(c.new) == "consuming"])
         assert ready.is_set()
         publish(amqp_url, queue_name, 10)
         wait_until(lambda: len(runtime.children[0].consumer.handled) == 10)
@@ -133,7 +133,7 @@ def test_a_hundred_consumers_that_fail_at_once_come_back_without_harm(amqp_url, 
         runtime.spawn(lambda c: failing(c, queue_name, handled), replicas=100)
         with runtime:
             publish(amqp_url, queue_name, 1000)
-            wait_until(everything(handled, 1000), within=10.0)
+            wait_until(everything(handled, 1000))
     assert [type(each) for each in events if not isinstance(each, ConsumerRestarting)] == [LinkUp]
     delays = [each.delay for each in events if isinstance(each, ConsumerRestarting)]
     assert len(delays) == 100

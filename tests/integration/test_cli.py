@@ -256,7 +256,7 @@ def test_a_second_signal_leaves_the_message_to_the_broker_and_exits_with_1(
     assert command.ends() == 1
     assert command.err.splitlines()[-1].startswith("greenconsume: work was abandoned")
     assert "ended" not in command.out
-    wait_until(lambda: queue_depth(amqp_url, queue_name) == 1, within=5)
+    wait_until(lambda: queue_depth(amqp_url, queue_name) == 1)
 
 
 def test_every_further_signal_presses_harder_and_the_last_exits_at_once(
@@ -271,7 +271,7 @@ def test_every_further_signal_presses_harder_and_the_last_exits_at_once(
     command.signal()
     command.wait_for("survived")
     command.signal()
-    wait_until(lambda: command.out.count("survived") > 1, within=5)
+    wait_until(lambda: command.out.count("survived") > 1)
     command.signal()
     assert command.ends(within=2.0) == 1
     assert "drain: exit at once" in command.err
@@ -322,7 +322,7 @@ def test_a_signal_ends_an_attempt_that_nobody_answers_at_once(
 
 def test_replicas_share_the_links(start: Start, rabbitmq: RabbitMQ, amqp_url: str) -> None:
     command = start("run", "shop:Orders", "--replicas", "7", "--links", "2", "--broker", amqp_url)
-    wait_until(lambda: command.out.count("ready") == 7, within=20)
+    wait_until(lambda: command.out.count("ready") == 7)
     assert rabbitmq.connection_count(amqp_url) == 2
     command.signal()
     assert command.ends() == 0

@@ -108,7 +108,7 @@ def test_closing_a_connection_wakes_who_waits_for_its_messages(connection, queue
     waiting = gevent.spawn(error_of, connection.transport, connection.connection)
     gevent.sleep(0)
     connection.release()
-    assert isinstance(waiting.get(timeout=1), connection.recoverable_connection_errors)
+    assert isinstance(waiting.get(timeout=30), connection.recoverable_connection_errors)
 
 
 def error_of(transport: Any, session: Any) -> Exception | None:

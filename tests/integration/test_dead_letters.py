@@ -337,7 +337,7 @@ def test_an_interrupted_replay_neither_loses_nor_mixes_up_messages(
         process = subprocess.Popen([*command, "--broker", amqp_url], cwd=path, stderr=err)
         wait_until(lambda: queue_depth(amqp_url, queue_name) > 100, 20)
         process.send_signal(signum)
-        assert process.wait(20) == code
+        assert process.wait(30) == code
     if signum == signal.SIGINT:
         said = (tmp_path / "err").read_text()
         assert said == "greenconsume: interrupted; what was not done yet is in the queue again\n"

@@ -201,7 +201,7 @@ def test_what_is_given_back_reaches_another_consumer_while_handlers_still_run(
     """It does not wait for the end of the drain."""
     publish(amqp_url, queue_name, 30)
     gate = Event()
-    leaving = Recorder(amqp_url, queue_name, lambda body, message: gate.wait(10))
+    leaving = Recorder(amqp_url, queue_name, lambda body, message: gate.wait(30))
     staying = Recorder(amqp_url, queue_name)
     leaving.concurrency, leaving.options["prefetch_count"] = 10, 30
     with consuming(leaving) as (greenlet,):
@@ -266,7 +266,7 @@ def test_a_drain_costs_a_message_of_a_quorum_queue_one_delivery_at_the_most(
     declare(amqp_url, queue_name, **arguments)
     publish(amqp_url, queue_name, 40)
     gate, queue = Event(), Queue(queue_name, no_declare=True)
-    consumer = Watched(amqp_url, queue, lambda body, message: gate.wait(10))
+    consumer = Watched(amqp_url, queue, lambda body, message: gate.wait(30))
     consumer.concurrency, consumer.options["prefetch_count"] = 10, 40
     with consuming(consumer) as (greenlet,):
         wait_until(lambda: consumer.session.backlog == 29, within=SOON)  # and one waits for a place

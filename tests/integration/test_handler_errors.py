@@ -223,7 +223,7 @@ def test_a_stop_gives_a_waiting_message_back_at_once(rabbitmq, amqp_url, queue_n
         wait_until(lambda: failures)
         assert rabbitmq.queue_counts(amqp_url, queue_name) == (0, 1, 1)
         greenlet.stop()
-        assert greenlet.join(1.0)
+        assert greenlet.join(30)
     assert rabbitmq.queue_counts(amqp_url, queue_name) == (1, 0, 0)
 
 

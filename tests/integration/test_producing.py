@@ -163,4 +163,4 @@ def test_a_stop_reaches_a_handler_that_waits_for_its_lost_producer(proxy, queue_
         ask(proxy.url, queue_name, f"{queue_name}-answers", [1])
         wait_until(lambda: consumer.answered_count == 1 and proxy.open_count == 0)
         consumer.should_stop = True
-        assert greenlet.join(1.0)
+        assert greenlet.join(30)

@@ -87,7 +87,7 @@ def test_the_other_kind_of_port_is_a_failure_to_connect(rabbitmq, queue_name, sc
         greenlet = spawn(consumer)
         wait_until(lambda: failures, SOON)
         greenlet.stop()
-        assert greenlet.join(1.0)
+        assert greenlet.join(30)
     assert isinstance(failures[0].error, OSError)
     assert not failures[0].refused
 

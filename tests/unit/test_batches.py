@@ -105,14 +105,14 @@ def started():
 
     def start(consumer):
         greenlets.append(spawn(consumer))
-        assert greenlets[-1].ready.wait(2), greenlets[-1].exception
+        assert greenlets[-1].ready.wait(30), greenlets[-1].exception
         return greenlets[-1]
 
     yield start
     for greenlet in greenlets:
         greenlet.stop()
     for greenlet in greenlets:
-        assert greenlet.join(5)
+        assert greenlet.join(30)
 
 
 class Gate:
@@ -420,9 +420,9 @@ def prefetch_of(consumer):
     consumer.on_consume_ready = lambda connection, channel, *_, **__: seen.append(channel.qos)
     with recording() as events:
         greenlet = spawn(consumer)
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     return seen[0].prefetch_count, of_type(events, PrefetchTooSmall)
 
 
@@ -556,7 +556,7 @@ def test_a_policy_that_cannot_act_loses_nothing(started, put):
         put(consumer, 1, 2, 3)
         wait_until(lambda: of_type(events, HandlerFailed))
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     assert of_type(events, HandlerFailed)[0].outcome.startswith("3 requeued in 1 s, because")
     assert consumer_depth(consumer) == 3
 
@@ -748,7 +748,7 @@ def test_a_stop_gives_an_incomplete_batch_back_at_once(started, put, depth):
     wait_until(lambda: depth(consumer) == 0)
     with recording() as events:
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     assert consumer.batches == []
     assert queued(consumer) == ["a", "b"]
     (event,) = of_type(events, ConsumerDrained)
@@ -759,11 +759,11 @@ def test_a_stopped_consumer_leaves_no_timer_behind(put):
     def stopped():
         consumer = Gatherer()
         greenlet = spawn(consumer)
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         put(consumer, 1)
         wait_until(lambda: consumer_depth(consumer) == 0)
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
         return weakref.ref(lifecycle_of(consumer).drain.handling)
 
     handling = stopped()
@@ -785,7 +785,7 @@ def test_a_stop_gives_back_what_waits_for_a_place_and_waits_for_what_runs(starte
         wait_until(lambda: depth(consumer) == 8 or lifecycle_of(consumer).state == "draining")
         assert not greenlet.join(0.02)
         gate.opened.set()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     assert consumer.batches == [[0]]
     assert queued(consumer) == [*range(1, 9)]
     (event,) = of_type(events, ConsumerDrained)
@@ -809,7 +809,7 @@ def test_a_batch_that_outlasts_the_drain_goes_back_unaltered(started, put, depth
     wait_until(lambda: consumer.batches)
     with recording() as events:
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     assert len(ended) == 1
     assert depth(consumer) == 2
     assert of_type(events, HandlerFailed) == []

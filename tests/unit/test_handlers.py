@@ -116,7 +116,7 @@ class FailsFirst:
 @pytest.mark.parametrize("kind", [*ERRORS, *NO_ERRORS])
 def test_what_a_callback_raises_requeues_its_message_and_the_next_is_handled(make_desk, kind):
     """HAZARDS.md row 11: kombu takes an OSError for the broker's, and a timeout for an idle tick."""
-    callback = FailsFirst(kind("mine") if kind is not gevent.Timeout else gevent.Timeout(9))
+    callback = FailsFirst(kind("mine") if kind is not gevent.Timeout else gevent.Timeout(30))
     desk = make_desk(callback)
     with recording() as events:
         desk.put("bad", "good")
@@ -171,7 +171,7 @@ def test_a_kill_of_the_greenlet_is_not_taken_for_the_handlers_own(make_desk):
     desk.put(1)
     with recording() as events:
         greenlet = spawn(desk)
-        assert started.wait(2)
+        assert started.wait(30)
         greenlet.kill()
     assert greenlet.ready()
     assert of_type(events, HandlerFailed) == []

@@ -117,7 +117,7 @@ def make_desk(queue_name: str) -> Iterator[Callable[..., Desk]]:
     yield make
     for desk in desks:
         desk.runtime.kill()
-        assert desk.runtime.join(3)
+        assert desk.runtime.join(30)
         desk.connection.release()
 
 
@@ -334,7 +334,7 @@ def test_a_message_that_its_handler_left_unsettled_is_acked_if_the_consumer_says
     )
     desk.put(1)
     with desk.runtime:
-        assert handled.wait(2)
+        assert handled.wait(30)
         gevent.idle()
         assert (desk.depth, desk.unsettled) == (0, unsettled)
     assert desk.depth == unsettled
@@ -367,7 +367,7 @@ def test_a_failed_message_is_not_acked(make_desk: Callable[..., Desk]):
     desk = make_desk(handle, auto_settle=True, concurrency=2, on_error=Requeue(60))
     desk.put(1)
     with desk.runtime:
-        assert failed.wait(2)
+        assert failed.wait(30)
         gevent.idle()
         assert desk.unsettled == 1
     assert desk.depth == 1
@@ -555,7 +555,7 @@ def test_a_stop_waits_for_running_handlers_and_lets_no_other_start(
     wait_until(lambda: desk.child.state is ConsumerState.DRAINING)
     assert not desk.greenlet.ready.is_set()
     gate.opened.set()
-    assert running.get(timeout=2) is True
+    assert running.get(timeout=30) is True
     assert gate.ended == gate.came == list(range(places))
     assert desk.depth == 10 - places
     (told,) = of_type(events, DrainFinished)
@@ -572,7 +572,7 @@ def test_what_waits_for_its_partition_goes_back_at_once(make_desk, events: list[
     wait_until(lambda: desk.depth == 3)
     assert gate.inside == 1
     gate.opened.set()
-    assert running.get(timeout=2) is True
+    assert running.get(timeout=30) is True
     assert gate.came == [0]
     assert drained(events) == [(1, 3, 0, 0)]
 
@@ -586,7 +586,7 @@ def test_what_waits_for_a_place_goes_back_at_once(make_desk, events: list[AnyEve
     desk.runtime.stop()
     wait_until(lambda: desk.depth == 1)
     gate.opened.set()
-    assert running.get(timeout=2) is True
+    assert running.get(timeout=30) is True
     assert drained(events) == [(1, 1, 0, 0)]
 
 
@@ -603,7 +603,7 @@ def test_handlers_that_outlast_the_drain_timeout_are_cancelled_and_their_message
     running = desk.run()
     gate.wait(places)
     desk.runtime.stop()
-    assert running.get(timeout=2) is False
+    assert running.get(timeout=30) is False
     assert [type(end) for end in gate.ended] == [Shutdown] * places
     assert "drain_timeout of 0.02 s is over" in str(gate.ended[0])
     assert desk.depth == places
@@ -639,7 +639,7 @@ def test_whatever_a_handler_makes_of_its_shutdown_its_message_goes_back(
         running = desk.run()
         wait_until(lambda desk=desk: desk.unsettled == 1)
         desk.runtime.stop()
-        assert running.get(timeout=2) is False
+        assert running.get(timeout=30) is False
         assert desk.depth == 1
     assert of_type(events, HandlerFailed) == []
     assert drained(events) == [(0, 0, 1, 0)] * 2
@@ -653,7 +653,7 @@ def test_a_handler_that_acks_when_it_is_told_to_end_has_finished(make_desk, even
     running = desk.run()
     wait_until(lambda: desk.unsettled == 1)
     desk.runtime.stop()
-    assert running.get(timeout=2) is True
+    assert running.get(timeout=30) is True
     assert (desk.depth, drained(events)) == (0, [(1, 0, 0, 0)])
 
 
@@ -667,7 +667,7 @@ def test_a_handler_that_acked_before_it_was_cancelled_is_not_given_back(make_des
     running = desk.run()
     wait_until(lambda: lifecycle_of(desk.worker).drain.handling.busy)
     desk.runtime.stop()
-    assert running.get(timeout=2) is False
+    assert running.get(timeout=30) is False
     assert (desk.depth, drained(events)) == (0, [(0, 0, 1, 0)])
 
 
@@ -692,7 +692,7 @@ def test_a_handler_that_goes_on_after_its_shutdown_is_killed_and_its_message_lef
     running = desk.run()
     wait_until(lambda: desk.unsettled == 1)
     desk.runtime.stop()
-    assert running.get(timeout=2) is False
+    assert running.get(timeout=30) is False
     assert ended == [GreenletExit]
     assert desk.depth == 1
     assert of_type(events, HandlerFailed) == []
@@ -718,7 +718,7 @@ def test_a_handler_that_swallows_even_its_kill_is_left_behind_and_told_of(
     running = desk.run()
     wait_until(lambda: desk.unsettled == 1)
     desk.runtime.stop()
-    assert running.get(timeout=2) is False
+    assert running.get(timeout=30) is False
     assert desk.depth == 1
     assert of_type(events, HandlerInterrupted)[-1].reason == "it goes on although it was killed"
     assert drained(events) == [(0, 0, 0, 1)]
@@ -738,7 +738,7 @@ def test_a_wait_of_the_packages_own_that_the_stop_ended_is_no_failure(make_desk,
     running = desk.run()
     wait_until(lambda: desk.unsettled == 1)
     desk.runtime.stop()
-    running.join(2)
+    running.join(30)
     assert (desk.depth, drained(events)) == (1, [(0, 0, 1, 0)])
     assert of_type(events, HandlerFailed) == []
 
@@ -774,7 +774,7 @@ def test_a_runtimes_cancel_and_kill_hurry_the_ladder(
     desk.runtime.stop()
     gevent.idle()
     getattr(desk.runtime, rung)("hurry up")
-    assert running.get(timeout=2) is False
+    assert running.get(timeout=30) is False
     assert ended == ([Shutdown, GreenletExit] if rung == "kill" else [Shutdown])
     assert {e.reason for e in of_type(events, HandlerInterrupted)} == {"hurry up"}
     assert desk.depth == 1
@@ -792,7 +792,7 @@ def test_a_timeout_of_the_consumers_own_goes_before_the_runtimes(make_desk):
     wait_until(lambda: desk.child.state is ConsumerState.DRAINING)
     gevent.idle()
     gate.opened.set()
-    assert running.get(timeout=2) is True
+    assert running.get(timeout=30) is True
     assert gate.ended == [1]
 
 
@@ -804,7 +804,7 @@ def test_a_consumer_that_stops_itself_in_a_handler_waits_for_it(make_desk, event
 
     desk = make_desk(handle, concurrency=2)
     desk.put(1)
-    assert desk.run().get(timeout=2) is True
+    assert desk.run().get(timeout=30) is True
     assert (desk.depth, drained(events)) == (0, [(1, 0, 0, 0)])
 
 
@@ -858,7 +858,7 @@ def test_a_consumer_killed_while_it_drains_takes_its_handlers_along(make_desk):
     wait_until(lambda: desk.child.state is ConsumerState.DRAINING)
     gevent.idle()
     desk.greenlet.kill()
-    running.join(2)
+    running.join(30)
     assert {type(end) for end in gate.ended} == {GreenletExit}
     assert desk.depth == 2
 
@@ -875,7 +875,7 @@ def test_an_instance_that_runs_again_counts_anew(make_desk, events: list[AnyEven
         wait_until(lambda: desk.child.state is ConsumerState.DRAINING)
         gevent.idle()
         gate.opened.set()
-        assert running.get(timeout=2) is True
+        assert running.get(timeout=30) is True
     assert drained(events) == [(1, 0, 0, 0)] * 2
 
 
@@ -898,11 +898,11 @@ def over(peer: Peer, handle: Handle, **attributes: Any) -> Iterator[Linked]:
     worker = Linked("q", handle, peer.url, **attributes)
     greenlet = spawn(worker)
     try:
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         yield worker
     finally:
         greenlet.stop()
-        assert greenlet.join(3)
+        assert greenlet.join(30)
 
 
 def deliver(peer: Peer, *tags: int, body: bytes = b"1") -> None:
@@ -983,7 +983,7 @@ def test_a_stop_while_the_broker_is_away_waits_for_handlers_too(
     gate = Gate()
     worker = Linked("q", gate, peer.url, concurrency=2)
     greenlet = spawn(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     deliver(peer, 1)
     gate.wait(1)
     if stage == "token":
@@ -998,7 +998,7 @@ def test_a_stop_while_the_broker_is_away_waits_for_handlers_too(
     gevent.sleep(0.02)
     assert not greenlet.ready()
     gate.opened.set()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert gate.ended == [1]
     assert drained(events) == [(1, 0, 0, 0)]
 
@@ -1007,7 +1007,7 @@ def test_a_consumer_killed_while_the_broker_is_away_takes_its_handlers_along(pee
     gate = Gate()
     worker = Linked("q", gate, peer.url, concurrency=2)
     greenlet = spawn(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     deliver(peer, 1)
     gate.wait(1)
     peer.silent = {"connection.open"}
@@ -1040,5 +1040,5 @@ def test_a_message_handled_quickly_takes_no_longer_with_a_pool(make_desk: Callab
     with desk.runtime:
         began = monotonic()
         desk.put(1)
-        assert handled.wait(2)
+        assert handled.wait(30)
         assert monotonic() - began < 0.5

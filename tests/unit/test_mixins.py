@@ -58,7 +58,7 @@ def started():
     yield start
     for greenlet in greenlets:
         greenlet.stop()
-    gevent.joinall(greenlets, timeout=1)
+    gevent.joinall(greenlets, timeout=30)
     gevent.killall(greenlets)
 
 
@@ -325,7 +325,7 @@ def test_heartbeats_do_not_extend_the_idle_time(peer):
     worker = Worker(peer.url)
 
     def beat():
-        lifecycle_of(worker).ready.wait(2)
+        lifecycle_of(worker).ready.wait(30)
         while True:
             peer.send(frames.heartbeat())
             Event().wait(0.01)
@@ -426,10 +426,10 @@ def test_should_stop_reads_and_assigns_without_init():
 def test_should_stop_wakes_a_consumer_that_waits_for_messages(started, peer):
     worker = Worker(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     begun = monotonic()
     worker.should_stop = True
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert monotonic() - begun < 0.5
     assert peer.names[-1] == "connection.close"
 
@@ -437,9 +437,9 @@ def test_should_stop_wakes_a_consumer_that_waits_for_messages(started, peer):
 def test_should_stop_from_a_foreign_thread_wakes_it(started, peer):
     worker = Worker(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     gevent.get_hub().threadpool.apply(setattr, (worker, "should_stop", True))
-    assert greenlet.join(2)
+    assert greenlet.join(30)
 
 
 def test_a_consumer_that_stops_itself_in_its_callback_handles_no_more(started, queue_name):
@@ -450,7 +450,7 @@ def test_a_consumer_that_stops_itself_in_its_callback_handles_no_more(started, q
 
     put(queue_name, 1, 2, 3)
     worker = Once("memory://", queue_name)
-    assert started(worker).join(2)
+    assert started(worker).join(30)
     assert worker.got == [1]
     again = Worker("memory://", queue_name)
     assert len(list(again.consume(limit=2, timeout=1))) == 2
@@ -487,7 +487,7 @@ def test_a_stop_at_any_stage_of_setting_up_ends_it_and_no_error_leaks(make_peer,
     peer.wait_for(stage)
     begun = monotonic()
     worker.should_stop = True
-    assert greenlet.get(timeout=2) in (None, [])
+    assert greenlet.get(timeout=30) in (None, [])
     assert monotonic() - begun < 0.5
     wait_until(lambda: peer.open_count == 0)
 
@@ -500,7 +500,7 @@ def test_a_stop_while_the_broker_is_away_ends_it(started):
         wait_until(lambda: events)
     begun = monotonic()
     worker.should_stop = True
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert monotonic() - begun < 0.5
 
 
@@ -511,7 +511,7 @@ def test_a_stop_while_nobody_answers_ends_it(started, black_hole_url):
     assert not greenlet.join(0.02)
     begun = monotonic()
     worker.should_stop = True
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert monotonic() - begun < 0.5
 
 
@@ -528,7 +528,7 @@ def test_a_stop_while_it_waits_for_a_restart_token_ends_it(started, peer):
     assert not greenlet.join(0.01)
     begun = monotonic()
     worker.should_stop = True
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert monotonic() - begun < 0.5
     assert peer.connection_count == 1
 
@@ -550,7 +550,7 @@ def test_a_shadowed_should_stop_ends_the_consumer_within_the_safety_interval(que
     if kind is Shadowing:
         worker.should_stop = True
     begun = monotonic()
-    greenlet.get(timeout=2)
+    greenlet.get(timeout=30)
     assert monotonic() - begun < 0.5
 
 
@@ -558,10 +558,10 @@ def test_a_shadowed_should_stop_ends_the_consumer_within_the_safety_interval(que
 def test_a_request_to_stop_ends_a_consumer_that_shadows_should_stop(started, queue_name, kind):
     worker = kind("memory://", queue_name)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     begun = monotonic()
     request_stop(worker, "enough")
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert monotonic() - begun < 0.5
     assert lifecycle_of(worker).stop.reason == "enough"
 
@@ -577,7 +577,7 @@ def test_a_shadowed_should_stop_ends_a_consumer_whose_broker_is_away(kind, monke
     if kind is Shadowing:
         worker.should_stop = True
     worker.got = [1, 2]
-    greenlet.get(timeout=2)
+    greenlet.get(timeout=30)
 
 
 # -- stopping at every byte ---------------------------------------------------------------------------
@@ -597,7 +597,7 @@ def test_a_stop_at_every_byte_of_a_delivery_is_clean_for_a_consumer(started, mak
             message.ack(),
         )
         greenlet = started(worker)
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         whole = data.replace(b"\x03TAG", _short(tag_of(peer)))
         whole = _resized(whole)
         peer._line._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -608,7 +608,7 @@ def test_a_stop_at_every_byte_of_a_delivery_is_clean_for_a_consumer(started, mak
         worker.should_stop = True
         peer.send(whole[at:])
         begun = monotonic()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
         assert monotonic() - begun < 0.5
         assert peer.names[-1] == "connection.close"
         assert late == [False] * len(worker.got)
@@ -639,7 +639,7 @@ def test_a_lost_link_brings_the_consumer_back_and_is_no_line_of_its_own(started,
     caplog.set_level(logging.WARNING, "greenconsume.mixins")
     worker = Quick(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.hang_up()
     wait_until(lambda: peer.connection_count == 2)
     wait_until(greenlet.ready.is_set)
@@ -651,7 +651,7 @@ def test_a_lost_link_brings_the_consumer_back_and_is_no_line_of_its_own(started,
 def test_a_channel_error_brings_the_consumer_back_and_is_told(started, peer, caplog):
     worker = Quick(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.send(
         frames.channel_close(1, 406, "PRECONDITION_FAILED - delivery acknowledgement timed out")
     )
@@ -664,7 +664,7 @@ def test_a_channel_error_brings_the_consumer_back_and_is_told(started, peer, cap
 def test_a_queue_deleted_under_a_consumer_brings_it_back(started, peer):
     worker = Quick(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.send(frames.basic_cancel(1, tag_of(peer)))
     peer.wait_for("queue.declare", 2)
     peer.wait_for("basic.consume", 2)
@@ -677,7 +677,7 @@ def test_a_restart_waits_for_its_token(started, peer):
 
     begun = monotonic()
     greenlet = started(Limited(peer.url))
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.send(frames.channel_close(1, 406, "PRECONDITION_FAILED"))
     peer.wait_for("basic.consume", 2)
     assert monotonic() - begun > 0.045
@@ -746,14 +746,14 @@ def test_get_consumers_may_be_a_generator_and_open_channels_of_its_own(started, 
 
     worker = Two(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     assert [f.channel for f in peer.frames("basic.consume")] == [1, 2]
     for channel in (1, 2):
         tag = peer.frames("basic.consume")[channel - 1].args[2]
         peer.deliver(channel, tag, 1, b"%d" % channel)
     wait_until(lambda: sorted(worker.got) == [1, 2])
     greenlet.stop()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert sorted(f.channel for f in peer.frames("channel.close")) == [1, 2]
 
 
@@ -768,12 +768,12 @@ def test_a_callbacks_error_is_neither_the_brokers_nor_the_end(started, peer):
     worker = Failing(peer.url)
     with recording() as events:
         greenlet = started(worker)
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         for n in (1, 2, 3, 4):
             peer.deliver(1, tag_of(peer), n, b"%d" % n)
         wait_until(lambda: len(worker.got) == 4)
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     assert len(of_type(events, HandlerFailed)) == 4
     assert peer.connection_count == 1
     assert greenlet.exception is None
@@ -788,7 +788,7 @@ def test_a_failed_message_is_requeued_after_a_second_where_nothing_else_is_said(
 
     with recording() as events:
         greenlet = started(Failing())
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         peer.deliver(1, tag_of(peer), 1)
         wait_until(lambda: of_type(events, HandlerFailed))
     (event,) = of_type(events, HandlerFailed)
@@ -826,9 +826,9 @@ def test_a_consumers_states_follow_each_other(started, peer):
     worker = Worker(peer.url)
     with recording() as events:
         greenlet = started(worker)
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     states = [event.new for event in of_type(events, ConsumerChanged)]
     assert states == [
         ConsumerState.CONNECTING,
@@ -841,7 +841,7 @@ def test_a_consumers_states_follow_each_other(started, peer):
 def test_a_consumer_that_lost_its_link_is_not_ready(started, peer):
     worker = Worker(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.hang_up()
     wait_until(lambda: not greenlet.ready.is_set())
     assert greenlet.state is ConsumerState.CONNECTING
@@ -851,9 +851,9 @@ def test_a_consumer_may_run_again_after_a_stop(peer):
     worker = Worker(peer.url)
     for _ in range(2):
         greenlet = gevent.spawn(worker.run)
-        lifecycle_of(worker).ready.wait(2)
+        lifecycle_of(worker).ready.wait(30)
         worker.should_stop = True
-        greenlet.get(timeout=2)
+        greenlet.get(timeout=30)
         worker.should_stop = False
         worker.restart_limit = TokenBucket(1)
     assert peer.connection_count == 2
@@ -875,7 +875,7 @@ def test_a_producer_has_a_link_of_its_own_that_ends_with_the_consumer(started, p
     worker = Relay(peer.url)
     with recording() as events:
         greenlet = started(worker)
-        assert greenlet.ready.wait(2)
+        assert greenlet.ready.wait(30)
         line = peer._line
         for n in (1, 2):
             line.send(frames.deliver(1, tag_of(peer), n, b"%d" % n))
@@ -883,7 +883,7 @@ def test_a_producer_has_a_link_of_its_own_that_ends_with_the_consumer(started, p
         wait_until(lambda: len(peer.published) == 2)
         assert len(of_type(events, LinkUp)) == 2
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)
     assert peer.connection_count == 2
     wait_until(lambda: peer.open_count == 0)
     assert worker._producer_connection is None
@@ -893,9 +893,9 @@ def test_a_producer_has_a_link_of_its_own_that_ends_with_the_consumer(started, p
 def test_a_producer_that_nobody_asks_for_is_not_made(started, peer):
     worker = Relay(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     greenlet.stop()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert peer.connection_count == 1
 
 
@@ -916,17 +916,17 @@ def test_a_handler_that_finishes_after_the_stop_may_still_publish(started, peer)
     class Late(Relay):
         def on_task(self, body, message):
             entered.set()
-            release.wait(2)
+            release.wait(30)
             super().on_task(body, message)
 
     worker = Late(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.deliver(1, tag_of(peer), 1, b"1")
-    assert entered.wait(2)
+    assert entered.wait(30)
     greenlet.stop()
     release.set()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert worker.got == [1]
     assert [m.body for m in peer.published] == [b"1"]
     assert "basic.ack" in peer.names
@@ -954,10 +954,10 @@ class KombuWorker(kombu_mixins.ConsumerMixin):
 
 
 def stopped_quickly(greenlet):
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     begun = monotonic()
     greenlet.stop()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert greenlet.exception is None
     assert monotonic() - begun < 0.5
 
@@ -1067,7 +1067,7 @@ def test_a_stop_of_an_adapted_consumer_whose_broker_is_away_though_it_calls_supe
     wait_until(lambda: "on_connection_error" in worker.calls)
     begun = monotonic()
     greenlet.stop()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
     assert monotonic() - begun < 0.5
 
 
@@ -1083,7 +1083,7 @@ def test_an_adapted_consumer_with_a_producer_has_a_link_for_it(started, peer):
 
     worker = KombuRelay(peer.url)
     greenlet = started(worker)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.deliver(1, tag_of(peer), 1, b"1")
     wait_until(lambda: len(peer.published) == 1)
     stopped_quickly(greenlet)

@@ -163,11 +163,11 @@ def test_a_consumer_is_looked_after_while_it_consumes(
     consumer = Forgetful(peer.url)
     consumer.concurrency = concurrency
     greenlet = spawn(consumer)
-    assert greenlet.ready.wait(2)
+    assert greenlet.ready.wait(30)
     peer.deliver(1, peer.wait_for("basic.consume").args[2], 5)
     wait_until(lambda: told(events) == [(greenlet.name, 5)])
     greenlet.stop()
-    assert greenlet.join(2)
+    assert greenlet.join(30)
 
 
 def test_a_consumer_that_wants_no_warning_is_not_looked_after(peer: Peer, events):
@@ -176,9 +176,9 @@ def test_a_consumer_that_wants_no_warning_is_not_looked_after(peer: Peer, events
         consumer = Forgetful(peer.url)
         consumer.settle_deadline = deadline
         greenlets.append(spawn(consumer))
-        assert greenlets[-1].ready.wait(2)
+        assert greenlets[-1].ready.wait(30)
         peer.deliver(1, peer.wait_for("basic.consume", number + 1).args[2], 5)
     wait_until(lambda: told(events) == [(greenlets[1].name, 5)])
     for greenlet in greenlets:
         greenlet.stop()
-        assert greenlet.join(2)
+        assert greenlet.join(30)

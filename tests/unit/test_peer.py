@@ -78,7 +78,7 @@ def test_publish_returns_when_all_is_confirmed(peer):
     greenlet.join(timeout=0.02)
     assert not greenlet.ready()
     peer.send(frames.basic_ack(1, 3))
-    assert greenlet.get(timeout=2) == 3
+    assert greenlet.get(timeout=30) == 3
 
 
 def test_what_a_client_publishes_is_put_together(peer):

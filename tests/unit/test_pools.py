@@ -56,7 +56,7 @@ class Bench:
         return job
 
     def settle(self) -> None:
-        assert self.pool.idle.wait(2)
+        assert self.pool.idle.wait(30)
 
     @property
     def free(self) -> int:
@@ -108,7 +108,7 @@ def test_places_are_given_in_the_order_in_which_they_were_asked_for():
     assert got == []
     for _ in range(5):
         slots.release()
-    gevent.joinall(waiters, timeout=1)
+    gevent.joinall(waiters, timeout=30)
     assert got == [0, 1, 2, 3, 4]
     assert slots.free == 0
 
@@ -119,7 +119,7 @@ def test_a_stop_ends_the_wait_for_a_place_without_one():
     waiter = gevent.spawn(slots.acquire, stop)
     gevent.idle()
     stop.set()
-    assert waiter.get(timeout=1) is False
+    assert waiter.get(timeout=30) is False
     slots.release()
     assert slots.free == 1
 
@@ -139,7 +139,7 @@ def test_a_place_that_comes_together_with_the_stop_is_given_back():
     gevent.idle()
     slots.release()
     stop.set()
-    assert waiter.get(timeout=1) is False
+    assert waiter.get(timeout=30) is False
     assert slots.free == 1
 
 
@@ -152,7 +152,7 @@ def test_a_waiter_that_is_killed_leaves_its_place_to_the_next(first: bool):
     gevent.idle()
     killed.kill(block=first)  # if not, its turn comes before it has died
     slots.release()
-    assert patient.get(timeout=1) is True
+    assert patient.get(timeout=30) is True
     assert slots.free == 0
 
 
@@ -191,7 +191,7 @@ def test_a_limit_bounds_several_pools_together(make_bench: Callable[..., Bench])
         gevent.spawn(lambda bench=bench: [bench.put(tag, work) for tag in range(10)])
         for bench in benches
     ]
-    gevent.joinall(feeders, timeout=2)
+    gevent.joinall(feeders, timeout=30)
     for bench in benches:
         bench.settle()
         assert len(bench.done) == 10
@@ -208,7 +208,7 @@ def test_a_stop_ends_the_wait_for_the_limit_and_gives_the_pools_own_place_back(
     submitted = gevent.spawn(waiting.submit, waiting.job(2))
     gevent.idle()
     waiting.stop.set()
-    assert submitted.get(timeout=1) is False
+    assert submitted.get(timeout=30) is False
     gate.set()
     busy.settle()
     assert limit.free == 1
@@ -236,7 +236,7 @@ def test_what_nobody_wants_any_more_after_the_wait_does_not_run(bench: Bench):
     submitted = gevent.spawn(bench.submit, bench.job(3, key="k"), wanted=False)
     gevent.idle()
     gate.set()
-    assert submitted.get(timeout=1) is False
+    assert submitted.get(timeout=30) is False
     bench.put(4, key="k")
     bench.settle()
     assert sorted(bench.done) == [1, 2, 4]
@@ -305,7 +305,7 @@ def test_a_greenlet_killed_before_its_job_began_leaves_the_job_to_another(bench:
     killer = gevent.spawn(parked.kill)
     gevent.idle()
     bench.put(2)
-    killer.join(1)
+    killer.join(30)
     bench.settle()
     assert bench.done == [1, 2]
 
@@ -417,7 +417,7 @@ def test_how_many_wait_for_their_turn_is_bounded(
     gevent.idle()
     assert not fifth.ready()
     gate.set()
-    fifth.get(timeout=1)
+    fifth.get(timeout=30)
     bench.settle()
     assert bench.done == [0, 1, 2, 3, 4]
 
@@ -432,7 +432,7 @@ def test_a_stop_ends_the_wait_to_line_up(
     late = gevent.spawn(bench.submit, bench.job(3, key="hot"))
     gevent.idle()
     bench.stop.set()
-    assert late.get(timeout=1) is False
+    assert late.get(timeout=30) is False
     assert [job.message.delivery_tag for job in bench.pool.unstarted()] == [1, 2]
     gate.set()
 
@@ -543,7 +543,7 @@ def test_an_interrupt_does_not_count_as_a_kill_of_the_greenlet():
     worker.start()
     gevent.idle()
     job.interrupt(HandlerTimeout(1.0))
-    worker.join(1)
+    worker.join(30)
     assert isinstance(caught[0], HandlerTimeout)
     assert marked == []
 

@@ -680,7 +680,7 @@ def test_a_stop_ends_every_wait(publish_to, peer):
     waits.append(call(publisher.flush))
     waits[-1].join(0.01)
     publisher.stop("deploy")
-    first, second, third, fourth, flushed = outcomes(waits, within=1.0)
+    first, second, third, fourth, flushed = outcomes(waits)
     for error in (first, second):
         assert isinstance(error, UnconfirmedError)
         assert isinstance(error.__cause__, StoppedError)
@@ -699,7 +699,7 @@ def test_a_stop_ends_connecting_and_declaring(publish_to, make_peer, silent):
     waiting = call(publisher.publish, 1, "q")
     peer.wait_for(silent)
     publisher.stop()
-    assert "it was never sent" in str(waiting.get(timeout=1.0))
+    assert "it was never sent" in str(waiting.get(timeout=30))
     began = monotonic()
     publisher.close()
     assert monotonic() - began < 2.0
@@ -713,7 +713,7 @@ def test_a_stop_ends_the_wait_for_a_broker_that_blocks(publish_to, broker):
     waiting = call(publisher.publish, 1, "q")
     waiting.join(0.01)
     publisher.stop()
-    assert isinstance(waiting.get(timeout=1.0), StoppedError)
+    assert isinstance(waiting.get(timeout=30), StoppedError)
 
 
 def test_a_stop_may_come_from_a_thread_and_before_the_first_use(publish_to, peer):

@@ -173,7 +173,7 @@ def test_each_greenlet_waits_for_the_confirm_of_its_own_message(channel, peer):
     peer.send(frames.basic_ack(1, 4, multiple=True))
     check_waiting(calls, 6)
     peer.send(frames.basic_nack(1, 6, multiple=True))
-    outcomes = [call.get(timeout=2) for call in calls]
+    outcomes = [call.get(timeout=30) for call in calls]
     assert [type(outcome) for outcome in outcomes] == [
         type(None),
         MessageNacked,
@@ -209,7 +209,7 @@ def test_messages_published_without_waiting_count_too(channel, peer):
     peer.send(frames.basic_ack(1, 1))
     check_waiting([call], 1)
     peer.send(frames.basic_ack(1, 2))
-    assert call.get(timeout=2) is None
+    assert call.get(timeout=30) is None
 
 
 def test_messages_published_before_confirms_were_asked_for_do_not_count(channel, peer):
@@ -217,7 +217,7 @@ def test_messages_published_before_confirms_were_asked_for_do_not_count(channel,
     call = confirmed(channel)
     peer.wait_for("body", 2)
     peer.send(frames.basic_ack(1, 1))
-    assert call.get(timeout=2) is None
+    assert call.get(timeout=30) is None
 
 
 def test_waiting_for_a_confirm_ends_by_its_timeout_and_a_late_one_meets_nobody(channel, peer):
@@ -230,7 +230,7 @@ def test_waiting_for_a_confirm_ends_by_its_timeout_and_a_late_one_meets_nobody(c
     peer.send(frames.basic_ack(1, 1))
     check_waiting([call], 1)
     peer.send(frames.basic_ack(1, 2))
-    assert call.get(timeout=2) is None
+    assert call.get(timeout=30) is None
 
 
 def test_a_gevent_timeout_around_a_confirmed_publish_leaves_the_channel_usable(channel, peer):
@@ -240,14 +240,14 @@ def test_a_gevent_timeout_around_a_confirmed_publish_leaves_the_channel_usable(c
     call = confirmed(channel)
     peer.wait_for("body", 2)
     peer.send(frames.basic_ack(1, 2, multiple=True))
-    assert call.get(timeout=2) is None
+    assert call.get(timeout=30) is None
 
 
 def test_a_lost_link_wakes_who_waits_for_a_confirm(channel, peer):
     calls = [confirmed(channel) for _ in range(3)]
     peer.wait_for("body", 3)
     peer.hang_up()
-    outcomes = [call.get(timeout=2) for call in calls]
+    outcomes = [call.get(timeout=30) for call in calls]
     assert [type(outcome) for outcome in outcomes] == [LinkLostError] * 3
     assert "the broker closed the connection" in str(outcomes[0])
 
@@ -256,12 +256,12 @@ def test_a_channel_error_is_raised_at_all_who_wait_and_confirms_begin_anew(chann
     calls = [confirmed(channel, exchange="e") for _ in range(3)]
     peer.wait_for("body", 3)
     peer.send(frames.basic_ack(1, 1) + missing())
-    outcomes = [call.get(timeout=2) for call in calls]
+    outcomes = [call.get(timeout=30) for call in calls]
     assert [type(outcome) for outcome in outcomes] == [type(None), NotFound, NotFound]
     again = confirmed(channel)
     peer.wait_for("body", 4)
     peer.send(frames.basic_ack(1, 1))
-    assert again.get(timeout=2) is None
+    assert again.get(timeout=30) is None
     assert peer.names.count("confirm.select") == 2
 
 
@@ -291,10 +291,10 @@ def test_a_confirm_awaited_in_the_channels_next_life_is_not_lost_with_the_last(c
     first = confirmed(channel)
     peer.wait_for("body")
     peer.send(frames.method_frame(2, "queue.declare-ok", "q", 0, 0) + missing())
-    assert isinstance(first.get(timeout=2), NotFound)
+    assert isinstance(first.get(timeout=30), NotFound)
     peer.wait_for("body", 2)
     peer.send(frames.basic_ack(1, 1))
-    assert second.get(timeout=2) is None
+    assert second.get(timeout=30) is None
 
 
 def test_confirms_of_two_channels_do_not_mix(connect, peer):
@@ -318,7 +318,7 @@ def test_a_hundred_greenlets_publish_confirmed_on_one_channel(channel, peer):
 
     peer.answers["body"] = answer
     calls = [confirmed(channel, b"%d" % n) for n in range(99)]
-    assert [call.get(timeout=2) for call in calls] == [None] * 99
+    assert [call.get(timeout=30) for call in calls] == [None] * 99
     assert len(peer.published) == 99
 
 
@@ -333,7 +333,7 @@ def test_a_returned_message_is_raised_at_the_greenlet_that_published_it(channel,
     peer.send(frames.basic_return(1, b"x", routing_key="nowhere"))
     check_waiting(calls, 1, 2, 3)  # its confirm follows
     peer.send(frames.basic_ack(1, 3, multiple=True))
-    outcomes = [call.get(timeout=2) for call in calls]
+    outcomes = [call.get(timeout=30) for call in calls]
     assert [type(outcome) for outcome in outcomes] == [type(None), ChannelError, type(None)]
     assert "NO_ROUTE" in str(outcomes[1])
 
@@ -342,7 +342,7 @@ def test_a_returned_message_is_never_taken_for_one_that_was_not_mandatory(channe
     calls = [confirmed(channel, mandatory=mandatory) for mandatory in (False, True)]
     peer.wait_for("body", 2)
     peer.send(frames.basic_return(1, b"x") + frames.basic_ack(1, 2, multiple=True))
-    outcomes = [call.get(timeout=2) for call in calls]
+    outcomes = [call.get(timeout=30) for call in calls]
     assert [type(outcome) for outcome in outcomes] == [type(None), ChannelError]
 
 
@@ -351,14 +351,14 @@ def test_a_returned_message_goes_to_who_listens_for_it(channel, peer):
 
     def on_return(exc, exchange, routing_key, message):
         seen.append((exc.reply_code, exchange, routing_key, message.body))
-        go_on.wait(2)  # the reader must not wait for it
+        go_on.wait(30)  # the reader must not wait for it
 
     channel.events["basic_return"].add(on_return)
     call = confirmed(channel, exchange="e", routing_key="k", mandatory=True)
     peer.wait_for("body")
     back = frames.basic_return(1, b"x", exchange="e", routing_key="k")
     peer.send(back + frames.basic_ack(1, 1))
-    assert call.get(timeout=2) is None
+    assert call.get(timeout=30) is None
     assert seen == [(312, "e", "k", b"x")]
     go_on.set()
 
@@ -442,7 +442,7 @@ def test_publishing_waits_while_the_broker_blocks_and_ends_by_its_timeout(channe
     assert peer.published == []
     peer.answers["body"] = lambda frame: frames.basic_ack(1, 9, multiple=True)
     peer.send(frames.unblocked())
-    assert [call.get(timeout=2) for call in patient] == [None, None]
+    assert [call.get(timeout=30) for call in patient] == [None, None]
     assert sorted(message.body for message in peer.published) == [b"1", b"2"]
 
 
@@ -460,7 +460,7 @@ def test_a_consumers_acks_and_calls_go_on_while_publishing_is_blocked(connect, p
     peer.wait_for("basic.ack")
     assert not publish.ready()
     peer.send(frames.unblocked())
-    assert publish.get(timeout=2) is None
+    assert publish.get(timeout=30) is None
 
 
 def test_a_channel_that_broke_while_publishing_was_blocked_still_confirms(connect, make_peer):
@@ -473,10 +473,10 @@ def test_a_channel_that_broke_while_publishing_was_blocked_still_confirms(connec
     call = run(channel.queue_declare, "gone")
     peer.wait_for("queue.declare")
     peer.send(missing())
-    assert isinstance(call.get(timeout=2), NotFound)
+    assert isinstance(call.get(timeout=30), NotFound)
     peer.answers["body"] = frames.basic_ack(1, 1)
     peer.send(frames.unblocked())
-    assert publish.get(timeout=2) is None
+    assert publish.get(timeout=30) is None
     assert peer.names[-4:] == ["confirm.select", "basic.publish", "header", "body"]
 
 
@@ -487,5 +487,5 @@ def test_a_link_that_is_lost_while_publishing_is_blocked_says_so(channel, peer):
         publish = run(channel.basic_publish, amqp.Message(b"x"))
         check_waiting([publish], 1)
         peer.hang_up()
-        assert isinstance(publish.get(timeout=2), LinkLostError)
+        assert isinstance(publish.get(timeout=30), LinkLostError)
     assert len(of_type(events, LinkDown)) == 1

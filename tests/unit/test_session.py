@@ -220,7 +220,7 @@ def test_many_greenlets_drain_one_session_and_no_message_comes_twice(connect, pe
         peer.deliver(1, TAG, n)
     wait_until(lambda: len(got) >= 50)
     stop.set()
-    gevent.joinall(drainers, timeout=2, raise_error=True)
+    gevent.joinall(drainers, timeout=30, raise_error=True)
     assert sorted(tag for tag, _ in got) == list(range(1, 51))
     assert len({greenlet for _, greenlet in got}) == 5
 
@@ -252,7 +252,7 @@ def test_a_stop_wakes_a_drain_at_once(connect, peer):
     begun = monotonic()
     stop.set("enough")
     with pytest.raises(StoppedError, match="enough"):
-        drainer.get(timeout=2)
+        drainer.get(timeout=30)
     assert monotonic() - begun < 0.5
 
 
@@ -261,7 +261,7 @@ def test_a_stop_from_a_foreign_thread_wakes_a_drain(connect, peer):
     drainer = draining(connection, stop)
     gevent.idle()
     gevent.get_hub().threadpool.apply(stop.set)
-    drainer.get(timeout=2)
+    drainer.get(timeout=30)
 
 
 def test_nothing_is_handed_out_once_stop_is_set(connect, peer):
@@ -283,7 +283,7 @@ def test_a_stop_wakes_every_drainer_though_one_of_them_has_left(connect, peer):
     with pytest.raises(socket.timeout):
         connection.drain_events(timeout=0.005, stop=stop)
     stop.set()
-    patient.get(timeout=2)
+    patient.get(timeout=30)
 
 
 def test_a_stop_tells_the_broker_and_gives_back_what_was_not_started(connect, peer):
@@ -291,14 +291,14 @@ def test_a_stop_tells_the_broker_and_gives_back_what_was_not_started(connect, pe
 
     def callback(message):
         started.set()
-        go_on.wait(2)
+        go_on.wait(30)
         message.channel.basic_ack(message.delivery_tag)
 
     consuming(connection, callback)
     stop.link(connection.connection.announce_stop)
     drainer = draining(connection, stop)
     peer.send(b"".join(frames.deliver(1, TAG, n) for n in (1, 2, 3)))
-    assert started.wait(2)
+    assert started.wait(30)
     wait_until(lambda: connection.connection.backlog == 2)
     stop.set()
     wait_until(lambda: len(settled(peer)) == 2)
@@ -306,7 +306,7 @@ def test_a_stop_tells_the_broker_and_gives_back_what_was_not_started(connect, pe
     assert set(settled(peer)) == {(1, 2), (1, 3)}
     assert "basic.ack" not in peer.names
     go_on.set()
-    drainer.get(timeout=2)
+    drainer.get(timeout=30)
     peer.wait_for("basic.ack")
     assert settled(peer)[1, 1] == ["basic.ack"]
 
@@ -369,7 +369,7 @@ def stop_at(connect, peer, data, cut, rest_comes=True, **options):
     if rest_comes:
         peer.send(data[cut:])
     begun = monotonic()
-    consumer.greenlet.get(timeout=2)
+    consumer.greenlet.get(timeout=30)
     assert monotonic() - begun < 0.5
     wait_until(lambda: peer.open_count == 0)
     return consumer, settled(peer)
@@ -421,7 +421,7 @@ def test_a_stop_at_every_byte_of_a_delivery_behind_its_consume_ok_ends_clean(con
         gevent.idle()
         consumer.stop.set()
         peer.send(data[cut:])
-        consumer.greenlet.get(timeout=2)
+        consumer.greenlet.get(timeout=30)
         check_stopped(consumer, settled(peer), peer)
 
 
@@ -437,7 +437,7 @@ def test_a_stop_while_the_consume_ok_is_cut_ends_the_call(connect, make_peer):
         stop.set()
         peer.send(data[cut:])
         with pytest.raises(StoppedError):
-            setting_up.get(timeout=2)
+            setting_up.get(timeout=30)
         connection.close()
         assert got == []
         assert "basic.ack" not in peer.names
@@ -492,7 +492,7 @@ def test_the_time_that_a_drain_has_is_not_that_of_a_write(connect, peer):
     channel.basic_publish(amqp.Message(body, content_encoding="binary"))
     channel.queue_declare("behind it")
     stop.set()
-    draining.get(timeout=2)
+    draining.get(timeout=30)
     assert [message.body for message in peer.published] == [body]
 
 
@@ -523,7 +523,7 @@ def test_a_lost_link_wakes_everything_that_waits_and_says_why(connect, make_peer
     peer.send(frames.connection_close(320, "CONNECTION_FORCED - the broker goes down"))
     for greenlet in waiting:
         with pytest.raises(LinkLostError, match="the broker goes down") as caught:
-            greenlet.get(timeout=2)
+            greenlet.get(timeout=30)
         assert isinstance(caught.value.__cause__, ConnectionForced)
     for use in (session.drain_events, session.channel, session.heartbeat_tick):
         with pytest.raises(LinkLostError, match="the broker goes down"):
@@ -711,7 +711,7 @@ def test_closing_a_session_wakes_who_drains_it(connect, peer):
     gevent.idle()
     connection.close()
     with pytest.raises((RecoverableConnectionError, LinkLostError)):
-        drainer.get(timeout=2)
+        drainer.get(timeout=30)
 
 
 def test_close_is_bounded_where_no_channel_is_answered_and_the_link_lives_on(
@@ -806,7 +806,7 @@ def test_greenlets_that_use_an_unconnected_connection_share_one_link(peer):
     transports.register()
     with Connection(peer.url) as connection:
         users = [gevent.spawn(lambda: connection.channel().queue_declare("q")) for _ in range(10)]
-        gevent.joinall(users, timeout=2, raise_error=True)
+        gevent.joinall(users, timeout=30, raise_error=True)
         assert peer.connection_count == 1
         assert len(peer.frames("channel.open")) == 10
 

@@ -186,7 +186,7 @@ def test_a_timeout_waits_for_the_end_of_a_write(
     outcome = "rejected" if what == "put" else "left as the handler settled it"
     assert of_type(events, HandlerFailed)[0].outcome == outcome
     runtime.stop()
-    assert runtime.join(3)
+    assert runtime.join(30)
     assert wire.done[0] == what
 
 
@@ -203,7 +203,7 @@ def test_a_shutdown_waits_for_the_end_of_a_write(
     gevent.sleep(0.01)
     assert (wire.done, ended) == ([], [])
     wire.open.set()
-    assert runtime.join(3)
+    assert runtime.join(30)
     assert isinstance(ended[0], Shutdown)
     assert of_type(events, HandlerFailed) == []
     assert wire.done[0] == what
@@ -221,7 +221,7 @@ def test_a_kill_at_the_last_rung_heeds_no_write(wire: Wire):
     wait_until(lambda: wire.inside == 0)
     assert wire.done[1:] == []
     wire.open.set()
-    assert runtime.join(3)
+    assert runtime.join(30)
 
 
 def test_writes_on_one_channel_go_one_at_a_time(wire: Wire):
@@ -232,7 +232,7 @@ def test_writes_on_one_channel_go_one_at_a_time(wire: Wire):
     wait_until(lambda: wire.done.count("ack") == 30)
     assert wire.peak == 1
     runtime.stop()
-    assert runtime.join(3)
+    assert runtime.join(30)
 
 
 def test_a_settle_after_its_channel_was_closed_is_counted(wire: Wire, events: list[AnyEvent]):
@@ -284,7 +284,7 @@ def test_a_requeue_that_the_store_refuses_is_tried_again(
     wait_until(lambda: handled == [1, 1])
     assert len(refused) == 3
     runtime.stop()
-    assert runtime.join(3)
+    assert runtime.join(30)
 
 
 def test_a_requeue_under_way_is_not_cut_in_two_by_the_end(wire: Wire, events: list[AnyEvent]):
@@ -302,7 +302,7 @@ def test_a_requeue_under_way_is_not_cut_in_two_by_the_end(wire: Wire, events: li
     runtime.stop()
     gevent.sleep(0.02)
     wire.open.set()
-    assert runtime.join(3)
+    assert runtime.join(30)
     wait_until(lambda: "reject" in wire.done)
 
 

@@ -26,7 +26,7 @@ def test_a_signal_wakes_any_number_of_waiters():
     waiters = [gevent.spawn(stop.wait, 5.0) for _ in range(50)]
     gevent.idle()
     stop.set()
-    gevent.joinall(waiters, timeout=1.0)
+    gevent.joinall(waiters, timeout=30)
     assert [waiter.value for waiter in waiters] == [True] * 50
 
 
@@ -37,7 +37,7 @@ def test_a_foreign_thread_wakes_a_waiter():
     gevent.idle()
     began = monotonic()
     gevent.get_hub().threadpool.apply(stop.set, ("thread",))
-    waiter.join(timeout=1.0)
+    waiter.join(timeout=30)
     assert waiter.value is True
     assert stop.reason == "thread"
     assert monotonic() - began < 0.5
@@ -47,7 +47,7 @@ def test_waiting_for_a_signal_that_is_set_returns_at_once():
     """No hub turn is needed to learn what is known already."""
     stop = StopSignal()
     stop.set()
-    with gevent.Timeout(1.0):
+    with gevent.Timeout(30):
         assert stop.wait() is True
 
 
@@ -71,7 +71,7 @@ def test_a_callback_linked_to_a_set_signal_is_called():
     stop, called = StopSignal(), Event()
     stop.set()
     stop.link(called.set)
-    assert called.wait(1.0)
+    assert called.wait(30)
 
 
 def test_an_unlinked_callback_is_not_called():
@@ -112,7 +112,7 @@ def test_a_wait_ends_by_its_stop_signal():
     """A stop ends a wait long before its deadline."""
     stop = StopSignal()
     gevent.get_hub().loop.run_callback(stop.set)
-    with gevent.Timeout(1.0):
+    with gevent.Timeout(30):
         assert wait(Event(), Deadline(None), stop) is True
 
 

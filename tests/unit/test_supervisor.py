@@ -50,7 +50,7 @@ class Nursery:
 
     def end(self) -> None:
         self.stop.set("test")
-        assert self.greenlet.join(1) is None
+        assert self.greenlet.join(30) is None
         assert self.greenlet.ready()
         self.supervisor.drain(1.0, 1.0)
 
@@ -339,7 +339,7 @@ def test_a_stop_ends_the_supervisor_at_once_during_a_backoff(nursery: Nursery):
     (child,) = nursery.start(NEVER_DUE, failing())
     wait_until(lambda: child.restart_count == 1)
     nursery.stop.set()
-    nursery.greenlet.join(1)
+    nursery.greenlet.join(30)
     assert nursery.greenlet.ready()
     assert child.consumer.runs == 1
 
@@ -348,7 +348,7 @@ def test_the_supervisor_ends_when_every_consumer_has_ended_for_good(nursery: Nur
     """Nobody has to stop what stops by itself, at whatever point of its restarts."""
     policy = RestartPolicy(max_restarts=1, backoff=0)
     nursery.start(policy, failing(), again(Scripted(None)), again(Scripted(BROKEN, None)))
-    nursery.greenlet.join(1)
+    nursery.greenlet.join(30)
     assert nursery.greenlet.ready()
 
 
@@ -362,13 +362,13 @@ def test_the_supervisor_ends_when_the_last_consumer_could_not_be_made(nursery: N
         raise LookupError("no configuration")
 
     adding = gevent.spawn(nursery.start, AT_ONCE, again(Scripted(None)), slow)
-    asked.wait(1)
+    asked.wait(30)
     gevent.idle()
     assert not nursery.greenlet.ready()
     go.set()
     with pytest.raises(LookupError):
-        adding.get(timeout=1)
-    nursery.greenlet.join(1)
+        adding.get(timeout=30)
+    nursery.greenlet.join(30)
     assert nursery.greenlet.ready()
 
 
@@ -431,7 +431,7 @@ def test_a_drain_can_be_hurried_rung_by_rung(events: list[AnyEvent], impatient: 
     gevent.idle()
     assert not draining.ready()
     rungs.kill.set("SIGTERM")
-    assert draining.get(timeout=1) == (0, 1)
+    assert draining.get(timeout=30) == (0, 1)
     assert [reason for _, _, reason in rungs_of(events)] == ["SIGINT", "SIGTERM", "SIGTERM"]
 
 
@@ -487,7 +487,7 @@ def test_the_wait_for_what_was_killed_is_bounded(impatient: None):
     supervisor.add([child])
     gevent.idle()
     stop.set()
-    with gevent.Timeout(1):
+    with gevent.Timeout(30):
         assert supervisor.drain(0, 0.01) == (0, 1)
     assert child.running
     release.set()

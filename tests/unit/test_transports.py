@@ -322,7 +322,7 @@ def test_fanout_reaches_every_queue(connect: Connect) -> None:
         drainers.append(gevent.spawn(connection.drain_events))
     gevent.idle()
     Producer(channel).publish("news", exchange="x", content_type="text/plain")
-    gevent.joinall(drainers, timeout=2, raise_error=True)
+    gevent.joinall(drainers, timeout=30, raise_error=True)
     assert received == [b"news", b"news"]
 
 
