@@ -77,7 +77,7 @@ def duplicates(handled: Counter[Any]) -> int:
     return sum(times - 1 for times in handled.values())
 
 
-def consuming(greenlets: list[ConsumerGreenlet], within: float = 10.0) -> None:
+def consuming(greenlets: list[ConsumerGreenlet], within: float = 30.0) -> None:
     """Wait until all consume."""
     wait_until(lambda: all(each.ready.is_set() for each in greenlets), within, "all consume")
 
@@ -93,7 +93,7 @@ def freeze(broker: RabbitMQ) -> None:
     wait_until(frozen)
 
 
-def stop_and_join(greenlet: ConsumerGreenlet, within: float = 5.0) -> float:
+def stop_and_join(greenlet: ConsumerGreenlet, within: float = 30.0) -> float:
     """Assign `should_stop` and join; returns the seconds that it took."""
     began = monotonic()
     greenlet.consumer.should_stop = True
@@ -118,7 +118,7 @@ def observing(*kinds: type[events.Event]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def running(*consumers: ConsumerMixin, within: float = 10.0) -> Iterator[list[ConsumerGreenlet]]:
+def running(*consumers: ConsumerMixin, within: float = 30.0) -> Iterator[list[ConsumerGreenlet]]:
     """Run consumers in greenlets of their own until the block ends; it begins when all consume."""
     greenlets = [ConsumerGreenlet(consumer) for consumer in consumers]
     for greenlet in greenlets:

@@ -21,7 +21,7 @@ from tests.waiting import wait_until
 T = TypeVar("T", bound=happenings.Event)
 
 #: Seconds that anything which should happen at once is given on a busy machine.
-SOON = 10.0
+SOON = 30.0
 
 
 class Recorder(ConsumerMixin):

@@ -42,7 +42,7 @@ from tests.servers import HOST, free_port
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
-SOON = 5.0
+SOON = 30.0
 
 
 @pytest.fixture
