@@ -120,6 +120,22 @@ def cli(ctx: click.Context) -> None:
     help="Connections to the broker, shared by all consumers.",
 )
 @_option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    help="Handlers at once of a consumer that sets none itself; without: inline, one by one.",
+)
+@_option(
+    "--max-handlers",
+    type=click.IntRange(min=1),
+    help="Handlers at once of all consumers that have a concurrency; without: no such bound.",
+)
+@_option(
+    "--block-warning",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Warn of a handler that keeps all others waiting for so long, with its stack.",
+)
+@_option(
     "--drain-timeout",
     type=_seconds,
     metavar="SECONDS",

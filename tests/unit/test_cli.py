@@ -168,6 +168,24 @@ def test_an_option_left_alone_has_its_default(command: Command, ran: list[Runtim
     assert [child.name for child in runtime.children] == ["Orders-1"]
 
 
+@pytest.mark.parametrize("target", ["Orders", "runtime"])
+def test_how_handlers_run_is_said_for_all_consumers(
+    command: Command, ran: list[Runtime], target: str
+) -> None:
+    flags = ("--concurrency", "20", "--max-handlers", "50", "--block-warning", "0.5")
+    command("run", f"shop:{target}", *flags)
+    (runtime,) = ran
+    assert (runtime.concurrency, runtime.max_handlers, runtime.block_warning) == (20, 50, 0.5)
+
+
+def test_handlers_are_inline_and_not_watched_unless_it_is_said(
+    command: Command, ran: list[Runtime]
+) -> None:
+    command("run", "shop:Orders")
+    (runtime,) = ran
+    assert (runtime.concurrency, runtime.max_handlers, runtime.block_warning) == (None, None, None)
+
+
 def test_a_flag_goes_before_a_variable_before_the_file(
     command: Command, ran: list[Runtime], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +206,9 @@ def test_a_flag_goes_before_a_variable_before_the_file(
         ("BROKER", "memory://other//"),
         ("REPLICAS", "3"),
         ("LINKS", "3"),
+        ("CONCURRENCY", "3"),
+        ("MAX_HANDLERS", "3"),
+        ("BLOCK_WARNING", "0.5"),
         ("DRAIN_TIMEOUT", "3"),
         ("CANCEL_TIMEOUT", "3"),
         ("LOG_LEVEL", "error"),
@@ -219,8 +240,10 @@ def test_the_log_level_and_format_are_set_up(command: Command) -> None:
         ("broker = 5", "broker must be a string, not 5"),
         ("broker = ['amqp://']", "broker must be a string, not ['amqp://']"),
         ("drain-timeout = -1", "drain-timeout: '-1' is no number of seconds"),
+        ("concurrency = 0", "concurrency: 0 is not in the range x>=1"),
+        ("block-warning = 0", "block-warning: 0.0 is not in the range x>0"),
         ("log-level = 'loud'", "log-level: 'loud' is not one of"),
-        ("drain_timeout = 5", "there is no 'drain_timeout', only broker, replicas, links, drain-"),
+        ("drain_timeout = 5", "there is no 'drain_timeout', only broker, replicas, links, conc"),
     ],
 )
 def test_a_bad_setting_in_the_file_is_an_error_that_names_the_file(
