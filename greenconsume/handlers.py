@@ -141,7 +141,7 @@ class Handling:
                 self._failed(job, exc)
                 return
             job.key = ALONE if key is None else key
-        if not self.pool.submit(job, self._life.stop, self._is_wanted):
+        if not self.pool.submit(job, self._life.leave, self._is_wanted):
             self.give_back(message)
 
     def _is_wanted(self, job: Job) -> bool:
@@ -182,8 +182,8 @@ class Handling:
     # -- one message ----------------------------------------------------------------------------
 
     def _work_unless_stopped(self, job: Job) -> None:
-        # The stop may have come after it was given a greenlet, and before that had its turn.
-        if self._life.stop.is_set() and self._is_unsettled(job.message):
+        # What ends consuming may have come after it was given a greenlet, and before that had its turn.
+        if self._life.leave.is_set() and self._is_unsettled(job.message):
             self.give_back(job.message)
         else:
             self._work(job)

@@ -6,6 +6,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from gevent.event import Event
 
 from greenconsume import KillSwitch, Reject
 from greenconsume.events import ConsumerState, KillSwitchReset, KillSwitchTripped
@@ -172,6 +173,26 @@ def test_the_backlog_stays_in_its_queue(consumer, queue_name):
         wait_until(lambda: greenlet.state is ConsumerState.CONNECTING)
         with green_connection("memory://") as connection:
             assert connection.default_channel._size(queue_name) == 6
+
+
+def test_what_waits_for_a_place_in_the_pool_is_given_back(consumer, queue_name):
+    gate, begun = Event(), []
+
+    def handle(body: Any, message: Any) -> None:
+        begun.append(message)
+        gate.wait()
+        raise ValueError(body)
+
+    consumer.handle, consumer.concurrency = handle, 2
+    consumer.kill_switch = KillSwitch(0.5, 2, pause=60.0)
+    with consuming(consumer) as (greenlet,):
+        publish(queue_name, *["bad"] * 10)
+        wait_until(lambda: len(begun) == 2)
+        gate.set()
+        wait_until(lambda: greenlet.state is ConsumerState.CONNECTING)
+        with green_connection("memory://") as connection:
+            assert connection.default_channel._size(queue_name) == 8
+    assert len(begun) == 2
 
 
 def test_it_consumes_again_after_one_message_was_handled(consumer, queue_name):
