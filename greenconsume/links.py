@@ -181,7 +181,8 @@ class _Slot:
         def acquire() -> Link:
             if self.live and self.link is not None:
                 return self.link
-            return self._attempt(connection, None)
+            with self._wanted():
+                return self._attempt(connection, None)
 
         return acquire
 
@@ -244,14 +245,13 @@ class _Slot:
         if self._dialer is None:
             self._dialer = gevent.spawn(self._dial, connection.clone())
             self._dialer.name = f"dialer of {connection.as_uri()}"
-        with self._wanted():
-            try:
-                wait(ticket.event, Deadline(None), stop)
-            finally:
-                if ticket in self._tickets:
-                    self._tickets.remove(ticket)
-            if stop is not None:
-                stop.check()
+        try:
+            wait(ticket.event, Deadline(None), stop)
+        finally:
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+        if stop is not None:
+            stop.check()
         error, delay = ticket.error, ticket.delay
         if error is None and self.link is not None:
             if self.link.connected:

@@ -258,12 +258,12 @@ class Channel(PublishingChannel):
 
     def _on_basic_cancel(self, consumer_tag: str) -> None:
         callback = self._remove_tag(consumer_tag)
-        self._consuming.discard(consumer_tag)
         if callback is not None:
             self._session.put(self, consumer_tag, callback)
         else:
             text = f"the broker cancelled consumer {consumer_tag!r}: its queue was deleted or moved"
-            self._session.put(self, ConsumerCancelled(text, spec.Basic.Cancel), _raise)
+            self._tell(ConsumerCancelled(text, spec.Basic.Cancel))
+        self._consuming.discard(consumer_tag)
 
     def _on_basic_cancel_ok(self, consumer_tag: str) -> None:
         """Its last delivery was before this; the callback went when the cancel was sent."""
@@ -401,7 +401,3 @@ def _raw_message(channel: Channel, delivery: Delivery) -> amqp.Message:
         "routing_key": routing_key,
     }
     return message
-
-
-def _raise(error: BaseException) -> None:
-    raise error
