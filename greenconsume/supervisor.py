@@ -41,9 +41,9 @@ from greenconsume.lifecycle import lifecycle_of
 from greenconsume.settings import settings_of
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 
-#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker; and then
-#: as many again, to be killed.
-_MARGIN = 0.5
+#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker (one that is
+#: cut short may have acks lost on the way); and then to be killed.
+_GOODBYE, _LAST = 0.7, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +331,7 @@ class Supervisor:
             if self._live:
                 why = hurry.reason or f"{name} of {longest:g} s is over"
                 emit(DrainEscalated(rung, len(self._live), why))
-        self._await_ended(Deadline(_MARGIN), None)
+        self._await_ended(Deadline(_GOODBYE), None)
 
     @property
     def outcome(self) -> Outcome:
@@ -348,7 +348,7 @@ class Supervisor:
     def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
         gevent.killall([child.greenlet for child in self._live], block=False)
-        self._await_ended(Deadline(_MARGIN), None)
+        self._await_ended(Deadline(_LAST), None)
 
     def _await_ended(self, deadline: Deadline, hurry: StopSignal | None) -> None:
         while True:

@@ -74,7 +74,8 @@ def events() -> Iterator[list[AnyEvent]]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer that hangs is not given long to say goodbye."""
-    monkeypatch.setattr(supervisor_module, "_MARGIN", 0.01)
+    monkeypatch.setattr(supervisor_module, "_GOODBYE", 0.01)
+    monkeypatch.setattr(supervisor_module, "_LAST", 0.01)
 
 
 def again(consumer: Any) -> Any:
