@@ -53,7 +53,8 @@ class DelayedRequeues:
 
     def add(self, message: Any, delay: float) -> None:
         """Requeue `message` in `delay` seconds, unless it is settled by then. Never switches."""
-        timer = gevent.spawn_later(delay, self._requeue, message)
+        # One that the broker has back already is only counted.
+        timer = gevent.spawn_later(delay if is_live(message) else 0, self._requeue, message)
         self._timers.add(timer)
         timer.rawlink(self._timers.discard)
 

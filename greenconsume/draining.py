@@ -62,7 +62,7 @@ class Drain:
         self.told = False
         self._life = life
         self._climber: Any = None
-        self._climbed = False
+        self._climbed = self._orderly = False
 
     @contextmanager
     def consuming(
@@ -88,6 +88,8 @@ class Drain:
             # An idle `timeout` is an OSError, too, but there the link is well.
             if not isinstance(exc, broker_errors) or isinstance(exc, socket.timeout):
                 self.end(orderly=isinstance(exc, socket.timeout))
+            elif session is not None and session.connected and self.handling.holds_live:
+                self.end()  # one queue, or one channel of several, is gone: what runs is still ours
             raise
         else:
             self.end(orderly=True)
@@ -120,14 +122,17 @@ class Drain:
         Switches: yes, if one runs.
         """
         try:
-            if orderly and not self._life.leave.is_set():
+            self._orderly = orderly and not self._life.leave.is_set()
+            if self._orderly:
                 self.handling.complete()
             if self._life.stop.is_set():
                 self._life.enter(ConsumerState.DRAINING)
-            if self._climber is None:
-                self._climb()
-            else:
+            if self._climber is None and self.handling.busy:
+                self._climber = gevent.spawn(self._climb)
+            if self._climber is not None:
                 self._climber.join()
+            else:
+                self._climb()
         except BaseException:  # a kill
             self.abandon()
             raise
@@ -177,9 +182,11 @@ class Drain:
         handling, settings, rungs = self.handling, self.handling.settings, self._life.rungs
         started = sum(job.greenlet is not None for job in handling.running())
         before = handling.cancelled + self.killed
-        for job in handling.unstarted():
-            handling.give_back(job.message)
-        if not self._ended(settings.drain_timeout, rungs.cancel):
+        if not self._orderly:
+            self._give_back()
+        ended = self._ended(settings.drain_timeout, rungs.cancel)
+        self._give_back()
+        if not ended:
             self._cancel(
                 rungs.cancel.reason or f"drain_timeout of {settings.drain_timeout:g} s is over"
             )
@@ -189,6 +196,13 @@ class Drain:
                 )
         self.finished += started - (handling.cancelled + self.killed - before)
         self._climbed = True  # who goes on all the same is not waited for again
+
+    def _give_back(self) -> None:
+        for job in self.handling.unstarted():
+            try:
+                self.handling.give_back(job.message)
+            except Exception:  # the broker's: it has the message back when the channel closes
+                pass
 
     def _ended(self, seconds: float, hurry: StopSignal | None) -> bool:
         """Wait until no handler runs, for `seconds` or until it is hurried; return whether none does."""

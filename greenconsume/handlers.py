@@ -88,7 +88,7 @@ class Handler:
         """Handle one delivery. Switches: inline as the user's callback does, else while the pool is full."""
         to_python = getattr(self._consumer.channel, "message_to_python", None)
         message = to_python(raw) if to_python is not None else raw
-        if self._accept is None or self._accept(message, raw):
+        if self._accept is None or self._accept(self._consumer, message, raw):
             self._handle(self._consumer, message)
 
 
@@ -149,7 +149,10 @@ class Handling:
         return getattr(job.consumer, "no_ack", False) or is_live(job.message)
 
     def handle(self, consumer: Any, message: Any) -> None:
-        """Handle `message` here and now."""
+        """Handle `message` here and now; one that a polled transport brings after the stop is given back."""
+        if self._life.leave.is_set() and self._is_unsettled(message):
+            self.give_back(message)
+            return
         job = Job(message, consumer)
         self._inline.add(job)
         self.idle.clear()
@@ -185,7 +188,7 @@ class Handling:
         # What ends consuming may have come after it was given a greenlet, and before that had its turn.
         if self._life.leave.is_set() and self._is_unsettled(job.message):
             self.give_back(job.message)
-        else:
+        elif job.key is ALONE or self._is_wanted(job):  # else its link was lost meanwhile
             self._work(job)
 
     def _work(self, job: Job) -> None:
@@ -302,8 +305,14 @@ class Handling:
         """Whether a handler runs."""
         return bool(self._inline) or (self.pool is not None and bool(self.pool.jobs))
 
+    @property
+    def holds_live(self) -> bool:
+        """Whether a handler runs whose message can still be settled."""
+        messages = [job.message for job in self.running()]
+        return any(is_live(each[0][1] if isinstance(each, Sequence) else each) for each in messages)
+
     def unstarted(self) -> Iterator[Job]:
-        """Yield, and forget, the jobs that wait for their turn."""
+        """Yield, and forget, the jobs that wait for their turn, the last first."""
         if self.pool is not None:
             yield from self.pool.unstarted()
 

@@ -54,6 +54,9 @@ class LinkPool:
     Args:
         links: How many links to each broker; more are opened where these have no channel left.
 
+    Attributes:
+        republishers: What publishes retries over it, by broker; see `republishing`.
+
     Raises:
         ValueError: `links` is less than one.
     """
@@ -62,6 +65,7 @@ class LinkPool:
         if links < 1:
             raise ValueError(f"links must be at least 1, not {links!r}")
         self.size = links
+        self.republishers: dict[str, Any] = {}
         self._slots: dict[tuple[object, ...], list[_Slot]] = {}
 
     def connect(

@@ -284,6 +284,11 @@ class Outbox:
     def _declare(self, publication: Publication) -> None:
         try:
             self._lane.declare(publication.declare)
+        except (
+            TimeoutError
+        ) as exc:  # the channel lives, and what is on its way there is not written again
+            what = f"was not published, as what it declares is not answered in time: {exc}"
+            raise publication.failed(PublishTimeoutError, what, exc) from exc
         except ChannelError as exc:
             what = f"was not published, as the broker refuses what it declares: {exc}"
             raise publication.failed(RefusedError, what, exc) from exc

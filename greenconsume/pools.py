@@ -90,6 +90,7 @@ class Job:
         greenlet: Where it runs; None before it started and after it ended.
         interrupted: What was raised in it, if something was.
         killed: It was told to end for good; what it leaves unsettled is the broker's.
+        outer: The jobs that drain in their handlers, and so run this one: what shields it shields them.
         shields: While it is not 0, interrupts wait.
     """
 
@@ -102,6 +103,7 @@ class Job:
         "key",
         "killed",
         "message",
+        "outer",
         "shields",
     )
 
@@ -114,12 +116,15 @@ class Job:
         self.interrupted: Interrupt | None = None
         self.killed = False
         self.shields = 0
+        self.outer: tuple[Job, ...] = ()
         self._pending: BaseException | None = None
 
     def run(self, work: Callable[[Job], None]) -> None:
         """Call `work` with this job, in this greenlet and in the job's own context."""
         current = self.greenlet = gevent.getcurrent()
-        outer = _running.get(current)  # of a handler that drains by itself
+        outer = _running.get(current)
+        if outer is not None:
+            self.outer = (outer, *outer.outer)
         _running[current] = self
         try:
             self.context.run(work, self)
@@ -152,7 +157,8 @@ class Job:
         if self.greenlet is None:
             return
         if self.shields and not self.killed:
-            self._pending = error
+            if self._pending is None or isinstance(error, Interrupt):  # a kill does not hide why
+                self._pending = error
         else:
             if isinstance(error, Interrupt):
                 self.interrupted = error
@@ -186,11 +192,13 @@ def shielded() -> Iterator[None]:
     if job is None:
         yield
         return
-    job.shields += 1
+    for each in (job, *job.outer):
+        each.shields += 1
     try:
         yield
     finally:
-        job.end_shield()
+        for each in (job, *job.outer):
+            each.end_shield()
 
 
 class HandlerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is untyped
@@ -367,11 +375,11 @@ class HandlerPool:
             raise
 
     def unstarted(self) -> Iterator[Job]:
-        """Yield, and forget, the jobs that wait for their partition's turn."""
+        """Yield, and forget, the jobs that wait for their partition's turn, the last first."""
         for queue in self._waiting.values():
             while queue:
                 self._room.release()
-                yield queue.popleft()
+                yield queue.pop()
 
     def open(self) -> None:
         """Keep greenlets for later, from now on. Never switches."""

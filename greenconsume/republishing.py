@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import amqp
 from gevent.lock import BoundedSemaphore
@@ -116,14 +115,11 @@ class Republisher:
                 channel._session.collect()  # a kill cut the close short
 
 
-_republishers: WeakKeyDictionary[LinkPool, dict[str, Republisher]] = WeakKeyDictionary()
-
-
 def republisher_of(pool: LinkPool, connection: Connection) -> Republisher:
     """Return the pool's republisher for the broker of `connection`; the same one for all. Never switches."""
     info = connection.info()
     key = repr(sorted((name, repr(value)) for name, value in info.items()))
-    republishers = _republishers.setdefault(pool, {})
-    if key not in republishers:
-        republishers[key] = Republisher(pool, connection.clone())
-    return republishers[key]
+    if key not in pool.republishers:
+        pool.republishers[key] = Republisher(pool, connection.clone())
+    republisher: Republisher = pool.republishers[key]
+    return republisher

@@ -181,14 +181,14 @@ class Retrier:
             if self._republisher is not None:
                 self._republisher.leave(self)
 
-    def accept(self, message: Any, raw: Any) -> bool:
+    def accept(self, consumer: Any, message: Any, raw: Any) -> bool:
         """See a message before its handler does; return False if it is not due and is held instead."""
         if not self._by_tag:
             self._note_queues()
-        message.retrier = self
+        message.retrier, message.consumer = self, consumer
         copies.keep_wire_form(message, raw)
         headers = message.headers
-        if copies.EXCHANGE not in headers:
+        if not {copies.EXCHANGE, copies.ROUTING_KEY} <= headers.keys():
             return True
         copies.restore_origin(message)
         due = headers.get(copies.NOT_BEFORE)
@@ -255,7 +255,8 @@ class Retrier:
         if len(queues) > 1:  # kombu's virtual transports do not tell; but they can look it up
             info = message.delivery_info
             names = message.channel._lookup(info.get("exchange"), info.get("routing_key"))
-            queues = [queue for queue in queues if queue.name in names]
+            own = {queue.name for queue in getattr(message.consumer, "queues", ())}
+            queues = [queue for queue in queues if queue.name in (own.intersection(names) or names)]
         if not queues:
             raise GreenconsumeError("the queue that the message came from is not known")
         return queues[0]

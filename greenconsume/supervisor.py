@@ -238,6 +238,7 @@ class Supervisor:
         self._defaults = defaults or {}
         self._live: set[Child] = set()
         self._drained: tuple[Child, ...] = ()
+        self._ended_before = Outcome()  # of consumers that ended by themselves
         self._ended: deque[Child] = deque()
         self._due: list[tuple[float, int, Child]] = []
         self._numbers = count()  # children that are due at the same time have no order
@@ -336,7 +337,7 @@ class Supervisor:
     @property
     def outcome(self) -> Outcome:
         """What became of the messages that its consumers held when the drain began."""
-        return sum((each.outcome for each in self._drains), Outcome())
+        return sum((each.outcome for each in self._drains), self._ended_before)
 
     @property
     def _drains(self) -> list[Any]:
@@ -362,9 +363,11 @@ class Supervisor:
         greenlet = child.make(self._links)
         lifecycle = lifecycle_of(greenlet.consumer)
         lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
-        settings_of(
-            greenlet.consumer
-        )  # raises now what would else be found out when it has connected
+        try:  # now, for it would else be found out when it has connected
+            settings_of(greenlet.consumer)
+        except BaseException:
+            lifecycle.owned = False  # by a greenlet that will not start
+            raise
         if self.closed:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False
@@ -400,6 +403,9 @@ class Supervisor:
 
     def _end(self, child: Child, given_up: bool) -> None:
         child.ended, child.given_up = True, given_up
+        if not self.closed and child.greenlet is not None:
+            drain = lifecycle_of(child.greenlet.consumer).drain
+            self._ended_before += drain.outcome if drain is not None else Outcome()
         if given_up:
             if not (self.closed or self._stop.is_set()):
                 self.failed.append(child)

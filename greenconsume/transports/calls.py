@@ -7,6 +7,7 @@ calls `dispatch_method`, which runs no user code and never switches. `publishing
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from amqp.serialization import dumps
 from gevent.event import Event
 from kombu.transport import pyamqp
 
-from greenconsume.stopping import Deadline, wait
+from greenconsume.stopping import Deadline, wait, wait_open
 from greenconsume.transports.frames import decode_args, decode_body, decode_properties
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ _REPLIES = frozenset(
 class Reply:
     """What one call waits for; kept in line after its caller gave up, so that its reply meets nobody."""
 
-    __slots__ = ("args", "error", "event", "methods", "on_reply", "sig")
+    __slots__ = ("args", "error", "event", "has_caller", "methods", "on_reply", "sig")
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Reply:
         self.sig: tuple[int, int] | None = None
         self.args: list[Any] = []
         self.error: BaseException | None = None
+        self.has_caller = False
 
 
 class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -138,7 +140,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        if self.connection is None:
+        if self.connection is None or self.is_closing:
             raise RecoverableConnectionError("connection already closed")
         if self._broken and self._link.failure is None:
             # Nobody needs to wait: what follows the Open is served after it.
@@ -171,13 +173,14 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             StoppedError: The session's stop signal was set while it was set up.
         """
         methods = tuple(method) if isinstance(method, list) else (method,)
-        reply = Reply(methods, callback)
+        reply, epoch = Reply(methods, callback), self.epoch
+        reply.has_caller = True
         self._replies.append(reply)
         try:
             self._park(reply.event, timeout)
         except BaseException:  # a kill and a gevent.Timeout too
-            reply.on_reply = undo
-            if undo is not None and reply.sig is not None:
+            reply.on_reply, reply.has_caller = undo, False
+            if undo is not None and reply.sig is not None and epoch == self.epoch:
                 undo(reply.sig, *reply.args)
             raise
         if reply.error is not None:
@@ -191,10 +194,9 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         deadline = self._session.deadline or Deadline(self._link.call_timeout)
         if timeout is not None:
             deadline = Deadline(timeout)
-        wait(event, deadline, stop)
-        if event.is_set() and stop is not None:
-            stop.check()  # it may have been the signal that woke us
-        if not event.is_set():
+        if not wait_open(event, deadline, stop):
+            if stop is not None:
+                stop.check()
             raise TimeoutError(f"no reply from {self._link.uri} in time")
 
     # -- what the reader calls ------------------------------------------------------------------------
@@ -221,7 +223,10 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             self._answer(method_sig, args)
 
     def _decode(self, content: Any) -> None:
-        content.properties = decode_properties(content.encoded)
+        try:
+            content.properties = decode_properties(content.encoded)
+        except Exception:  # its publisher's fault, such as a date in the year 55000, not the link's
+            content.properties, content.undecodable = {}, sys.exc_info()
         if self.auto_decode:
             content.body = decode_body(content.properties, content.body)
 
@@ -265,7 +270,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         for reply in replies:
             reply.error = error()
             reply.event.set()
-        return bool(replies)
+        return any(reply.has_caller for reply in replies)
 
     @property
     def _is_consuming(self) -> bool:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import amqp
 from amqp import spec
-from amqp.exceptions import ConsumerCancelled
+from amqp.exceptions import ConsumerCancelled, RecoverableConnectionError
 from amqp.serialization import dumps
 from kombu import Consumer
 from kombu.transport import base, pyamqp
 
 from greenconsume.events import StaleSettle, emit
+from greenconsume.transports.calls import Reply
 from greenconsume.transports.frames import Delivery, decode_content
 from greenconsume.transports.publishing import PublishingChannel
 from greenconsume.transports.settling import ACK, REJECT, REQUEUE, Ledger, encode
@@ -39,7 +41,8 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     _state: Any
 
     def __init__(self, msg: amqp.Message, channel: Channel, **kwargs: Any) -> None:
-        self.errors: list[Any] = []
+        undecodable = getattr(msg, "undecodable", None)
+        self.errors: list[Any] = [undecodable] if undecodable else []
         super().__init__(msg, channel=channel, **kwargs)
         self.epoch = channel.epoch
 
@@ -91,6 +94,7 @@ class Channel(PublishingChannel):
         self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
         self._ledger = Ledger()
         self._flushing = False
+        self._recovering = 0  # what comes before so many RecoverOks is the broker's again
         super().__init__(*args, **kwargs)
 
     @property
@@ -100,6 +104,8 @@ class Channel(PublishingChannel):
     def _end_epoch(self) -> None:
         self._session.take_back(self._can_go_back)
         super()._end_epoch()
+        self._session.forget_paused(self)
+        self._recovering = 0
         self.callbacks.clear()
         self.cancel_callbacks.clear()
         self._consuming.clear()
@@ -144,9 +150,12 @@ class Channel(PublishingChannel):
         if nowait:
             register(None, consumer_tag)
             return consumer_tag
-        return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=self._unconsume))
+        undo = partial(self._unconsume, no_ack)
+        return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=undo))
 
-    def _unconsume(self, _sig: Any, tag: str) -> None:
+    def _unconsume(self, no_ack: bool, _sig: Any, tag: str) -> None:
+        if no_ack:
+            self.no_ack_consumers.add(tag)  # what still comes is settled already
         self.stop_dispatching(tag)
         self._send_cancel(tag)
 
@@ -185,7 +194,7 @@ class Channel(PublishingChannel):
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
         """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
-        if self.connection is None or consumer_tag in self._announced:
+        if self.connection is None or self.is_closing or consumer_tag in self._announced:
             return None
         self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
         self.stop_dispatching(consumer_tag)
@@ -208,6 +217,7 @@ class Channel(PublishingChannel):
         self._remove_tag(consumer_tag)
         self._consuming.discard(consumer_tag)
         self._pausable.pop(consumer_tag, None)
+        self._session.forget_paused(self, consumer_tag)
 
         def undispatched(channel: Channel | None, item: Any) -> bool:
             return self._can_go_back(channel, item) and item[0] == consumer_tag
@@ -236,6 +246,8 @@ class Channel(PublishingChannel):
         consumer_tag = delivery[0]
         wants_settle = consumer_tag not in self.no_ack_consumers
         if wants_settle:
+            if self._recovering:
+                return
             self._ledger.deliver(delivery[1])
         callback = self.callbacks.get(consumer_tag)
         if callback is not None:
@@ -266,9 +278,7 @@ class Channel(PublishingChannel):
         self._consuming.discard(consumer_tag)
 
     def _on_basic_cancel_ok(self, consumer_tag: str) -> None:
-        """Its last delivery was before this; the callback went when the cancel was sent."""
-        if not self._session.backlog:  # else its messages that need no ack may still wait
-            self.no_ack_consumers.discard(consumer_tag)
+        """Nothing is left to do. `no_ack_consumers` keeps it for its messages that are in hand."""
 
     def message_to_python(self, raw_message: Any) -> Any:
         """Make a delivery a `Message`; one that is a message already stays as it is."""
@@ -312,9 +322,16 @@ class Channel(PublishingChannel):
 
     def basic_recover(self, requeue: bool = False) -> Any:
         """As py-amqp's: the broker takes back everything that is not settled."""
-        recovered = super().basic_recover(requeue)
+        self.send_method(spec.Basic.Recover, "b", (requeue,))
+        self._recovering += 1
+        self._session.take_back(self._can_go_back)
         self._ledger.clear()
-        return recovered
+        self.epoch += 1  # settling what is in hand does nothing but count
+
+        def recovered(_sig: Any) -> None:
+            self._recovering -= 1
+
+        self._replies.append(Reply((spec.Basic.RecoverOk,), recovered))
 
     def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
         """As py-amqp's."""
@@ -330,7 +347,10 @@ class Channel(PublishingChannel):
 
         self.send_method(spec.Basic.Get, argsig, (0, queue, no_ack))
         methods = [spec.Basic.GetOk, spec.Basic.GetEmpty]
+        epoch = self.epoch
         found = self.wait(methods, callback=register, returns_tuple=True, undo=undo)
+        if epoch != self.epoch:  # closed in the same read: the message is the broker's again
+            raise RecoverableConnectionError("the channel was closed")
         return self._on_get_ok(*found) if len(found) > 1 else None
 
     @property

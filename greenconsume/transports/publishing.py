@@ -20,7 +20,7 @@ from amqp.exceptions import (
 )
 from gevent.event import Event
 
-from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.stopping import Deadline, StopSignal, wait_open
 from greenconsume.transports.calls import CallingChannel
 from greenconsume.transports.frames import encode_publish
 
@@ -170,7 +170,8 @@ class PublishingChannel(CallingChannel):
         try:
             self._await_confirm(confirm, confirm_timeout)
         finally:
-            if self._confirms.get(tag) is confirm:
+            # A mandatory one stays until its answer, so that its return meets nobody else.
+            if self._confirms.get(tag) is confirm and not (confirm.mandatory or confirm.immediate):
                 self._forget(tag)
         if confirm.error is not None:
             raise confirm.error
@@ -210,6 +211,7 @@ class PublishingChannel(CallingChannel):
             self.confirm_select(nowait=True)  # what is published after it is confirmed
         message, exchange, routing_key = confirm.message, confirm.exchange, confirm.routing_key
         self._write_publish(message, exchange, routing_key, confirm.mandatory, confirm.immediate)
+        confirm.returned = None  # whatever became of it when it was written before
         self._confirms[self._published] = confirm
         if confirm.mandatory or confirm.immediate:
             self._mandatory.setdefault(_key_of(confirm), []).append(confirm)
@@ -245,24 +247,24 @@ class PublishingChannel(CallingChannel):
         stop, limit = self._session.publish_stop, timeout or self._link.call_timeout
         deadline = Deadline(limit)
         if stop is not None:
-            wait(confirm.event, deadline, stop)
+            wait_open(confirm.event, deadline, stop)
             if stop.is_set() and not confirm.ready:
-                confirm.event.clear()  # it was not the confirm that woke us
                 deadline = Deadline(min(limit, self._link.close_timeout))
         self._park(confirm.event, deadline.remaining)
 
     def confirm_select(self, nowait: bool = False) -> Any:
         """Put the channel into confirm mode; its publishes are counted from here."""
         self._open_again()  # raises what is yet to be told, before the mode counts as asked for
-        self._confirm_selected = True
-        self._published = self._answered = 0
+        if not self._confirm_selected:  # asked again, the broker goes on counting
+            self._confirm_selected = True
+            self._published = self._answered = 0
         return super().confirm_select(nowait)
 
     # -- what the broker answers ------------------------------------------------------------------------
 
     def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
         """As `CallingChannel`'s, without detours for what there is one of for each message."""
-        if method_sig == spec.Basic.Ack and not self.is_closing and len(payload) == _ack.size:
+        if method_sig == spec.Basic.Ack and self.is_open and len(payload) == _ack.size:
             delivery_tag, bits = _ack.unpack(payload)
             self._on_basic_ack(delivery_tag, bool(bits & 1))
         else:

@@ -77,7 +77,12 @@ class Session:
         if channel_id in self.channels:
             return self.channels[channel_id]
         channel = Channel(self, channel_id, on_open=callback)
-        channel.open()
+        try:
+            channel.open()
+        except BaseException:  # nobody has it: its id must not stay taken
+            channel.ask_to_close()
+            channel.collect()
+            raise
         return channel
 
     # -- deliveries -----------------------------------------------------------------------------
@@ -135,6 +140,14 @@ class Session:
         paused, self.paused = self.paused, []
         for channel, consumer_tag, args in paused:
             channel.resume(consumer_tag, args)
+
+    def forget_paused(self, channel: Channel, consumer_tag: str | None = None) -> None:
+        """Do not resume this consumer, or any of the channel. Never switches."""
+        self.paused = [
+            each
+            for each in self.paused
+            if each[0] is not channel or consumer_tag not in (None, each[1])
+        ]
 
     def take_back(self, wanted: Callable[[Channel | None, Any], bool]) -> list[Any]:
         """Remove and return the items of the inbox that are `wanted`. Never switches."""

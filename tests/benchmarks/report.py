@@ -99,6 +99,9 @@ def headings_of(name: str, base: Measured | None) -> list[str]:
 def cells_of(row: Measured, names: list[str], base: Measured | None) -> Iterator[str]:
     for name in names:
         values = values_of(row, name)
+        if not values:  # a peer that does not tell
+            yield from [""] * len(headings_of(name, base))
+            continue
         low, high = human(min(values)), human(max(values))
         yield human(median_of(row, name)) + (f" ({low} to {high})" if low != high else "")
         if COLUMNS[name].compared and base:

@@ -26,7 +26,7 @@ from greenconsume.events import (
 )
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, Recorder, consuming, observed, pause_for
-from tests.messages import declare, publish, queue_depth
+from tests.messages import channel, declare, publish, queue_depth
 from tests.waiting import wait_until
 
 ERRORS = [OSError, TimeoutError, ConnectionResetError, KeyError, ValueError]
@@ -359,3 +359,34 @@ def counted(kind: type[Any]) -> Iterator[list[int]]:
         yield count
     finally:
         unsubscribe()
+
+
+def test_a_handler_runs_on_where_another_queue_of_its_consumer_is_deleted(
+    amqp_url: str, queue_name: str
+):
+    """The link and its channel are well, so it settles its message, which does not come again."""
+    gone = Queue(f"{queue_name}-gone")
+
+    class Two(Pooled):
+        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+            more = Consumer([gone], callbacks=[self.on_task])
+            return [*super().get_consumers(Consumer, channel), more]
+
+    begun, go_on = gevent.event.Event(), gevent.event.Event()
+
+    def handle(_body: Any, _message: Any) -> None:
+        begun.set()
+        go_on.wait()
+
+    consumer = Two(amqp_url, queue_name, handle)
+    publish(amqp_url, queue_name, 1)
+    with consuming(consumer):
+        assert begun.wait(SOON)
+        with channel(amqp_url) as chan:
+            chan.queue_delete(gone.name)
+        pause_for(0.2)
+        go_on.set()
+        wait_until(lambda: consumer.ready_count == 2)
+        publish(amqp_url, queue_name, [1])
+        wait_until(lambda: 1 in consumer.bodies)
+    assert consumer.bodies == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections import Counter
 from time import monotonic
 
@@ -804,3 +805,172 @@ def test_a_channel_waits_for_nothing_while_another_greenlet_waits_on_it(connect,
     assert not Event().wait(0.001)
     peer.send(frames.method_frame(1, "queue.declare-ok", "q", 0, 0))
     assert call.get(timeout=30).queue == "q"
+
+
+# -- what comes too late ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_sent_on_a_channel_that_closes(connect, make_peer):
+    peer = make_peer(silent={"channel.close"})
+    connection = connect(peer)
+    channel = connection.channel()
+    closer = run(channel.close)
+    peer.wait_for("channel.close")
+    publishing = run(channel.basic_publish, amqp.Message("late"), "e", "k")
+    declaring = run(channel.queue_declare, "late")
+    for call in (publishing, declaring):
+        assert isinstance(call.get(timeout=30), RecoverableConnectionError)
+    channel.basic_cancel("no-such-tag")
+    peer.send(frames.method_frame(1, "channel.close-ok"))
+    closer.get(timeout=30)
+    connection.channel()
+    assert peer.names[-2:] == ["channel.close", "channel.open"]
+
+
+def undecodable(channel, body=b"{}"):
+    """Content with a date that Python does not have."""
+    table = b"\x01d" + b"T" + struct.pack(">Q", 0xFFFFFFFFFFFF)
+    header = struct.pack(">HHQHI", 60, 0, len(body), 0x2000, len(table)) + table
+    return frames.raw_frame(2, channel, header) + frames.raw_frame(3, channel, body)
+
+
+def test_a_message_that_is_got_with_properties_that_cannot_be_decoded_harms_nobody(connect, peer):
+    got_ok = frames.method_frame(1, "basic.get-ok", 1, False, "", "k", 0)
+    peer.answers["basic.get"] = got_ok + undecodable(1)
+    connection = connect(peer)
+    channel = connection.channel()
+    with pytest.raises(ValueError, match="out of range"):
+        Queue("q", channel=channel).get()
+    message = channel.message_to_python(channel.basic_get("q"))
+    message.reject()
+    channel.queue_declare("q")
+    assert connection.connected
+    assert settles(peer) == {(1, 1, "reject"): 1}
+
+
+def test_a_returned_message_whose_properties_cannot_be_decoded_harms_nobody(connect, peer):
+    connection = connect(peer)
+    channel = connection.channel()
+    channel.basic_publish(amqp.Message("x"), "e", "k", mandatory=True)
+    peer.wait_for("basic.publish")
+    returned = frames.method_frame(1, "basic.return", 312, "NO_ROUTE", "e", "k")
+    peer.send(returned + undecodable(1))
+    with pytest.raises(ChannelError, match="NO_ROUTE"):
+        wait_until(lambda: channel.queue_declare("q") is None)
+    assert connection.connected
+
+
+def test_a_consumer_that_is_cancelled_while_it_is_paused_is_not_started_again(connect, peer):
+    connection, got = connect(peer), []
+    channel = connection.channel()
+    channel.queue_declare("q", auto_delete=False)
+    channel.basic_consume("q", "t", no_ack=True, callback=got.append)
+    peer.send(b"".join(frames.deliver(1, "t", tag) for tag in range(1, 1102)))
+    wait_until(lambda: connection.connection.paused)
+    channel.basic_cancel("t")
+    channel.basic_consume("q", "t", no_ack=True, callback=got.append)
+    while connection.connection.backlog:
+        connection.drain_events(timeout=30)
+    channel.queue_declare("q")
+    assert peer.names.count("basic.consume") == 2
+
+
+def test_a_call_that_is_given_up_on_a_channel_that_the_broker_closed_is_not_undone(
+    connect, make_peer
+):
+    """The reply and the close come in one read, and the kill before its caller runs."""
+    peer = make_peer(silent={"basic.consume"})
+    connection = connect(peer)
+    channel, link = connection.channel(), connection.connection.link
+    call = gevent.spawn(channel.basic_consume, "q", "t", callback=print)
+    peer.wait_for("basic.consume")
+    take = link.on_inbound_frame
+
+    def take_and_kill(frame):
+        call.kill(block=False)  # it comes before the reply wakes its caller
+        take(frame)
+
+    link.on_inbound_frame = take_and_kill
+    peer.send(frames.method_frame(1, "basic.consume-ok", "t") + MISSING)
+    call.join(30)
+    link.on_inbound_frame = take
+    connection.channel()
+    assert peer.names[-2:] == ["channel.close-ok", "channel.open"]
+
+
+def test_an_error_is_told_to_the_next_caller_where_the_one_that_waited_gave_up(connect, make_peer):
+    peer = make_peer(silent={"queue.declare"})
+    channel = connect(peer, call_timeout=0.02).channel()
+    with pytest.raises(TimeoutError):
+        channel.queue_declare("slow")
+    peer.send(MISSING)
+    peer.wait_for("channel.close-ok")
+    with pytest.raises(NotFound):
+        channel.basic_publish(amqp.Message("x"), "e", "k")
+
+
+def test_what_a_recover_gave_back_is_neither_handled_nor_settled(connect, make_peer):
+    peer = make_peer(silent={"basic.recover"})
+    connection, got = connect(peer), []
+    consumer = kombu_consumer(connection, got)
+    tag, channel = tag_of(consumer), consumer.channel
+    peer.send(frames.deliver(1, tag, 1) + frames.deliver(1, tag, 2))
+    connection.drain_events(timeout=30)
+    wait_until(lambda: connection.connection.backlog == 1)
+    consumer.recover(requeue=True)
+    peer.wait_for("basic.recover")
+    got[0].ack()
+    # 3 was on its way when the broker took everything back; 4 is the first that came after it.
+    late, new = frames.deliver(1, tag, 3), frames.deliver(1, tag, 4, redelivered=True)
+    peer.send(late + frames.method_frame(1, "basic.recover-ok") + new)
+    connection.drain_events(timeout=30)
+    assert [message.delivery_tag for message in got] == [1, 4]
+    got[1].ack()
+    channel.queue_declare("q")
+    assert settles(peer) == {(1, 4, "basic.ack"): 1}
+
+
+def test_a_consumer_without_acks_whose_start_was_given_up_rejects_nothing(connect, make_peer):
+    peer = make_peer(silent={"basic.consume"})
+    channel = connect(peer).channel()
+    with gevent.Timeout(0.02, False):
+        channel.basic_consume("q", "t", no_ack=True, callback=print)
+    peer.wait_for("basic.consume")
+    peer.send(frames.method_frame(1, "basic.consume-ok", "t") + frames.deliver(1, "t", 1))
+    peer.wait_for("basic.cancel")
+    channel.queue_declare("q")
+    assert settles(peer) == {}
+
+
+def test_a_message_in_hand_that_needs_no_ack_is_not_acked_after_its_consumer_was_cancelled(
+    connect, peer
+):
+    connection, got = connect(peer), []
+    consumer = kombu_consumer(connection, got, no_ack=True)
+    peer.send(frames.deliver(1, tag_of(consumer), 1))
+    connection.drain_events(timeout=30)
+    consumer.cancel()
+    got[0].ack()
+    got[0].channel.queue_declare("q")
+    assert settles(peer) == {}
+
+
+def test_a_message_got_together_with_the_end_of_its_channel_is_not_returned(connect, peer):
+    """HAZARDS.md row 13: what settled it would settle another one, in the channel's next life."""
+    connection = connect(peer)
+    consumer = kombu_consumer(connection, [])
+    got_ok = frames.method_frame(1, "basic.get-ok", 7, False, "", "k", 0)
+    peer.answers["basic.get"] = got_ok + frames.content(1, b"{}") + MISSING
+    with pytest.raises(RecoverableConnectionError):
+        consumer.channel.basic_get("q")
+
+
+def test_an_id_is_free_again_where_opening_its_channel_was_given_up(connect, make_peer):
+    peer = make_peer()
+    connection = connect(peer)
+    link = connection.connection.link
+    peer.silent.add("channel.open")
+    with gevent.Timeout(0.02, False):
+        connection.connection.channel()
+    peer.send(frames.method_frame(1, "channel.open-ok", b""))
+    wait_until(lambda: set(link.channels) == {0})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -15,7 +15,7 @@ from gevent.event import Event
 from kombu import Connection, Producer, Queue
 
 from greenconsume import draining, handlers
-from greenconsume.errors import HandlerTimeout, Shutdown, StoppedError
+from greenconsume.errors import HandlerTimeout, InvalidConsumerError, Shutdown, StoppedError
 from greenconsume.events import (
     ConsumerDrained,
     ConsumerState,
@@ -29,8 +29,10 @@ from greenconsume.greenlets import ConsumerGreenlet, spawn
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.policies import Reject, Requeue
+from greenconsume.pools import shielded
 from greenconsume.runtime import Runtime
 from greenconsume.supervisor import Child
+from greenconsume.switches import KillSwitch
 from tests import frames
 from tests.peer import Peer
 from tests.unit.fakes import of_type, recording
@@ -1042,3 +1044,174 @@ def test_a_message_handled_quickly_takes_no_longer_with_a_pool(make_desk: Callab
         desk.put(1)
         assert handled.wait(30)
         assert monotonic() - began < 0.5
+
+
+# -- what a drain meets --------------------------------------------------------------------------------
+
+
+def test_a_stop_while_the_kill_switch_drains_cancels_a_handler_once(make_desk, events):
+    interrupts: list[str] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if body == "bad":
+            raise ValueError(body)
+        try:
+            gevent.sleep(30)
+        except Shutdown:
+            interrupts.append("first")
+            try:
+                gevent.sleep(0.3)
+            except Shutdown:
+                interrupts.append("second")
+                raise
+            raise
+
+    switch = KillSwitch(0, 1, 60)
+    desk = make_desk(
+        handle, concurrency=2, kill_switch=switch, on_error=Reject(), drain_timeout=0.05
+    )
+    desk.worker.drain_timeout = 0.05
+    desk.put("long", "bad")
+    desk.run()
+    wait_until(lambda: interrupts)
+    desk.runtime.stop()
+    assert desk.runtime.join(30)
+    assert interrupts == ["first"]
+    assert drained(events) == [(0, 0, 1, 0)]
+
+
+def test_what_is_given_back_keeps_its_order(make_desk):
+    gate = Gate()
+    desk = make_desk(gate, concurrency=3, partition_by=lambda message: "same")
+    desk.put(*range(1, 6))
+    desk.run()
+    gate.wait(1)
+    wait_until(lambda: desk.unsettled == 5)
+    gevent.idle()
+    desk.runtime.stop()
+    gevent.idle()
+    gate.opened.set()
+    assert desk.runtime.join(30)
+    assert gate.ended == [1]
+    left = [desk.channel.basic_get(desk.queue.name) for _ in range(4)]
+    assert [message.decode() for message in left] == [2, 3, 4, 5]
+
+
+def test_a_limit_counts_what_waits_behind_its_key(make_desk):
+    gate = Gate()
+    gate.opened.set()
+    desk = make_desk(
+        lambda *args: (gevent.sleep(0.01), gate(*args)),
+        concurrency=2,
+        partition_by=lambda message: "same",
+    )
+    desk.put(1, 2, 3)
+    assert len(list(desk.worker.consume(limit=3))) == 3
+    assert gate.ended == [1, 2, 3]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_does_not_hide_the_timeout_that_waits_for_a_write(make_desk, events, place):
+    def handle(_body: Any, message: Any) -> None:
+        with shielded():
+            gevent.sleep(0.1)
+        gevent.sleep(30)
+
+    policy = {HandlerTimeout: Reject(), BaseException: Requeue(60)}
+    desk = make_desk(
+        handle, concurrency=place, handler_timeout=0.02, cancel_timeout=0.02, on_error=policy
+    )
+    desk.worker.cancel_timeout = 0.02
+    desk.put("x")
+    with desk.runtime:
+        wait_until(lambda: of_type(events, HandlerFailed))
+        assert desk.greenlet.state is ConsumerState.CONSUMING
+    (failure,) = of_type(events, HandlerFailed)
+    assert isinstance(failure.error, HandlerTimeout)
+    assert failure.outcome == "rejected"
+
+
+def test_a_handler_that_drains_by_itself_is_not_interrupted_in_what_it_runs(make_desk):
+    """Law 2: the write of the inner message is as much on the transport as one of its own."""
+    ended: list[str] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if body == "outer":
+            desk.worker.consumers[0].channel.connection.client.drain_events(timeout=30)
+            return
+        try:
+            with shielded():
+                gevent.sleep(0.1)
+                ended.append("written")
+        except BaseException as exc:
+            ended.append(f"interrupted by {exc!r}")
+            raise
+
+    desk = make_desk(handle, handler_timeout=0.02)
+    desk.put("outer", "inner")
+    with desk.runtime:
+        wait_until(lambda: ended)
+    assert ended == ["written"]
+
+
+def test_a_give_back_that_fails_does_not_end_the_drain(make_desk):
+    gate = Gate()
+    desk = make_desk(gate, concurrency=3, partition_by=lambda message: "same", drain_timeout=30)
+    desk.worker.drain_timeout = 30
+    desk.put(1, 2)
+    desk.run()
+    gate.wait(1)
+    wait_until(lambda: desk.unsettled == 2)
+
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise OSError("the store is full")
+
+    desk.worker.consumers[0].channel.basic_reject = fail
+    desk.runtime.stop()
+    gevent.sleep(0.05)
+    gate.opened.set()
+    assert desk.runtime.join(30)
+    assert gate.ended == [1]
+    assert desk.depth == 1  # the other, which came back with the end of the channel
+
+
+def test_what_a_polled_transport_brings_after_the_stop_is_given_back(make_desk):
+    gate = Gate()
+    desk = make_desk(gate)
+    other = Queue(f"{desk.queue.name}-other")(desk.channel)
+    other.declare()
+    Producer(desk.channel).publish("late", routing_key=other.name)
+    message = other.get()
+    with desk.runtime:
+        handling = lifecycle_of(desk.worker).drain.handling
+        desk.worker.should_stop = True
+        handling.handle(desk.worker.consumers[0], message)
+    assert gate.came == []
+    assert desk.channel._size(other.name) == 1
+
+
+def test_a_consumer_that_stopped_itself_counts_in_the_runtimes_outcome(make_desk, events):
+    def handle(_body: Any, _message: Any) -> None:
+        desk.worker.should_stop = True
+        while True:
+            with suppress(Shutdown):
+                gevent.sleep(30)
+
+    desk = make_desk(handle, concurrency=1)
+    desk.worker.drain_timeout = desk.worker.cancel_timeout = 0.02
+    desk.put(1)
+    assert desk.runtime.run() is False
+    (finished,) = of_type(events, DrainFinished)
+    assert finished.killed_handlers == 1
+
+
+def test_an_instance_whose_setting_was_mended_can_be_started(make_desk):
+    gate = Gate()
+    gate.opened.set()
+    desk = make_desk(gate, concurrency=0)
+    desk.put(1)
+    with pytest.raises(InvalidConsumerError):
+        desk.runtime.start()
+    desk.worker.concurrency = 2
+    with desk.runtime:
+        wait_until(lambda: gate.ended == [1])

@@ -638,3 +638,16 @@ def test_a_kill_leaves_no_attempt_of_a_transport_without_links(pool, connections
     greenlet = connecting(pool, connection)
     gevent.joinall([greenlet], timeout=0.01)
     greenlet.kill()
+
+
+def test_nobody_dials_on_where_the_only_one_who_waited_has_his_error(pool, connected, make_peer):
+    """As kombu's own reconnects do, which make one attempt at a time."""
+    peer = make_peer()
+    connection = connected(peer)
+    ((slot,),) = pool._slots.values()
+    peer.close()
+    wait_until(lambda: not slot.live)
+    with pytest.raises(ConnectionRefusedError):
+        connection.transport.establish_connection()
+    wait_until(lambda: slot._dialer is None)
+    connection.release()

@@ -433,7 +433,7 @@ def test_a_stop_ends_the_wait_to_line_up(
     gevent.idle()
     bench.stop.set()
     assert late.get(timeout=30) is False
-    assert [job.message.delivery_tag for job in bench.pool.unstarted()] == [1, 2]
+    assert [job.message.delivery_tag for job in bench.pool.unstarted()] == [2, 1]
     gate.set()
 
 
@@ -441,7 +441,7 @@ def test_what_waits_for_its_turn_is_given_out_once(make_bench: Callable[..., Ben
     bench, gate = make_bench(1), Event()
     for tag in range(4):
         bench.put(tag, blocked(gate), key=tag % 1)
-    assert [job.message.delivery_tag for job in bench.pool.unstarted()] == [1, 2, 3]
+    assert [job.message.delivery_tag for job in bench.pool.unstarted()] == [3, 2, 1]
     assert list(bench.pool.unstarted()) == []
     gate.set()
     bench.settle()

@@ -849,3 +849,37 @@ def test_wrong_arguments_are_refused_where_they_enter(error, broker, options):
 
 def test_the_address_shows_no_password(publish_to):
     assert publish_to("amqp://user:secret@host//").uri == "amqp://user:**@host:5672//"
+
+
+def test_a_message_that_was_returned_in_a_life_that_ended_and_then_arrives_is_confirmed(
+    publisher, peer
+):
+    publication = publisher.publish_nowait(1, "k", mandatory=True)
+    (sent,) = arrived(peer, 1)
+    address = {"exchange": sent.exchange, "routing_key": sent.routing_key}
+    own = {"message_id": sent.properties["message_id"]}
+    peer.send(frames.basic_return(sent.channel, sent.body, **address, **own))
+    peer.send(frames.channel_close(sent.channel, 541, "INTERNAL_ERROR"))
+    arrived(peer, 2)
+    peer.send(frames.basic_ack(sent.channel, 1))
+    assert publication.wait(30) is None
+
+
+def test_a_declare_that_is_not_answered_fails_its_own_message_alone(make_peer):
+    peer = make_peer(silent={"queue.declare"})
+    connection = Connection(
+        peer.url, transport_options={"call_timeout": 0.05, "close_timeout": 0.1}
+    )
+    publisher = Publisher(connection, timeout=SOON)
+    first = publisher.publish_nowait("first", "k")
+    arrived(peer, 1)
+    declaring = publisher.publish_nowait("second", "k", declare=[Queue("q")])
+    with pytest.raises(PublishTimeoutError, match="what it declares is not answered in time"):
+        declaring.wait(30)
+    third = publisher.publish_nowait("third", "k")
+    arrived(peer, 2)
+    peer.send(frames.basic_ack(1, 2, multiple=True))
+    first.wait(30)
+    third.wait(30)
+    assert bodies(peer) == [b"first", b"third"]
+    publisher.close()

@@ -16,10 +16,12 @@ from amqp.exceptions import (
     RecoverableConnectionError,
 )
 from gevent.event import Event
+from gevent.monkey import get_original
 from kombu import Connection, Exchange, Producer
 
 from greenconsume import transports
 from greenconsume.events import LinkDown
+from greenconsume.stopping import StopSignal
 from greenconsume.transports.link import LinkLostError
 from tests import frames
 from tests.unit.fakes import of_type, recording
@@ -74,6 +76,11 @@ def check_waiting(calls, *expected):
     wait_until(lambda: waiting(calls) == list(expected))
     gevent.joinall(calls, timeout=0.002)
     assert waiting(calls) == list(expected)
+
+
+def block(seconds):
+    """Keep the hub from running."""
+    get_original("time", "sleep")(seconds)
 
 
 def missing(channel_id=1):
@@ -489,3 +496,57 @@ def test_a_link_that_is_lost_while_publishing_is_blocked_says_so(channel, peer):
         peer.hang_up()
         assert isinstance(publish.get(timeout=30), LinkLostError)
     assert len(of_type(events, LinkDown)) == 1
+
+
+def test_a_confirm_of_the_life_that_ended_confirms_nothing_of_the_next(connect, make_peer):
+    peer = make_peer()
+    channel = connect(peer).channel()
+    first = confirmed(channel)
+    peer.wait_for("body")
+    peer.silent.add("channel.open")
+    peer.send(missing())
+    assert isinstance(first.get(timeout=30), NotFound)
+    second = confirmed(channel)
+    peer.wait_for("body", 2)
+    peer.send(frames.basic_ack(1, 1))  # on its way when the channel was closed
+    check_waiting([second], 1)
+    peer.send(frames.method_frame(1, "channel.open-ok", b"") + frames.basic_ack(1, 1))
+    assert second.get(timeout=30) is None
+
+
+def test_asking_for_confirms_again_goes_on_counting(channel, peer):
+    first = confirmed(channel)
+    peer.wait_for("body")
+    peer.send(frames.basic_ack(1, 1))
+    assert first.get(timeout=30) is None
+    channel.confirm_select()
+    second = confirmed(channel)
+    peer.wait_for("body", 2)
+    peer.send(frames.basic_ack(1, 2))
+    assert second.get(timeout=30) is None
+
+
+def test_a_stop_in_the_turn_of_the_timeout_is_no_confirm(connect, peer):
+    connection = connect(peer)
+    channel, stop = connection.channel(), StopSignal()
+    connection.connection.publish_stop = stop
+    call = confirmed(channel, confirm_timeout=0.05)
+    peer.wait_for("body")
+    timer = gevent.get_hub().loop.timer(0.03)
+    timer.start(stop.set)
+    block(0.1)  # as a handler that computes: both are due when it ends
+    assert isinstance(call.get(timeout=30), TimeoutError)
+    timer.close()
+
+
+def test_a_return_whose_publisher_gave_up_meets_nobody_else(channel, peer):
+    with pytest.raises(TimeoutError):
+        channel.basic_publish_confirm(
+            amqp.Message(b"1"), "e", "k", mandatory=True, confirm_timeout=0.02
+        )
+    peer.send(frames.basic_return(1, b"1", exchange="e", routing_key="k") + frames.basic_ack(1, 1))
+    channel.connection.channel()  # all of this was read when it is open
+    call = confirmed(channel)
+    peer.wait_for("body", 2)
+    peer.send(frames.basic_ack(1, 2))
+    assert call.get(timeout=30) is None

@@ -408,3 +408,49 @@ class _Double:
 
     def as_uri(self) -> str:
         return "double://"
+
+
+def test_a_header_of_ours_that_somebody_else_wrote_harms_nobody(memory, queue_name):
+    """Law 5: whatever a message brings, its consumer lives on."""
+    consumer = Failing("memory://", queue_name)
+    consumer.on_error = Retry(0)
+    with consuming(consumer):
+        producer = memory.Producer()
+        producer.publish("poison", routing_key=queue_name, headers={copies.EXCHANGE: ""})
+        producer.publish("good", routing_key=queue_name)
+        wait_until(lambda: len(consumer.seen) == 2)
+
+
+def test_a_retry_goes_to_the_queue_of_the_callback_that_failed(tmp_path, queue_name):
+    """Also on a polled transport, which does not say from which queue a message comes."""
+    folder = str(tmp_path)
+    options = dict.fromkeys(("data_folder_in", "data_folder_out"), folder)
+    options["control_folder"] = str(tmp_path / "control")
+    exchange, came = Exchange(f"{queue_name}-x"), []
+    queues = [Queue(f"{queue_name}-{name}", exchange, "order") for name in ("mail", "bill")]
+
+    class Two(ConsumerMixin):
+        on_error = Retry(delays=[0])
+        connection = Connection("filesystem://", transport_options=options)
+
+        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+            calls = (self.on_mail, self.on_bill)
+            return [
+                Consumer([queue], callbacks=[call])
+                for queue, call in zip(queues, calls, strict=True)
+            ]
+
+        def on_mail(self, _body: Any, message: Any) -> None:
+            came.append("mail")
+            message.ack()
+
+        def on_bill(self, _body: Any, message: Any) -> None:
+            came.append("bill")
+            if came.count("bill") == 1:
+                raise LookupError
+            message.ack()
+
+    with consuming(Two()), Connection("filesystem://", transport_options=options) as connection:
+        connection.Producer(exchange=exchange).publish(1, routing_key="order")
+        wait_until(lambda: came.count("bill") == 2)
+    assert sorted(came) == ["bill", "bill", "mail"]
