@@ -15,8 +15,9 @@ from typing import Any
 from uuid import uuid4
 
 import kombu
-from kombu import Exchange, Producer
+from kombu import Exchange, Producer, serialization
 from kombu.transport import pyamqp
+from kombu.utils import json as kombu_json
 
 from greenconsume.errors import ForkedError, PublishError, StoppedError
 from greenconsume.links import LinkPool
@@ -25,6 +26,9 @@ from greenconsume.publications import Publication
 from greenconsume.stopping import Deadline
 from greenconsume.targets import connection_to
 from greenconsume.transports.amqp import Transport
+
+#: What kombu's `json.dumps` comes to, without an encoder made for each message.
+_encode_json = kombu_json.JSONEncoder().encode
 
 
 class Publisher:
@@ -84,8 +88,9 @@ class Publisher:
         self._timeout = timeout
         self._max_retries = max_retries
         self._declare = [exchange] if isinstance(exchange, Exchange) and exchange.name else []
+        self._on_amqp = isinstance(connection.transport, Transport)
         self._producer = Producer(
-            _Taker() if isinstance(connection.transport, Transport) else _PlainTaker(),
+            _Taker() if self._on_amqp else _PlainTaker(),
             exchange=Exchange(exchange) if isinstance(exchange, str) else exchange,
             routing_key=routing_key,
             serializer=serializer,
@@ -160,6 +165,12 @@ class Publisher:
         if timeout is None:
             timeout = self._timeout if confirm_timeout is None else confirm_timeout
         due = inf if timeout is None else monotonic() + timeout
+        if type(body) in (dict, list) and self._is_json(options):
+            try:
+                body = _encode_json(body)
+                options |= {"content_type": "application/json", "content_encoding": "utf-8"}
+            except Exception:  # whatever a value's own code raises: kombu tells it in its words
+                pass
         publication: Publication = self._producer.publish(body, routing_key, **options)
         publication.outbox = self._outbox
         publication.due = due
@@ -167,6 +178,15 @@ class Publisher:
         publication.message_id = options["message_id"]
         publication.max_retries = inf if retries is None else retries
         return publication
+
+    def _is_json(self, options: dict[str, Any]) -> bool:
+        """Whether kombu would make plain JSON of a dict or list."""
+        return (
+            self._on_amqp
+            and self._producer.serializer is None
+            and options.keys().isdisjoint(("serializer", "content_type", "content_encoding"))
+            and serialization.registry._default_encode is kombu_json.dumps
+        )
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until every message that is outstanding now is confirmed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import suppress
+from datetime import datetime
 from time import monotonic
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from amqp.exceptions import (
     PreconditionFailed,
     RecoverableConnectionError,
 )
-from kombu import Connection, Exchange, Producer, Queue
+from kombu import Connection, Exchange, Producer, Queue, serialization
 from kombu.exceptions import EncodeError
 
 from greenconsume import Publisher, outbox, transports
@@ -169,6 +170,34 @@ def test_a_message_is_what_a_kombu_producer_makes_of_it(publish_to, broker):
     plain, ours = broker.published
     message_id = ours.properties.pop("message_id")
     assert (ours, UUID(message_id).hex) == (plain, message_id)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize(
+    "body",
+    [{}, [], {"ü": [1.5, None, True]}, {"at": datetime(2026, 1, 2), "id": UUID(int=7)}, [b"\xff"]],
+)
+def test_plain_json_is_what_kombu_makes_of_it(publish_to, broker, body, compression):
+    transports.register()
+    options = {"routing_key": "k", "compression": compression}
+    with Connection(broker.url) as connection:
+        Producer(connection).publish(body, **options)
+        arrived(broker, 1)
+    publish_to(broker).publish(body, **options)
+    plain, ours = broker.published
+    del ours.properties["message_id"]
+    assert ours == plain
+
+
+def test_another_default_serializer_is_kombus_to_choose(publish_to, broker):
+    encode = serialization.registry._default_encode
+    serialization.registry._set_default_serializer("pickle")
+    try:
+        publish_to(broker).publish({"a": 1}, "k")
+    finally:
+        serialization.registry._set_default_serializer("json")
+    assert serialization.registry._default_encode is encode
+    assert "json" not in broker.published[0].properties["content_type"]
 
 
 def test_the_publishers_own_options_hold_unless_told_otherwise(publish_to, broker):
