@@ -30,6 +30,8 @@ _PROPERTIES = tuple(
     (name, 1 << (15 - at), _UNLIKE_TEXT if name in _UNLIKE else _KINDS.get(kind, _OTHER))
     for at, (name, kind) in enumerate(amqp.Message.PROPERTIES)
 )
+#: What there is of these in a message, in the order of the wire: few sets of names are used again and again.
+_in_order: dict[tuple[str, ...], tuple[tuple[str, int, int], ...]] = {}
 
 
 def encode_properties(message: Any) -> bytes:
@@ -38,10 +40,10 @@ def encode_properties(message: Any) -> bytes:
     Raises:
         Exception: What py-amqp raises for a value that cannot be encoded.
     """
-    flags, parts = 0, [b""]
-    get = message.properties.get
-    for name, flag, kind in _PROPERTIES:
-        value = get(name)
+    flags, parts, properties = 0, [b""], message.properties
+    names = tuple(properties)
+    for name, flag, kind in _in_order.get(names) or _order(names):
+        value = properties[name]
         if value is None:
             continue
         flags |= flag
@@ -59,6 +61,13 @@ def encode_properties(message: Any) -> bytes:
             return encoded
     parts[0] = _flags.pack(flags)
     return b"".join(parts)
+
+
+def _order(names: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    if len(_in_order) >= _KNOWN_LIMIT:
+        _in_order.clear()
+    _in_order[names] = found = tuple(each for each in _PROPERTIES if each[0] in names)
+    return found
 
 
 def encode_address(exchange: Any, routing_key: Any, mandatory: bool, immediate: bool) -> bytes:
