@@ -33,8 +33,7 @@ from greenconsume.runtime import Runtime
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    # Checked as for Python 3.10 by a Python that does not install it.
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]  # mypy may run on 3.11
 
 _TABLE = "[tool.greenconsume] in pyproject.toml"
 

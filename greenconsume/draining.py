@@ -253,7 +253,7 @@ def seen_off(consumer: Any) -> Iterator[None]:
         if life.drain is not None:
             life.drain.abandon()
         raise
-    except BaseException:
+    except BaseException:  # whatever ended the run, it goes on when the handlers have ended
         if life.drain is not None:
             life.drain.finish()
         raise

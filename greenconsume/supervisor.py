@@ -27,6 +27,7 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
     ConsumerRestarting,
@@ -365,7 +366,7 @@ class Supervisor:
         lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
         try:  # now, for it would else be found out when it has connected
             settings_of(greenlet.consumer)
-        except BaseException:
+        except InvalidConsumerError:
             lifecycle.owned = False  # by a greenlet that will not start
             raise
         if self.closed:  # the stop came while it was being made
