@@ -960,7 +960,7 @@ def test_a_message_got_together_with_the_end_of_its_channel_is_not_returned(conn
     connection = connect(peer)
     consumer = kombu_consumer(connection, [])
     got_ok = frames.method_frame(1, "basic.get-ok", 7, False, "", "k", 0)
-    peer.answers["basic.get"] = got_ok + frames.content(1, b"{}") + MISSING
+    peer.answers["basic.get"] = got_ok + frames.content(1, b"") + MISSING
     with pytest.raises(RecoverableConnectionError):
         consumer.channel.basic_get("q")
 
