@@ -16,7 +16,7 @@ FIGURES = {
 OURS = "greenconsume"
 
 TEXT_WIDTH = 50
-LABELS, BARS, VALUES, LINE = 220, 200, 60, 20
+LABELS, BARS, VALUES, LINE = 250, 200, 60, 20
 STYLE = """
 text { font: 13px sans-serif; fill: #24292f } .title { font-weight: bold }
 rect { fill: #8c959f } .ours { fill: #1f883d }
