@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import contextmanager
 from itertools import islice
 from time import monotonic
@@ -17,6 +19,7 @@ from greenconsume import links, transports
 from greenconsume.errors import StoppedError, UnsupportedTransportError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
 from greenconsume.links import FIRST_DELAY, MAX_DELAY, LinkPool, delays
+from greenconsume.republishing import republisher_of
 from greenconsume.stopping import StopSignal
 from greenconsume.transports.link import Link
 from tests import frames
@@ -651,3 +654,13 @@ def test_nobody_dials_on_where_the_only_one_who_waited_has_his_error(pool, conne
         connection.transport.establish_connection()
     wait_until(lambda: slot._dialer is None)
     connection.release()
+
+
+def test_a_pool_that_retries_were_published_over_is_not_kept():
+    pool = LinkPool()
+    republisher = republisher_of(pool, Connection("amqp://"))
+    assert republisher_of(pool, Connection("amqp://")) is republisher
+    pool, kept = None, weakref.ref(pool)
+    del republisher
+    gc.collect()
+    assert kept() is None
