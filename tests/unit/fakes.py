@@ -1,10 +1,12 @@
-"""Owns consumers that need no broker, and the recording of events; for tests of what runs consumers."""
+"""Owns consumers that need no broker, the recording of events, and greenlets that return what they raise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import gevent
 
 from greenconsume.events import ConsumerState, Event, subscribe
 from greenconsume.lifecycle import lifecycle_of
@@ -92,3 +94,15 @@ def recording() -> Iterator[list[Event]]:
 def of_type(events: list[Event], kind: type[Any]) -> list[Any]:
     """Return the events of one type."""
     return [event for event in events if isinstance(event, kind)]
+
+
+def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> gevent.Greenlet[..., Any]:
+    """Start a greenlet that returns what it raises: gevent prints what is not caught."""
+
+    def outcome() -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as exc:  # looked at by the test
+            return exc
+
+    return gevent.spawn(outcome)

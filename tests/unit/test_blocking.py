@@ -12,11 +12,10 @@ from gevent import monkey
 from kombu import Connection, Producer, Queue
 
 from greenconsume.blocking import BlockWatch, watched_hub
-from greenconsume.events import Event as AnyEvent
 from greenconsume.events import HubBlocked
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime import Runtime
-from tests.unit.fakes import of_type, recording
+from tests.unit.fakes import of_type
 from tests.waiting import wait_until
 
 SECONDS = 0.05
@@ -29,12 +28,6 @@ def compute(seconds: float) -> None:
     until = monotonic() + seconds
     while monotonic() < until:
         pass
-
-
-@pytest.fixture
-def events() -> Iterator[list[AnyEvent]]:
-    with recording() as events:
-        yield events
 
 
 @pytest.fixture

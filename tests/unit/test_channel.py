@@ -19,46 +19,16 @@ from amqp.exceptions import (
     ResourceError,
 )
 from gevent.event import Event
-from kombu import Connection, Consumer, Exchange, Queue
+from kombu import Consumer, Exchange, Queue
 from kombu.exceptions import MessageStateError
 
-from greenconsume import transports
 from greenconsume.events import LinkDown, StaleSettle
 from greenconsume.transports.link import LinkLostError
 from tests import frames
-from tests.unit.fakes import of_type, recording
+from tests.unit.fakes import of_type, recording, run
 from tests.waiting import wait_until
 
 TAG = "t"
-
-
-@pytest.fixture
-def connect(make_peer):
-    """Connect to a peer by kombu, over the green link; whatever is left is dropped in the end."""
-    transports.register()
-    connections = []
-
-    def open_connection(peer, **options):
-        options = {"close_timeout": 2.0, **options}
-        connections.append(Connection(peer.url, transport_options=options))
-        connections[-1].connect()
-        return connections[-1]
-
-    yield open_connection
-    for connection in connections:
-        connection.collect()
-
-
-def run(function, *args, **kwargs):
-    """Start a greenlet that returns what it raises: gevent prints what is not caught."""
-
-    def outcome():
-        try:
-            return function(*args, **kwargs)
-        except Exception as exc:  # looked at by the test
-            return exc
-
-    return gevent.spawn(outcome)
 
 
 def kombu_consumer(connection, got, no_ack=False, **options):

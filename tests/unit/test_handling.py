@@ -35,7 +35,7 @@ from greenconsume.supervisor import Child
 from greenconsume.switches import KillSwitch
 from tests import frames
 from tests.peer import Peer
-from tests.unit.fakes import of_type, recording
+from tests.unit.fakes import of_type
 from tests.waiting import wait_until
 
 WHO: contextvars.ContextVar[str] = contextvars.ContextVar("WHO", default="nobody")
@@ -121,12 +121,6 @@ def make_desk(queue_name: str) -> Iterator[Callable[..., Desk]]:
         desk.runtime.kill()
         assert desk.runtime.join(30)
         desk.connection.release()
-
-
-@pytest.fixture
-def events() -> Iterator[list[AnyEvent]]:
-    with recording() as events:
-        yield events
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from greenconsume.greenlets import spawn
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.transports.settling import ACK, Ledger
 from tests.peer import Peer
-from tests.unit.fakes import of_type, recording
+from tests.unit.fakes import of_type
 from tests.waiting import wait_until
 
 #: Seconds; told at four fifths of it, and looked for twenty times in it.
@@ -56,12 +56,6 @@ def make_session() -> Iterator[Callable[..., Any]]:
     yield make
     for session in sessions:
         overdue.unwatch(session)
-
-
-@pytest.fixture
-def events() -> Iterator[list[AnyEvent]]:
-    with recording() as events:
-        yield events
 
 
 def told(events: list[AnyEvent]) -> list[tuple[str, int]]:

@@ -40,7 +40,7 @@ from greenconsume.transports import memory
 from greenconsume.transports.link import LinkLostError
 from tests import frames
 from tests.servers import HOST, free_port
-from tests.unit.fakes import of_type, recording
+from tests.unit.fakes import of_type, recording, run
 from tests.waiting import wait_until
 
 SOON = 30.0
@@ -92,18 +92,6 @@ def broker(peer):
     return answering(peer)
 
 
-def call(function, *args, **kwargs):
-    """Start a greenlet that returns what it raises: gevent prints what is not caught."""
-
-    def outcome():
-        try:
-            return function(*args, **kwargs)
-        except Exception as exc:  # looked at by the test
-            return exc
-
-    return gevent.spawn(outcome)
-
-
 def outcomes(calls, within=SOON):
     return [each.get(timeout=within) for each in calls]
 
@@ -126,7 +114,7 @@ def test_nothing_is_connected_before_it_is_used(publisher, peer):
 
 
 def test_each_greenlet_waits_for_the_confirm_of_its_own_message(publisher, peer):
-    calls = [call(publisher.publish, n, "q") for n in range(5)]
+    calls = [run(publisher.publish, n, "q") for n in range(5)]
     arrived(peer, 5)
     for tags, expected in [
         (frames.basic_ack(1, 4), [3]),
@@ -140,7 +128,7 @@ def test_each_greenlet_waits_for_the_confirm_of_its_own_message(publisher, peer)
 
 def test_a_hundred_greenlets_share_one_channel_and_ask_for_confirms_once(publish_to, broker):
     publisher = publish_to(broker)
-    calls = [call(publisher.publish, n, "q") for n in range(100) for _ in range(3)]
+    calls = [run(publisher.publish, n, "q") for n in range(100) for _ in range(3)]
     assert outcomes(calls) == [None] * 300
     assert Counter(broker.names)["channel.open"] == Counter(broker.names)["confirm.select"] == 1
     assert broker.connection_count == 1
@@ -227,7 +215,7 @@ def test_message_ids_are_unique_and_the_users_are_kept(publish_to, broker):
 
 def test_publishing_without_waiting_gives_what_may_be_waited_for(publisher, peer):
     publication = publisher.publish_nowait(1, "q", message_id="m")
-    waiters = [call(publication.wait) for _ in range(3)]
+    waiters = [run(publication.wait) for _ in range(3)]
     arrived(peer, 1)
     assert (publication.ready, publication.message_id) == (False, "m")
     peer.send(frames.basic_ack(1, 1))
@@ -276,7 +264,7 @@ def test_what_cannot_be_encoded_is_an_error_of_that_message_alone(publish_to, br
 
 
 def test_a_nacked_message_is_an_error_of_its_own_greenlet(publisher, peer):
-    calls = [call(publisher.publish, n, "q", exchange="e", message_id=f"m{n}") for n in range(3)]
+    calls = [run(publisher.publish, n, "q", exchange="e", message_id=f"m{n}") for n in range(3)]
     arrived(peer, 3)
     peer.send(frames.basic_nack(1, 2) + frames.basic_ack(1, 3, multiple=True))
     first, error, last = outcomes(calls)
@@ -289,7 +277,7 @@ def test_a_nacked_message_is_an_error_of_its_own_greenlet(publisher, peer):
 def test_a_returned_message_is_an_error_of_its_own_greenlet(publisher, peer):
     """Returns are told apart by message id among messages to the same address, routable or not."""
     calls = [
-        call(publisher.publish, "same", "nowhere", mandatory=n != 1, message_id=f"m{n}")
+        run(publisher.publish, "same", "nowhere", mandatory=n != 1, message_id=f"m{n}")
         for n in range(5)
     ]
     arrived(peer, 5)
@@ -319,7 +307,7 @@ def no_exchange(name, channel=1):
 
 def test_a_missing_exchange_is_an_error_of_who_published_to_it_alone(publisher, peer):
     """The channel that they share was closed: the others' messages are written again, over the same link."""
-    calls = [call(publisher.publish, n, "q", exchange=e) for n, e in enumerate("abab")]
+    calls = [run(publisher.publish, n, "q", exchange=e) for n, e in enumerate("abab")]
     arrived(peer, 4)
     peer.send(no_exchange("b"))
     arrived(peer, 6)
@@ -338,7 +326,7 @@ def test_a_missing_exchange_is_an_error_of_who_published_to_it_alone(publisher, 
 def test_who_closed_the_channel_is_found_where_the_broker_names_nobody(publisher, peer):
     """Each is then written with no other on its way; none more than twice."""
     refusal = frames.channel_close(1, 406, "PRECONDITION_FAILED - x", "basic.publish")
-    calls = [call(publisher.publish, text, "q") for text in ("a", "bad", "b", "bad", "c")]
+    calls = [run(publisher.publish, text, "q") for text in ("a", "bad", "b", "bad", "c")]
     arrived(peer, 5)
     answering(peer)
     confirm = peer.answers["body"]
@@ -353,11 +341,11 @@ def test_who_closed_the_channel_is_found_where_the_broker_names_nobody(publisher
 
 
 def test_what_is_published_while_each_is_written_alone_goes_behind_them(publisher, peer):
-    calls = [call(publisher.publish, text, "q") for text in ("a", "b")]
+    calls = [run(publisher.publish, text, "q") for text in ("a", "b")]
     arrived(peer, 2)
     peer.send(frames.channel_close(1, 406, "PRECONDITION_FAILED - x", "basic.publish"))
     arrived(peer, 3)
-    calls.append(call(publisher.publish, "c", "q"))
+    calls.append(run(publisher.publish, "c", "q"))
     for tag in (1, 2, 3):
         calls[-1].join(0.01)
         assert len(peer.published) == 2 + tag
@@ -373,7 +361,7 @@ def test_what_is_published_while_each_is_written_alone_goes_behind_them(publishe
 
 def test_an_exchange_is_declared_once_and_before_its_first_message(publish_to, broker):
     publisher = publish_to(broker, exchange=Exchange("orders", "topic"))
-    calls = [call(publisher.publish, n, "q", declare=[Queue("q")]) for n in range(10)]
+    calls = [run(publisher.publish, n, "q", declare=[Queue("q")]) for n in range(10)]
     assert outcomes(calls) == [None] * 10
     names = broker.names
     assert names.count("exchange.declare") == names.count("queue.declare") == 1
@@ -388,8 +376,8 @@ def test_what_is_declared_later_is_declared_before_its_message_and_keeps_the_ord
     publisher = publish_to(broker)
     publisher.publish(0, "q")
     calls = [
-        call(publisher.publish, 1, "q", declare=[Queue("q")]),
-        call(publisher.publish, 2, "q"),
+        run(publisher.publish, 1, "q", declare=[Queue("q")]),
+        run(publisher.publish, 2, "q"),
     ]
     assert outcomes(calls) == [None, None]
     assert bodies(broker) == [b"0", b"1", b"2"]
@@ -404,9 +392,9 @@ def test_what_a_broker_refuses_to_declare_is_an_error_of_that_message_alone(publ
     broker.answers["exchange.declare"] = refuse
     publisher = publish_to(broker)
     calls = [
-        call(publisher.publish, 0, "q"),
-        call(publisher.publish, 1, "q", declare=[Exchange("bad")]),
-        call(publisher.publish, 2, "q"),
+        run(publisher.publish, 0, "q"),
+        run(publisher.publish, 1, "q", declare=[Exchange("bad")]),
+        run(publisher.publish, 2, "q"),
     ]
     first, error, last = outcomes(calls)
     assert (first, last) == (None, None)
@@ -418,7 +406,7 @@ def test_what_a_broker_refuses_to_declare_is_an_error_of_that_message_alone(publ
 
 def test_it_is_declared_again_on_a_new_link(publish_to, peer):
     publisher = publish_to(peer, exchange=Exchange("orders"))
-    calls = [call(publisher.publish, n, "q") for n in range(2)]
+    calls = [run(publisher.publish, n, "q") for n in range(2)]
     arrived(peer, 2)
     answering(peer)
     peer.hang_up()
@@ -430,7 +418,7 @@ def test_it_is_declared_again_on_a_new_link(publish_to, peer):
 
 
 def test_what_a_lost_link_left_unconfirmed_is_written_again_in_its_order(publisher, peer):
-    calls = [call(publisher.publish, n, "q") for n in range(5)]
+    calls = [run(publisher.publish, n, "q") for n in range(5)]
     arrived(peer, 5)
     peer.send(frames.basic_ack(1, 2))
     wait_until(calls[1].ready)
@@ -463,7 +451,7 @@ def test_a_link_that_was_lost_while_idle_is_noticed_and_loses_nothing(publish_to
 )
 def test_without_retries_a_lost_link_is_an_error(publish_to, peer, own, options):
     publisher = publish_to(peer, **own)
-    waiting = call(publisher.publish, 1, "q", **options)
+    waiting = run(publisher.publish, 1, "q", **options)
     arrived(peer, 1)
     peer.hang_up()
     error = waiting.get(timeout=SOON)
@@ -476,7 +464,7 @@ def test_without_retries_a_lost_link_is_an_error(publish_to, peer, own, options)
 
 def test_a_message_is_written_again_as_often_as_was_said(publish_to, peer):
     publisher = publish_to(peer, max_retries=1)
-    waiting = call(publisher.publish, 1, "q")
+    waiting = run(publisher.publish, 1, "q")
     for count in (1, 2):
         arrived(peer, count)
         peer.hang_up()
@@ -497,7 +485,7 @@ def test_a_broker_that_is_away_is_waited_for(publish_to, make_peer, monkeypatch)
     monkeypatch.setattr("greenconsume.links.FIRST_DELAY", 0.01)
     peer = answering(make_peer(answers={"connection.open": frames.connection_close(320, "no")}))
     publisher = publish_to(peer)
-    calls = [call(publisher.publish, n, "q") for n in range(3)]
+    calls = [run(publisher.publish, n, "q") for n in range(3)]
     wait_until(lambda: peer.connection_count > 1)
     del peer.answers["connection.open"]
     assert outcomes(calls) == [None] * 3
@@ -520,7 +508,7 @@ def test_a_message_that_is_not_confirmed_in_time_is_given_up(publish_to, peer):
     publisher = publish_to(peer, max_unconfirmed=1)
     with pytest.raises(PublishTimeoutError, match="may or may not have arrived"):
         publisher.publish(1, "q", timeout=0.05)
-    waiting = call(publisher.publish, 2, "q")
+    waiting = run(publisher.publish, 2, "q")
     arrived(peer, 2)
     peer.send(frames.basic_ack(1, 1))  # too late, and nobody else's
     waiting.join(0.01)
@@ -542,7 +530,7 @@ def test_publishing_waits_while_too_much_is_outstanding(publish_to, peer):
     publisher = publish_to(peer, max_unconfirmed=2)
     for n in range(2):
         publisher.publish_nowait(n, "q")
-    third = call(publisher.publish_nowait, 2, "q")
+    third = run(publisher.publish_nowait, 2, "q")
     with pytest.raises(PublishTimeoutError, match="2 others are unconfirmed"):
         publisher.publish_nowait(3, "q", timeout=0.05)
     assert not third.ready()
@@ -557,7 +545,7 @@ def test_publishing_waits_while_the_broker_blocks(publish_to, broker):
     publisher.publish(0, "q")
     broker.send(frames.blocked())
     wait_until(lambda: publisher._outbox._lane.blocked)
-    waiting = call(publisher.publish, 1, "q")
+    waiting = run(publisher.publish, 1, "q")
     with pytest.raises(BlockedError, match="was not written in time"):
         publisher.publish(2, "q", timeout=0.05)
     assert not waiting.ready()
@@ -577,7 +565,7 @@ def test_a_link_lost_while_the_broker_blocks_lets_publish_over_the_next(publish_
     publisher.publish(0, "q")
     broker.send(frames.blocked())
     wait_until(lambda: publisher._outbox._lane.blocked)
-    waiting = call(publisher.publish, 1, "q")
+    waiting = run(publisher.publish, 1, "q")
     waiting.join(0.01)
     broker.hang_up()
     assert waiting.get(timeout=SOON) is None
@@ -599,7 +587,7 @@ def test_a_killed_greenlet_leaves_the_publisher_as_it_was(publish_to, peer, wher
     peer.send(frames.unblocked() + frames.basic_ack(1, 3, multiple=True))
     wait_until(lambda: not publisher._outbox._outstanding)
     peer.answers["body"] = lambda frame: frames.basic_ack(1, 2**32, multiple=True)
-    assert outcomes([call(publisher.publish, n, "q") for n in range(3)]) == [None] * 3
+    assert outcomes([run(publisher.publish, n, "q") for n in range(3)]) == [None] * 3
 
 
 # -- flushing and closing ---------------------------------------------------------------------------
@@ -608,7 +596,7 @@ def test_a_killed_greenlet_leaves_the_publisher_as_it_was(publish_to, peer, wher
 def test_flush_waits_for_all_that_is_outstanding(publisher, peer):
     for n in range(3):
         publisher.publish_nowait(n, "q")
-    flushing = call(publisher.flush)
+    flushing = run(publisher.flush)
     arrived(peer, 3)
     peer.send(frames.basic_ack(1, 2, multiple=True))
     flushing.join(0.01)
@@ -704,9 +692,9 @@ def test_leaving_a_with_block_closes_and_tells_what_failed(publish_to, peer):
 
 def test_a_stop_ends_every_wait(publish_to, peer):
     publisher = publish_to(peer, max_unconfirmed=2, timeout=None)
-    waits = [call(publisher.publish, n, "q") for n in range(4)]
+    waits = [run(publisher.publish, n, "q") for n in range(4)]
     arrived(peer, 2)
-    waits.append(call(publisher.flush))
+    waits.append(run(publisher.flush))
     waits[-1].join(0.01)
     publisher.stop("deploy")
     first, second, third, fourth, flushed = outcomes(waits)
@@ -725,7 +713,7 @@ def test_a_stop_ends_connecting_and_declaring(publish_to, make_peer, silent):
     """HAZARDS row 3."""
     peer = make_peer(silent={silent})
     publisher = publish_to(peer, timeout=None, exchange=Exchange("e"))
-    waiting = call(publisher.publish, 1, "q")
+    waiting = run(publisher.publish, 1, "q")
     peer.wait_for(silent)
     publisher.stop()
     assert "it was never sent" in str(waiting.get(timeout=30))
@@ -739,7 +727,7 @@ def test_a_stop_ends_the_wait_for_a_broker_that_blocks(publish_to, broker):
     publisher.publish(0, "q")
     broker.send(frames.blocked())
     wait_until(lambda: publisher._outbox._lane.blocked)
-    waiting = call(publisher.publish, 1, "q")
+    waiting = run(publisher.publish, 1, "q")
     waiting.join(0.01)
     publisher.stop()
     assert isinstance(waiting.get(timeout=30), StoppedError)
@@ -812,7 +800,7 @@ def test_without_confirms_a_message_is_published_when_the_transport_has_it(
     queue = Queue("q", orders, routing_key="new.#")
     publisher.publish({"n": 0}, "new.x", declare=[queue], compression="zlib", mandatory=True)
     assert taken("q") == [{"n": 0}]
-    calls = [call(publisher.publish, {"n": n}, "new.x") for n in range(1, 50)]
+    calls = [run(publisher.publish, {"n": n}, "new.x") for n in range(1, 50)]
     publication = publisher.publish_nowait({"n": 50}, "new.x")
     publisher.flush()
     assert publication.ready

@@ -94,12 +94,6 @@ def runtime() -> Iterator[Runtime]:
 
 
 @pytest.fixture
-def events() -> Iterator[list[AnyEvent]]:
-    with recording() as events:
-        yield events
-
-
-@pytest.fixture
 def monkeypatch_signal() -> Iterator[Callable[..., None]]:
     """Set a handler of the process, for the time of the test."""
     before: dict[signal.Signals, Any] = {}

@@ -28,23 +28,6 @@ TAG = "t"
 
 
 @pytest.fixture
-def connect(make_peer):
-    """Connect to a peer by kombu, over the green link; whatever is left is dropped in the end."""
-    transports.register()
-    connections = []
-
-    def open_connection(peer, close_timeout=2.0, **options):
-        options = {"close_timeout": close_timeout, **options}
-        connections.append(Connection(peer.url, transport_options=options))
-        connections[-1].connect()
-        return connections[-1]
-
-    yield open_connection
-    for connection in connections:
-        connection.collect()
-
-
-@pytest.fixture
 def share(connect):
     """Give further sessions on the link of a connection."""
     sessions = []

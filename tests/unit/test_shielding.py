@@ -19,7 +19,7 @@ from greenconsume.mixins import ConsumerProducerMixin
 from greenconsume.policies import Reject, Requeue
 from greenconsume.runtime import Runtime
 from greenconsume.shielding import shield_channels
-from tests.unit.fakes import of_type, recording
+from tests.unit.fakes import of_type
 from tests.waiting import wait_until
 
 
@@ -118,12 +118,6 @@ def wire() -> Iterator[Wire]:
     Channel.queues = {}
     yield Channel.wire
     Channel.wire.open.set()
-
-
-@pytest.fixture
-def events() -> Iterator[list[AnyEvent]]:
-    with recording() as events:
-        yield events
 
 
 def put(*bodies: Any) -> None:

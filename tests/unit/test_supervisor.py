@@ -24,7 +24,7 @@ from greenconsume.lifecycle import lifecycle_of
 from greenconsume.policies import Reject
 from greenconsume.stopping import Rungs, StopSignal
 from greenconsume.supervisor import Child, RestartPolicy, Supervisor
-from tests.unit.fakes import Idle, Scripted, Stubborn, failing, of_type, recording
+from tests.unit.fakes import Idle, Scripted, Stubborn, failing, of_type
 from tests.waiting import wait_until
 
 AT_ONCE = RestartPolicy(backoff=0)
@@ -63,12 +63,6 @@ def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.end()
-
-
-@pytest.fixture
-def events() -> Iterator[list[AnyEvent]]:
-    with recording() as events:
-        yield events
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""Owns the fixtures that several unit tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from kombu import Connection
+
+from greenconsume import transports
+from greenconsume.events import Event
+from tests.unit.fakes import recording
+
+
+@pytest.fixture
+def events() -> Iterator[list[Event]]:
+    """What is told while the test runs."""
+    with recording() as events:
+        yield events
+
+
+@pytest.fixture
+def connect(make_peer: Any) -> Iterator[Callable[..., Connection]]:
+    """Connect to a peer by kombu, over the green link; whatever is left is dropped in the end."""
+    transports.register()
+    connections: list[Connection] = []
+
+    def open_connection(peer: Any, **options: Any) -> Connection:
+        options = {"close_timeout": 2.0, **options}
+        connections.append(Connection(peer.url, transport_options=options))
+        connections[-1].connect()
+        return connections[-1]
+
+    yield open_connection
+    for connection in connections:
+        connection.collect()
