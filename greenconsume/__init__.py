@@ -9,46 +9,23 @@ What runs in a process::
        └─ LinkPool                a few broker links, shared by all consumers, a channel each
           └─ Link                 one AMQP connection: a reader and a writer greenlet
 
-Where it is written; a module imports only what stands below it::
+Where it is written. A package imports only what stands below it, and says what to read in it first::
 
-    cli            the command line: `greenconsume run MODULE:TARGET`, exit codes, signals
-    loading        what MODULE:TARGET names, as a runtime with the options that apply
-    publisher      Publisher: confirmed publishing from many greenlets
-    outbox         what a publisher has outstanding, and how it is written again
-    lane           the channel that an outbox writes to
-    publications   one message of a publisher, until it is confirmed or has failed
-    dead_letters_cli  the command `greenconsume dead-letters list|show|replay|purge QUEUE`
-    dead_letters   what is in a dead-letter queue, and its way back
-    runtime        Runtime: all consumers of a process together
-    signals        what SIGTERM and SIGINT do to it
-    blocking       the warning that something keeps every greenlet waiting
-    targets        what may be spawned, and the broker it is spawned for
-    supervisor     RestartPolicy; which failure restarts what, and the drain ladder
-    greenlets      spawn, ConsumerGreenlet: one consumer's life
-    adapting       how a plain kombu mixin becomes one of ours
-    mixins         ConsumerMixin, ConsumerProducerMixin: kombu's interface
-    draining       how one consumer's handlers are brought to their end, rung by rung
-    overdue        the warning that a message stays unsettled until the broker loses patience
-    batches        messages that a callback is given together
-    handlers       the boundary around the callbacks, and their timeouts
-    shielding      calls on polled channels: one at a time, and not interrupted
-    settings       what a consumer, its runtime or the defaults say of handlers, checked
-    switches       KillSwitch: a consumer whose messages fail stops consuming
-    retries        Retry: again after a delay, and in the end into a dead-letter queue
-    retry_queues   the queues that retries need in the broker
-    republishing   the way out for failed messages: confirmed, over a link that consumes nothing
-    copies         what a failed message is published as: everything kept, and our headers
-    pools          the greenlets that callbacks run in: how many at once, in which order
-    policies       Requeue, Reject: what becomes of a message whose handler failed
-    deliveries     a message's life: settled once, on the channel it came from
-    links          many consumers over a few links
-    transports     green transports for kombu: amqp, memory; a fallback for the others
-    lifecycle      one consumer's name, state, readiness and stop signal
-    logs           structured logging, the first hook
-    events         what happens, as frozen values, and the one seam that observers hang on
-    stopping       StopSignal and Deadline: what ends every wait
-    patching       patch_all, require_patched: gevent's patching and its check
-    errors         every exception, under GreenconsumeError
+    cli          the command line: `greenconsume run MODULE:TARGET`, `greenconsume dead-letters`
+    runtime      Runtime, spawn: many consumers, what restarts them and what stops them
+    mixins       ConsumerMixin, ConsumerProducerMixin: kombu's interface, which users subclass
+    handling     the callbacks of a consumer: how many run at once, their timeouts, their drain
+    failures     what becomes of a message whose callback failed: Requeue, Reject, Retry, dead letters
+    publishing   Publisher: confirmed publishing from many greenlets
+    links        how many consumers share a few connections
+    transports   which kombu transports are green, polled or refused; memory
+    amqp         the green AMQP client: a link, its sessions, its channels
+    lifecycle    one consumer's name, state, readiness and stop signal
+    logs         structured logging, the first observer of the events
+    events       what happens, as frozen values, and the one seam that observers hang on
+    stopping     StopSignal and Deadline: what ends every wait
+    patching     patch_all, require_patched: gevent's patching and its check
+    errors       every exception, under GreenconsumeError
 
 Read `events`, `stopping`, `mixins` and `runtime` first; they hold the ideas. Importing this package
 imports neither gevent nor kombu and patches nothing: the public names are imported when first used.
@@ -80,35 +57,35 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from greenconsume.batches import Batch
     from greenconsume.errors import HandlerTimeout, Shutdown
-    from greenconsume.greenlets import ConsumerGreenlet, spawn
+    from greenconsume.failures.policies import Reject, Requeue
+    from greenconsume.failures.retry import Retry
+    from greenconsume.handling.batches import Batch
+    from greenconsume.handling.kill_switch import KillSwitch
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
-    from greenconsume.policies import Reject, Requeue
-    from greenconsume.publisher import Publisher
-    from greenconsume.retries import Retry
-    from greenconsume.runtime import Runtime
-    from greenconsume.supervisor import RestartPolicy
-    from greenconsume.switches import KillSwitch
+    from greenconsume.publishing.publisher import Publisher
+    from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
+    from greenconsume.runtime.runtime import Runtime
+    from greenconsume.runtime.supervisor import RestartPolicy
 else:
     _HOMES = {
-        "Batch": "batches",
-        "ConsumerGreenlet": "greenlets",
+        "Batch": "handling.batches",
+        "ConsumerGreenlet": "runtime.greenlet",
         "ConsumerMixin": "mixins",
         "ConsumerProducerMixin": "mixins",
         "HandlerTimeout": "errors",
-        "KillSwitch": "switches",
-        "Publisher": "publisher",
-        "Reject": "policies",
-        "Requeue": "policies",
-        "RestartPolicy": "supervisor",
-        "Retry": "retries",
-        "Runtime": "runtime",
+        "KillSwitch": "handling.kill_switch",
+        "Publisher": "publishing.publisher",
+        "Reject": "failures.policies",
+        "Requeue": "failures.policies",
+        "RestartPolicy": "runtime.supervisor",
+        "Retry": "failures.retry",
+        "Runtime": "runtime.runtime",
         "Shutdown": "errors",
         "patch_all": "patching",
         "require_patched": "patching",
-        "spawn": "greenlets",
+        "spawn": "runtime.greenlet",
     }
 
     # Hidden from type checkers, to whom a module with __getattr__ has every name.

@@ -13,7 +13,7 @@ def main() -> None:
     """
     patch_all()
     # Not above: it imports kombu and the standard library's networking.
-    from greenconsume.cli import main as run
+    from greenconsume.cli.main import main as run
 
     run()
 

@@ -176,7 +176,7 @@ def _(event: PollingTransport) -> Line:
 @describe.register
 def _(event: ConsumerChanged) -> Line:
     args = (event.consumer, event.new, event.old)
-    return Line("greenlets", logging.DEBUG, "consumer %s is %s, was %s", args)
+    return Line("runtime", logging.DEBUG, "consumer %s is %s, was %s", args)
 
 
 @describe.register
@@ -184,14 +184,14 @@ def _(event: ConsumerRestarting) -> Line:
     text = "consumer %s %s: restart %d in %.1f s"
     how = "returned" if event.error is None else f"failed with {_words(event.error)}"
     args = (event.consumer, how, event.attempt, event.delay)
-    return Line("supervisor", logging.WARNING, text, args, event.error)
+    return Line("runtime", logging.WARNING, text, args, event.error)
 
 
 @describe.register
 def _(event: ConsumerGivenUp) -> Line:
     text = "consumer %s is given up: %s"
     how = "it returned too often" if event.error is None else _words(event.error)
-    return Line("supervisor", logging.ERROR, text, (event.consumer, how), event.error)
+    return Line("runtime", logging.ERROR, text, (event.consumer, how), event.error)
 
 
 @describe.register
@@ -206,20 +206,20 @@ def _(event: HandlerFailed) -> Line:
         _words(event.error),
         event.outcome,
     )
-    return Line("handlers", logging.ERROR, text, args, event.error)
+    return Line("handling", logging.ERROR, text, args, event.error)
 
 
 @describe.register
 def _(event: KillSwitchTripped) -> Line:
     text = "kill switch of %s: %d of %d messages failed; it consumes nothing for %.1f s, then one"
     args = (event.consumer, event.failed_count, event.count, event.pause)
-    return Line("switches", logging.WARNING, text, args)
+    return Line("handling", logging.WARNING, text, args)
 
 
 @describe.register
 def _(event: KillSwitchReset) -> Line:
     text = "kill switch of %s: a message was handled after %.1f s; it consumes again"
-    return Line("switches", logging.INFO, text, (event.consumer, event.seconds))
+    return Line("handling", logging.INFO, text, (event.consumer, event.seconds))
 
 
 @describe.register
@@ -229,7 +229,7 @@ def _(event: UnsettledTooLong) -> Line:
         "and delivers everything on it again"
     )
     args = (event.consumer, event.delivery_tag, event.seconds, event.deadline)
-    return Line("deliveries", logging.WARNING, text, args)
+    return Line("handling", logging.WARNING, text, args)
 
 
 @describe.register
@@ -240,20 +240,20 @@ def _(event: HubBlocked) -> Line:
     who = "code outside of handlers"
     if event.consumer:
         who = f"consumer {event.consumer}, message {event.delivery_tag}"
-    return Line("blocking", logging.WARNING, text, (event.seconds, who), stack=event.stack)
+    return Line("runtime", logging.WARNING, text, (event.seconds, who), stack=event.stack)
 
 
 @describe.register
 def _(event: StaleSettle) -> Line:
     text = "message %s was settled after its channel was gone: the broker has it back (%d so far)"
-    return Line("deliveries", logging.DEBUG, text, (event.delivery_tag, event.count))
+    return Line("handling", logging.DEBUG, text, (event.delivery_tag, event.count))
 
 
 @describe.register
 def _(event: PublishFailed) -> Line:
     text = "%d messages for %s that nobody waited for were not published; the first: %s"
     args = (event.count, redact(event.uri), _words(event.error))
-    return Line("publisher", logging.ERROR, text, args)
+    return Line("publishing", logging.ERROR, text, args)
 
 
 @describe.register
@@ -288,7 +288,7 @@ def _(event: HandlerInterrupted) -> Line:
     args = (event.consumer, what, event.delivery_tag, event.reason)
     # A drain sums up those that it interrupts.
     level = logging.WARNING if event.killed else logging.DEBUG
-    return Line("handlers", level, text, args)
+    return Line("handling", level, text, args)
 
 
 @describe.register
@@ -296,7 +296,7 @@ def _(event: ConsumerDrained) -> Line:
     level = logging.WARNING if event.cancelled or event.killed else logging.DEBUG
     text = "consumer %s drained: handlers: %d finished, %d cancelled, %d killed; messages given back: %d"
     numbers = (event.finished, event.cancelled, event.killed, event.given_back)
-    return Line("handlers", level, text, (event.consumer, *numbers))
+    return Line("handling", level, text, (event.consumer, *numbers))
 
 
 @describe.register
@@ -307,7 +307,7 @@ def _(event: PrefetchTooSmall) -> Line:
     elif event.batch_size is not None:
         why += f", each with a batch of {event.batch_size}"
     text = "consumer %s: a prefetch of %d %s; set none, or a larger one"
-    return Line("handlers", logging.WARNING, text, (event.consumer, event.prefetch, why))
+    return Line("handling", logging.WARNING, text, (event.consumer, event.prefetch, why))
 
 
 @cache

@@ -21,20 +21,20 @@ from kombu.utils.compat import nested
 from kombu.utils.encoding import safe_repr
 from kombu.utils.limits import TokenBucket
 
-from greenconsume import transports
-from greenconsume.draining import Drain, drain_of, seen_off
+from greenconsume.amqp.transport import LinkLostError, Session
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState
-from greenconsume.handlers import Handler, Handling
+from greenconsume.failures.policies import OnError
+from greenconsume.failures.retry import prepared
+from greenconsume.handling.boundary import Handler, Handling
+from greenconsume.handling.drain import Drain, drain_of, seen_off
+from greenconsume.handling.kill_switch import KillSwitch, fit_switch, leaving, switched
+from greenconsume.handling.options import SETTLE_DEADLINE
+from greenconsume.handling.shield import shield_channels
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links import LinkPool
-from greenconsume.policies import OnError
-from greenconsume.retries import prepared
-from greenconsume.settings import SETTLE_DEADLINE
-from greenconsume.shielding import shield_channels
+from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import Deadline, StopSignal
-from greenconsume.switches import KillSwitch, fit_switch, leaving, switched
-from greenconsume.transports.amqp import LinkLostError, Session
+from greenconsume.transports import registry
 
 logger = logging.getLogger(__name__)
 debug, info, warn, error = logger.debug, logger.info, logger.warning, logger.error
@@ -167,7 +167,7 @@ class ConsumerMixin:
             _tokens: What one start costs.
             **kwargs: Passed to `consume`.
         """
-        transports.register()  # before kombu looks up the transport of our own connection, for good
+        registry.register()  # before kombu looks up the transport of our own connection, for good
         restart_limit = self.restart_limit
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
         stopping = self._stopping()

@@ -240,9 +240,9 @@ def pooled(url: str) -> Iterator[Callable[..., object]]:
 @contextmanager
 def one_producer(url: str) -> Iterator[Callable[..., object]]:
     """One plain `kombu.Producer` for all, on one channel of a green link."""
-    from greenconsume import transports
+    from greenconsume.transports import registry
 
-    transports.register()
+    registry.register()
     with Connection(url, transport_options={"confirm_publish": True}) as connection:
         yield Producer(connection.default_channel).publish
 

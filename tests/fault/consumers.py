@@ -18,7 +18,7 @@ from kombu import Connection, Producer, Queue
 from kombu.exceptions import OperationalError
 
 from greenconsume import ConsumerMixin, events
-from greenconsume.greenlets import ConsumerGreenlet
+from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.brokers import RabbitMQ
 from tests.waiting import wait_until
 

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from greenconsume import Runtime
+from greenconsume.amqp.link import Link
+from greenconsume.amqp.session import Session
 from greenconsume.events import LinkDown, LinkUp, subscribe
-from greenconsume.transports.link import Link
-from greenconsume.transports.session import Session
 from tests.fault.consumers import (
     Collector,
     ConfirmedPublisher,

@@ -12,9 +12,9 @@ import pytest
 
 from greenconsume import Requeue, RestartPolicy, Runtime
 from greenconsume.events import ConsumerRestarting
-from greenconsume.greenlets import ConsumerGreenlet
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links import LinkPool
+from greenconsume.links.pool import LinkPool
+from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.fault.consumers import (
     AT_ONCE,
     CLOSE_TIMEOUT,

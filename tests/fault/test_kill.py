@@ -16,9 +16,9 @@ from kombu import Producer
 
 from greenconsume import ConsumerProducerMixin, Runtime, spawn
 from greenconsume.events import ConsumerRestarting, HandlerFailed, LinkDown, LinkUp
-from greenconsume.greenlets import ConsumerGreenlet
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links import LinkPool
+from greenconsume.links.pool import LinkPool
+from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.fault.consumers import (
     AT_ONCE,
     CLOSE_TIMEOUT,

@@ -16,7 +16,7 @@ from kombu.utils.limits import TokenBucket
 
 from greenconsume import ConsumerMixin, ConsumerProducerMixin, Runtime, spawn
 from greenconsume.events import ConnectFailed, HandlerFailed, LinkDown, LinkUp, subscribe
-from greenconsume.greenlets import ConsumerGreenlet
+from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.fault.consumers import (
     AT_ONCE,
     CLOSE_TIMEOUT,

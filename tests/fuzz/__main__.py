@@ -19,8 +19,8 @@ import amqp
 import gevent
 from kombu import Connection, Queue
 
-from greenconsume import transports
-from greenconsume.transports.frames import FrameParser
+from greenconsume.amqp.frames import FrameParser
+from greenconsume.transports import registry
 from tests import frames
 from tests.peer import Peer
 
@@ -109,7 +109,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--seed", type=int, help="repeat this one round")
     given = options.parse_args()
-    transports.register()
+    registry.register()
     seen: Counter[str] = Counter()
     end = monotonic() + given.seconds
     seed = random.randrange(1 << 32) if given.seed is None else given.seed

@@ -13,8 +13,9 @@ from gevent.event import Event
 from kombu import Connection, Queue
 from kombu import mixins as kombu_mixins
 
-from greenconsume import ConsumerGreenlet, ConsumerMixin, ConsumerProducerMixin, spawn, transports
+from greenconsume import ConsumerGreenlet, ConsumerMixin, ConsumerProducerMixin, spawn
 from greenconsume import events as happenings
+from greenconsume.transports import registry
 from tests.brokers import RabbitMQ, vhost_of
 from tests.waiting import wait_until
 
@@ -139,7 +140,7 @@ class Inbox:
 
 def green_connection(url: str, **options: Any) -> Connection:
     """A kombu connection over the green transport, not connected."""
-    transports.register()
+    registry.register()
     return Connection(url, **options)
 
 

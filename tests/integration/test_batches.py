@@ -15,8 +15,8 @@ from kombu import Connection, Queue
 
 from greenconsume import Batch, ConsumerMixin, HandlerTimeout, Reject, Requeue, Runtime, Shutdown
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkDown, StaleSettle
+from greenconsume.failures.retry import Retry
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.retries import Retry
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, consuming, green_connection, observed, pause_for
 from tests.messages import declare, publish, queue_depth

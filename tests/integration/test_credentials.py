@@ -13,9 +13,10 @@ import pytest
 from kombu.exceptions import OperationalError
 from kombu.utils.url import parse_url
 
-from greenconsume import Runtime, spawn, transports
+from greenconsume import Runtime, spawn
 from greenconsume.errors import BrokerRefusedError
 from greenconsume.events import ConnectFailed, LinkUp
+from greenconsume.transports import registry
 from tests.brokers import vhost_of
 from tests.integration.consumers import SOON, Recorder, consuming, green_connection, observed
 from tests.messages import publish
@@ -46,7 +47,7 @@ class Passwords:
 def asking_for(password: Callable[[], str], url: str) -> kombu.Connection:
     """A connection with a callable password, which kombu takes as an argument only."""
     parts = parse_url(url) | {"password": password}
-    transports.register()
+    registry.register()
     return kombu.Connection(**parts)
 
 

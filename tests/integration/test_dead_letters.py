@@ -15,9 +15,11 @@ import pytest
 from kombu import Queue
 
 import greenconsume
-from greenconsume import ConsumerMixin, Reject, Retry, cli, copies
-from greenconsume.dead_letters import DeadLetters
+from greenconsume import ConsumerMixin, Reject, Retry
+from greenconsume.cli.main import main
 from greenconsume.errors import GreenconsumeError
+from greenconsume.failures import message_copy
+from greenconsume.failures.dead_letters import DeadLetters
 from tests.integration.consumers import SOON, Recorder, consuming, green_connection
 from tests.messages import channel, declare, delete_queue, publish, queue_depth
 from tests.waiting import wait_until
@@ -37,7 +39,7 @@ def run(capsys) -> Iterator[Callable[..., Result]]:
 
     def command(*args: str) -> Result:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["dead-letters", *args])
+            main.main(["dead-letters", *args])
         out, err = capsys.readouterr()
         return Result(ended.value.code or 0, out, err)
 
@@ -162,8 +164,8 @@ def test_what_is_replayed_is_as_it_was_before_it_failed(run, amqp_url, dead, que
     assert message.body == '"key"'
     assert message.headers == {
         "number": 0,
-        copies.EXCHANGE: "",
-        copies.ROUTING_KEY: queue_name,
+        message_copy.EXCHANGE: "",
+        message_copy.ROUTING_KEY: queue_name,
     }
 
 
@@ -185,7 +187,7 @@ def test_a_replayed_message_has_its_retries_before_it(run, amqp_url, dead, queue
     with consuming(consumer):
         wait_until(lambda: queue_depth(amqp_url, dead) == 3, SOON)
     with channel(amqp_url) as chan:
-        counts = [chan.basic_get(dead).headers[copies.RETRIES] for _ in range(3)]
+        counts = [chan.basic_get(dead).headers[message_copy.RETRIES] for _ in range(3)]
     assert counts == [0, 0, 1]
 
 
@@ -324,7 +326,7 @@ def test_an_interrupted_replay_neither_loses_nor_mixes_up_messages(
         chan.queue_declare(dead, durable=True, auto_delete=False)
         chan.confirm_select()
         for number in range(count):
-            headers = {copies.QUEUE: queue_name}
+            headers = {message_copy.QUEUE: queue_name}
             chan.basic_publish(
                 amqp.Message(str(number), message_id=str(number), application_headers=headers),
                 "",
@@ -390,7 +392,7 @@ def test_dead_letters_in_memory_are_replayed(queue_name):
                 letters.replay(letter)
     with DeadLetters("memory://", queue_name) as replayed:
         assert [letter.headers for letter in replayed] == [
-            {copies.EXCHANGE: "", copies.ROUTING_KEY: queue_name}
+            {message_copy.EXCHANGE: "", message_copy.ROUTING_KEY: queue_name}
         ]
     with DeadLetters("memory://", dead) as letters:
         assert [letter.error for letter in letters] == ["0", "2"]
@@ -406,7 +408,7 @@ def test_dead_letters_on_redis_are_replayed(redis_url, queue_name):
     seen: list[int] = []
 
     def fail(_body: Any, message: Any) -> None:
-        seen.append(copies.retries_of(message.headers))
+        seen.append(message_copy.retries_of(message.headers))
         raise LookupError("no such hat")
 
     consumer.handle = fail

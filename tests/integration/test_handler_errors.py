@@ -102,7 +102,7 @@ def test_a_handlers_error_costs_its_message_a_delay_and_nothing_else(
     assert len(opened) == 2 * broker_url.startswith("amqp")  # those of put()
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
     told = [record for record in told if "polled" not in record.getMessage()]
-    assert [record.name for record in told] == ["greenconsume.handlers"]
+    assert [record.name for record in told] == ["greenconsume.handling"]
     assert told[0].exc_info[1] is failures[0].error
     assert "poison" not in caplog.text
 

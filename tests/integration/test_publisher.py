@@ -27,7 +27,7 @@ from greenconsume.errors import (
 )
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links import LinkPool
+from greenconsume.links.pool import LinkPool
 from tests.brokers import client_tls
 from tests.integration.consumers import (
     SOON,

@@ -237,8 +237,8 @@ from gevent import monkey
 monkey.patch_all()
 import sys
 from kombu import Connection, Producer
-from greenconsume import transports
-transports.register()
+from greenconsume.transports import registry
+registry.register()
 producer = Producer(Connection(sys.argv[1]))
 for size in sys.argv[3:]:
     producer.publish("x" * int(size), routing_key=sys.argv[2])

@@ -11,9 +11,10 @@ import pytest
 from gevent.event import Event
 from kombu import Exchange, Queue
 
-from greenconsume import Reject, Requeue, Retry, Runtime, copies, republishing, spawn
+from greenconsume import Reject, Requeue, Retry, Runtime, spawn
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerDrained, HandlerFailed
+from greenconsume.failures import message_copy, republisher
 from greenconsume.lifecycle import lifecycle_of
 from tests.integration.consumers import (
     SOON,
@@ -55,7 +56,7 @@ class Failing(Recorder):
 
     @property
     def counts(self) -> list[int]:
-        return [copies.retries_of(headers) for headers in self.headers]
+        return [message_copy.retries_of(headers) for headers in self.headers]
 
 
 def queue_of(name: str, kind: str) -> Queue:
@@ -101,7 +102,7 @@ def test_delays_are_kept_and_attempts_counted(rabbitmq, amqp_url, queue_name, ki
     assert consumer.counts == [0, 1, 2, 3]
     for wait, delay in zip(waits, [0.3, 0.6, 1], strict=True):
         assert delay <= wait < delay + 0.1
-    assert dead.headers[copies.RETRIES] == 3
+    assert dead.headers[message_copy.RETRIES] == 3
     assert [failure.outcome for failure in failures] == [
         "retry 1 of 3 in 0.3 s",
         "retry 2 of 3 in 0.6 s",
@@ -124,7 +125,7 @@ def test_what_succeeds_in_the_end_leaves_nothing_behind(rabbitmq, amqp_url, queu
     consumer = Failing(amqp_url, queue_name, Retry(delays=[0.05]))
 
     def succeed_at_last(_body: Any, message: Any) -> None:
-        if not copies.retries_of(message.headers):
+        if not message_copy.retries_of(message.headers):
             raise LookupError
 
     consumer.handle = succeed_at_last
@@ -166,7 +167,7 @@ def test_nothing_of_a_delayed_message_is_held_in_memory(amqp_url, queue_name):
         handling = lifecycle_of(consumer).drain.handling
         wait_until(lambda: not handling.busy)
         gc.collect()
-        held = [each for each in gc.get_objects() if type(each) is copies.Copy]
+        held = [each for each in gc.get_objects() if type(each) is message_copy.Copy]
         assert (held, len(handling.requeues)) == ([], 0)
 
 
@@ -210,7 +211,7 @@ def test_everything_else_stays_as_it_was(amqp_url, queue_name, encoding, body):
     assert (dead.body or b"") == body
     headers = dead.properties.pop("application_headers")
     assert dead.properties == {**given, "delivery_mode": 2}
-    theirs = {k: v for k, v in headers.items() if not k.startswith(copies.PREFIX)}
+    theirs = {k: v for k, v in headers.items() if not k.startswith(message_copy.PREFIX)}
     assert theirs == HEADERS
 
 
@@ -221,9 +222,9 @@ def test_the_dead_letter_says_why_where_and_when(amqp_url, queue_name):
     with consuming(consumer):
         publish_raw(amqp_url, b'"bad"', "order.new", exchange.name, content_type="application/json")
         headers = taken(amqp_url, f"{queue_name}.dead").headers
-    said = {name.removeprefix(copies.PREFIX): value for name, value in headers.items()}
+    said = {name.removeprefix(message_copy.PREFIX): value for name, value in headers.items()}
     assert said.pop("stack").splitlines()[0] == "Traceback (most recent call last):"
-    assert 'raise LookupError("no such hat")' in headers[copies.STACK]
+    assert 'raise LookupError("no such hat")' in headers[message_copy.STACK]
     assert said.pop("host")
     assert began - 1 <= amqp_time(said.pop("time")) <= time() + 1
     assert said == {
@@ -282,7 +283,7 @@ def test_an_expiration_neither_cuts_a_delay_short_nor_loses_the_message(amqp_url
         assert consumer.came(2)[0] >= 0.5
         dead = taken(amqp_url, f"{queue_name}.dead")
     assert "expiration" not in dead.properties
-    assert dead.headers[f"{copies.PREFIX}expiration"] == "200"
+    assert dead.headers[f"{message_copy.PREFIX}expiration"] == "200"
 
 
 def test_a_message_of_another_user_is_retried(rabbitmq, amqp_url, queue_name):
@@ -297,7 +298,7 @@ def test_a_message_of_another_user_is_retried(rabbitmq, amqp_url, queue_name):
         anns = amqp_url.replace("guest:guest", "ann:ann")
         publish_raw(anns, b'"bad"', queue_name, content_type="application/json", user_id="ann")
         dead = taken(amqp_url, f"{queue_name}.dead")
-    assert dead.headers[f"{copies.PREFIX}user-id"] == "ann"
+    assert dead.headers[f"{message_copy.PREFIX}user-id"] == "ann"
     assert consumer.counts == [0, 1]
 
 
@@ -312,7 +313,7 @@ def test_words_without_end_are_cut_to_fit(amqp_url, queue_name):
         publish_raw(amqp_url, b"", queue_name, application_headers={"large": "x" * 120_000})
         headers = taken(amqp_url, f"{queue_name}.dead").headers
     assert headers["large"] == "x" * 120_000
-    assert headers[copies.ERROR].startswith("…é")
+    assert headers[message_copy.ERROR].startswith("…é")
 
 
 # -- which policy ---------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_a_queue_that_dies_with_its_consumer_gets_no_queues_of_its_own(amqp_url,
     with consuming(consumer):
         publish_raw(amqp_url, b'"bad"', queue_name, content_type="application/json")
         assert 0.3 <= consumer.came(2)[0] < 0.4
-        assert taken(amqp_url, f"{queue_name}.dead").headers[copies.RETRIES] == 1
+        assert taken(amqp_url, f"{queue_name}.dead").headers[message_copy.RETRIES] == 1
     with pytest.raises(amqp.NotFound):
         queue_depth(amqp_url, f"{queue_name}.retry.300")
 
@@ -413,7 +414,7 @@ def test_a_dead_letter_queue_that_is_there_is_used_as_it_is(amqp_url, queue_name
 def test_while_the_broker_blocks_publishers_the_message_goes_back(
     rabbitmq_fault, amqp_url, queue_name, monkeypatch
 ):
-    monkeypatch.setattr(republishing, "CONFIRM_TIMEOUT", 0.2)
+    monkeypatch.setattr(republisher, "CONFIRM_TIMEOUT", 0.2)
     consumer = Failing(amqp_url, queue_name, Retry(10_000, [0.05]))
     with consuming(consumer), observed(HandlerFailed) as failures:
         publish(amqp_url, queue_name, ["bad"])
@@ -447,7 +448,7 @@ def test_lost_links_lose_no_message(proxy, amqp_url, queue_name):
 
     def fail(body: Any, message: Any) -> None:
         pause_for(0.002)
-        if copies.retries_of(message.headers) == 2:
+        if message_copy.retries_of(message.headers) == 2:
             bodies.add(body)
         raise LookupError(body)
 
@@ -583,8 +584,8 @@ def test_a_poison_message_among_ten_thousand(amqp_url, queue_name, policy, ends_
             assert poison.body == b'"bad"'
             said = (poison.headers or {}).get
             retried = isinstance(policy, Retry)
-            assert said(copies.RETRIES) == (policy.max_retries if retried else None)
-            assert said(copies.ERROR_TYPE) == ("LookupError" if retried else None)
+            assert said(message_copy.RETRIES) == (policy.max_retries if retried else None)
+            assert said(message_copy.ERROR_TYPE) == ("LookupError" if retried else None)
         return cost
 
     costs = [run(bodies, number) for number, bodies in enumerate([good, poisoned] * 4)]

@@ -24,7 +24,7 @@ from greenconsume import (
     spawn,
 )
 from greenconsume.events import ConsumerState, Event, subscribe
-from greenconsume.links import LinkPool
+from greenconsume.links.pool import LinkPool
 
 
 class Orders(ConsumerMixin):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from kombu import Connection
 
-from greenconsume import transports
 from greenconsume.events import Event
+from greenconsume.transports import registry
 from tests.unit.fakes import recording
 
 
@@ -23,7 +23,7 @@ def events() -> Iterator[list[Event]]:
 @pytest.fixture
 def connect(make_peer: Any) -> Iterator[Callable[..., Connection]]:
     """Connect to a peer by kombu, over the green link; whatever is left is dropped in the end."""
-    transports.register()
+    registry.register()
     connections: list[Connection] = []
 
     def open_connection(peer: Any, **options: Any) -> Connection:

@@ -20,14 +20,15 @@ from kombu.exceptions import OperationalError
 from kombu.utils.limits import TokenBucket
 
 import greenconsume.mixins
-from greenconsume import links, transports
-from greenconsume.adapting import adapt
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerChanged, ConsumerState, HandlerFailed, LinkUp
-from greenconsume.greenlets import ConsumerGreenlet, spawn
+from greenconsume.failures.policies import Requeue
 from greenconsume.lifecycle import lifecycle_of
+from greenconsume.links import pool as pool_module
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin, request_stop
-from greenconsume.policies import Requeue
+from greenconsume.runtime.adapter import adapt
+from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
+from greenconsume.transports import registry
 from tests import frames
 from tests.servers import HOST, free_port
 from tests.unit.fakes import of_type, recording
@@ -38,7 +39,7 @@ BOTH = [kombu_mixins.ConsumerMixin, ConsumerMixin]
 
 @pytest.fixture(autouse=True)
 def registered():
-    transports.register()
+    registry.register()
 
 
 @pytest.fixture
@@ -569,7 +570,7 @@ def test_a_request_to_stop_ends_a_consumer_that_shadows_should_stop(started, que
 @pytest.mark.parametrize("kind", [Shadowing, ReadOnly])
 def test_a_shadowed_should_stop_ends_a_consumer_whose_broker_is_away(kind, monkeypatch):
     """HAZARDS.md row 3, for one that can only be asked."""
-    monkeypatch.setattr(links, "ASK_INTERVAL", 0.02)
+    monkeypatch.setattr(pool_module, "ASK_INTERVAL", 0.02)
     worker = kind(f"amqp://guest:guest@{HOST}:{free_port()}//")
     greenlet = gevent.spawn(worker.run)
     with recording() as events:

@@ -201,7 +201,7 @@ def test_the_entry_point_patches_before_anything_else_is_imported() -> None:
         "import runpy, sys",
         "class Watch:",
         "    def find_spec(self, name, path=None, target=None):",
-        "        if name in ('greenconsume.cli', 'click', 'kombu'):",
+        "        if name in ('greenconsume.cli.main', 'click', 'kombu'):",
         "            from gevent import monkey",
         "            print(name, monkey.is_module_patched('threading'), file=sys.__stdout__)",
         "sys.meta_path.insert(0, Watch())",
@@ -211,5 +211,5 @@ def test_the_entry_point_patches_before_anything_else_is_imported() -> None:
         "except SystemExit as exc:",
         "    assert not exc.code, exc.code",
     )
-    assert "greenconsume.cli True" in told
+    assert "greenconsume.cli.main True" in told
     assert "False" not in told

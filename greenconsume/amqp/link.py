@@ -1,0 +1,500 @@
+"""Owns one green AMQP connection: its socket, its reader, its writer, its heartbeats.
+
+Built on py-amqp's `Connection` for the handshake, SASL and TLS. The reader greenlet alone reads the
+socket and never runs user code nor waits for a reply (law 1); the writer greenlet alone writes it.
+Nobody is killed in either: a link ends by `fail`, which closes the socket under them, or by `close`.
+Used by `Session`s, one a consumer; made by `Transport` and shared by `LinkPool`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import amqp
+import gevent
+from amqp import spec
+from amqp.exceptions import (
+    ConnectionForced,
+    FrameSyntaxError,
+    RecoverableConnectionError,
+    ResourceError,
+    error_for_code,
+)
+from amqp.method_framing import frame_handler
+from gevent.event import Event
+
+from greenconsume.amqp.frames import (
+    DELIVERY,
+    HEADER,
+    HEARTBEAT_FRAME,
+    Delivery,
+    FrameParser,
+    encode_content,
+    encode_method,
+)
+from greenconsume.amqp.send_queue import Outgoing
+from greenconsume.errors import ForkedError
+from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
+from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
+
+if TYPE_CHECKING:
+    from greenconsume.amqp.channel import Channel
+    from greenconsume.amqp.session import Session
+
+#: After so many answers of a read those who wait have their turn: confirmed publishing is a tenth faster.
+_ANSWERS = 2
+#: One `recv` asks for this many bytes, the largest frame RabbitMQ sends by default.
+READ_SIZE = 131072
+#: Publishers wait while more bytes than this are unsent, and those of a channel while a large body of it is.
+HIGH_WATER = 1 << 20
+#: Seconds between connection heartbeats unless the user sets others.
+DEFAULT_HEARTBEAT = 30.0
+#: Seconds that closing a link or a channel may take.
+DEFAULT_CLOSE_TIMEOUT = 5.0
+#: Seconds that a call (declare, qos, consume, …) waits for its reply.
+DEFAULT_CALL_TIMEOUT = 60.0
+#: A hub that was busy is given this long to read what had arrived before silence is judged.
+_GRACE = 0.05
+# By py-amqp's default the kernel drops a broker that takes no bytes for a second, as one does that blocks
+# its publishers; here the heartbeats judge.
+_SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 0} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
+
+
+class LinkLostError(RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
+    """The link that was used is gone; `__cause__` says why. Its deliveries went back to the broker."""
+
+
+class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
+    """One AMQP connection, used by any number of sessions and greenlets.
+
+    Args:
+        close_timeout: Seconds that an orderly close may take before the socket is dropped.
+        call_timeout: Seconds that a call waits for its reply before it raises `TimeoutError`.
+        **options: As `amqp.Connection`.
+    """
+
+    _METHODS = {
+        **amqp.Connection._METHODS,
+        spec.Connection.Blocked: spec.method(spec.Connection.Blocked, "s"),
+    }
+    heartbeat: float
+    channel_max: int
+    is_closing: bool
+
+    def __init__(
+        self,
+        *,
+        close_timeout: float = DEFAULT_CLOSE_TIMEOUT,
+        call_timeout: float = DEFAULT_CALL_TIMEOUT,
+        **options: Any,
+    ) -> None:
+        self._channel_limit = options.get("channel_max") or 65535
+        super().__init__(**options)
+        self.close_timeout = close_timeout
+        self.call_timeout = call_timeout
+        self.uri = ""
+        self.failure: BaseException | None = None
+        self.sessions: set[Session] = set()
+        self.session_size = 1  # how many channels another session is taken to need
+        self._free_ids: list[int] = []
+        self._last_id = 0
+        self._settling: list[Channel] = []
+        self._properties: dict[int, bytes] = {}  # by channel, of the content that is coming in
+        self._outgoing = Outgoing()
+        self._sending = 0
+        self._unsent, self._writable, self._unblocked = Event(), Event(), Event()
+        self._opened, self._closed, self._dead = Event(), Event(), Event()
+        self._writable.set()
+        self._unblocked.set()
+        self._last_read = self._last_write = monotonic()
+        _links.add(self)
+
+    # -- the life of a link -------------------------------------------------------------------
+
+    def connect(self, callback: Callable[[], object] | None = None) -> None:
+        """Open the socket and shake hands, within `connect_timeout` seconds each.
+
+        Raises:
+            OSError: The broker cannot be reached, or does not answer.
+            amqp.exceptions.AMQPError: It answered and refused.
+
+        Switches: yes. A kill in here closes the socket; the link is then of no further use.
+        """
+        try:
+            self._open_socket()
+            wait(self._opened, Deadline(self.connect_timeout))
+            if self.failure is not None:
+                raise self.failure
+            if not self._opened.is_set():
+                raise TimeoutError(f"{self.host} accepted the connection, but does not speak AMQP")
+        except BaseException as exc:  # a kill too must not leave the socket open
+            self.fail(exc)
+            raise
+        if self.heartbeat:
+            gevent.spawn(self._beat).name = f"heartbeat of {self.uri}"
+        emit(LinkUp(self.uri))
+
+    def _open_socket(self) -> None:
+        self.transport = self.Transport(
+            self.host,
+            self.connect_timeout,
+            self.ssl,
+            self.read_timeout,
+            self.write_timeout,
+            socket_settings={**_SOCKET_SETTINGS, **(self.socket_settings or {})},
+        )
+        self.transport.connect()
+        self.transport.sock.settimeout(None)  # TLS leaves the connect timeout on
+        self.on_inbound_frame = frame_handler(self, self.on_inbound_method)
+        self.frame_writer = self._write_frames
+        self._last_read = self._last_write = monotonic()
+        gevent.spawn(self._read).name = f"reader of {self.uri}"
+        gevent.spawn(self._write).name = f"writer of {self.uri}"
+
+    @property
+    def connected(self) -> bool:
+        """Whether the link is open and has not failed."""
+        return self.failure is None and self._opened.is_set()
+
+    def close(self, *args: Any, **kwargs: Any) -> None:
+        """Close in order: `Close`, wait for `CloseOk` up to the deadline, drop the socket.
+
+        Args:
+            *args: As `amqp.Connection.close`; only `deadline` is looked at.
+            **kwargs: `deadline`, a `Deadline`; `close_timeout` from now by default.
+
+        Switches: yes. Never raises for what the broker does.
+        """
+        if self.failure is not None or self.is_closing:
+            return
+        deadline = kwargs.get("deadline") or Deadline(self.close_timeout)
+        self.is_closing = True
+        self._write_method(
+            0, spec.Connection.Close, amqp.serialization.dumps("BsBB", (0, "", 0, 0))
+        )
+        try:
+            wait(self._closed, deadline)
+        finally:  # after a kill, too
+            self.fail(RecoverableConnectionError("the link was closed"))
+
+    def fail(self, error: BaseException) -> None:
+        """End the link now: drop the socket and tell every channel and session. Never switches."""
+        if self.failure is not None:
+            return
+        was_open = self._opened.is_set()
+        self.failure = error
+        for event in (self._opened, self._closed, self._dead, self._unsent, self._writable):
+            event.set()
+        self._unblocked.set()
+        self._drop_socket()
+        sessions = list(self.sessions)
+        if was_open and not self.is_closing:
+            emit(LinkDown(self.uri, error, len(sessions)))
+        for session in sessions:
+            session.on_link_lost()
+        self.channels.clear()
+        self._outgoing.clear()
+        self._settling.clear()
+
+    collect = close
+
+    def _drop_socket(self) -> None:
+        # Not transport.close(): over TLS it waits for the peer's close_notify.
+        transport = self._transport
+        sock = transport and transport.sock
+        if not sock:
+            return
+        transport.connected = False
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+        sock.close()
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        parser = FrameParser(self.frame_max)
+        recv = self.transport.sock.recv
+        try:
+            while self.failure is None:
+                data = recv(READ_SIZE)
+                if not data:
+                    raise ConnectionResetError("the broker closed the connection")
+                self._last_read = monotonic()
+                parser.max_size, answers = self.frame_max, 0
+                for frame in parser.feed(data):
+                    if frame[0] == DELIVERY:
+                        self._deliver(frame[1], frame[2])
+                    elif frame[0] == HEADER:
+                        self._take_header(*frame)
+                    else:
+                        self.on_inbound_frame(frame)
+                        answers += 1
+                        if answers % _ANSWERS == 0:
+                            gevent.sleep(0)
+                gevent.sleep(0)  # recv does not switch while data keeps coming
+        except (OSError, amqp.AMQPError) as exc:
+            self.fail(exc)
+        except Exception as exc:  # what py-amqp's decoder raises on bytes that make no sense
+            error = FrameSyntaxError(f"the broker sent what cannot be decoded: {exc!r}")
+            error.__cause__ = exc
+            self.fail(error)
+
+    def _take_header(self, kind: int, channel_id: int, payload: bytes) -> None:
+        # Without the properties: those that cannot be decoded are their message's fault, not the link's.
+        self._properties[channel_id] = payload[12:]
+        self.on_inbound_frame((kind, channel_id, payload[:12] + b"\0\0"))
+
+    def on_inbound_method(
+        self, channel_id: int, method_sig: tuple[int, int], payload: bytes, content: Any
+    ) -> None:
+        """Hand one complete method to its channel; a channel that is gone gets nothing."""
+        if content is not None:
+            content.encoded = self._properties.pop(channel_id)
+        channel = self.channels.get(channel_id)
+        if channel is not None:
+            channel.dispatch_method(method_sig, payload, content)
+
+    def _deliver(self, channel_id: int, delivery: Delivery) -> None:
+        channel = self.channels.get(channel_id)
+        if channel is not None:
+            channel.on_delivery(delivery)
+
+    def _on_tune(self, channel_max: int, frame_max: int, server_heartbeat: int) -> None:
+        # py-amqp takes the server's channel_max even where the user asked for less.
+        limit = min(channel_max or 65535, self._channel_limit)
+        super()._on_tune(limit, frame_max, server_heartbeat)
+
+    def _on_open_ok(self) -> None:
+        super()._on_open_ok()
+        self._opened.set()
+
+    def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
+        self._write_method(0, spec.Connection.CloseOk)
+        self._send_now()
+        raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ConnectionError)
+
+    def _send_now(self) -> None:
+        # The reader is about to drop the socket: one try that cannot block, or none over TLS.
+        if not self.ssl:
+            try:
+                self.transport.sock._sock.send(self._outgoing.take())
+            except OSError:
+                pass  # the broker closes by itself, too
+
+    def _on_close_ok(self) -> None:
+        self._closed.set()
+
+    def _on_blocked(self, reason: str = "") -> None:
+        self._unblocked.clear()
+        emit(LinkBlocked(self.uri, True, reason))
+        if self.on_blocked:
+            gevent.spawn(self.on_blocked, reason)
+
+    def _on_unblocked(self) -> None:
+        self._unblocked.set()
+        emit(LinkBlocked(self.uri, False, ""))
+        if self.on_unblocked:
+            gevent.spawn(self.on_unblocked)
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def _write_method(self, channel: int, sig: tuple[int, int], args: bytes = b"") -> None:
+        self.write([encode_method(channel, sig, args)])
+
+    def _write_frames(
+        self, _type: int, channel: int, sig: tuple[int, int], args: Any, content: Any
+    ) -> None:
+        """Encode one method and queue it; py-amqp's `frame_writer`. Never switches."""
+        args = args.encode() if isinstance(args, str) else args
+        if content is None:
+            self._write_method(channel, sig, args)
+        else:
+            self.write(encode_content(channel, sig, args, content, self.frame_max))
+
+    def write(self, frames: list[bytes]) -> None:
+        """Queue frames for the writer, which sends them at the hub's next turn. Never switches.
+
+        Raises:
+            LinkLostError: The link is gone.
+        """
+        if self.failure is not None:
+            raise self.lost()
+        self._outgoing.put(frames)
+        self._unsent.set()
+
+    def flush_soon(self, channel: Channel) -> None:
+        """Have the writer ask `channel` for its settles at the hub's next turn. Never switches."""
+        self._settling.append(channel)
+        self._unsent.set()
+
+    def _write(self) -> None:
+        sendall = self.transport.sock.sendall
+        try:
+            while self.failure is None:
+                self._unsent.wait()
+                self._unsent.clear()
+                settling, self._settling = self._settling, []
+                for channel in settling:
+                    channel.flush()
+                data = self._outgoing.take()
+                self._sending = len(data)
+                sendall(data)
+                self._note_sent()
+                if self._outgoing:
+                    gevent.sleep(0)  # sendall does not switch while the kernel takes all
+        except OSError as exc:
+            self.fail(exc)
+
+    def _note_sent(self) -> None:
+        self._last_write = monotonic()
+        relieved = self._outgoing.relieved or self._sending + self._outgoing.size > HIGH_WATER
+        self._sending, self._outgoing.relieved = 0, False
+        if relieved and self._outgoing.size <= HIGH_WATER:
+            self._writable.set()
+        if self._outgoing:
+            self._unsent.set()
+
+    def _is_full(self, channel: int | None) -> bool:
+        unsent = self._sending + self._outgoing.size
+        return unsent > HIGH_WATER or self._outgoing.holds_large(channel)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the writer still has something to send."""
+        return bool(self._sending or self._outgoing)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker blocks this link's publishers."""
+        return not self._unblocked.is_set()
+
+    def is_publishable(self, channel: int) -> bool:
+        """Whether `wait_publishable` would return at once. Never switches."""
+        return bool(self._unblocked.is_set()) and not self._is_full(channel)
+
+    def wait_publishable(
+        self, deadline: Deadline, stop: StopSignal | None = None, channel: int | None = None
+    ) -> None:
+        """Wait while the broker blocks this link's publishers, or too much is unsent.
+
+        Args:
+            deadline: When to give up.
+            stop: Ends the wait.
+            channel: The channel that is to publish; None: any of them.
+
+        Raises:
+            RecoverableConnectionError: The deadline came first (as py-amqp's `basic_publish`).
+            LinkLostError: The link was lost meanwhile.
+            StoppedError: `stop` was set.
+
+        Switches: only while there is something to wait for.
+        """
+        while self.failure is None:
+            if self.blocked:
+                gate, why = self._unblocked, "the broker blocks publishers"
+            elif self._is_full(channel):
+                gate, why = self._writable, "the broker takes no more bytes"
+                gate.clear()
+            else:
+                return
+            if stop is not None:
+                stop.check()
+            if deadline.expired:
+                raise RecoverableConnectionError(f"basic_publish: timed out: {why}")
+            wait_open(gate, deadline, stop)
+        raise self.lost()
+
+    # -- heartbeats -----------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        interval = self.heartbeat / 2
+        while not self._dead.wait(interval):
+            if monotonic() - self._last_write >= interval * 0.9 and not self._outgoing:
+                self.write([HEARTBEAT_FRAME])
+            if self._silent() and not self._dead.wait(_GRACE) and self._silent():
+                seconds = round(monotonic() - self._last_read, 1)
+                self.fail(ConnectionForced(f"no heartbeat from the broker for {seconds} s"))
+
+    def _silent(self) -> bool:
+        return monotonic() - self._last_read > 2 * self.heartbeat
+
+    def heartbeat_tick(self, rate: int = 2) -> None:
+        """Do nothing: a timer of the link's own sends and judges heartbeats. For py-amqp's users."""
+
+    # -- sessions and channel ids -----------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another session would find its channel ids."""
+        taken = max(len(self.sessions) * self.session_size, len(self.channels) - 1)
+        return taken + self.session_size <= self.channel_max
+
+    def make_room(self, size: int) -> None:
+        """Reckon with sessions of `size` channels from now on: one found no id for so many."""
+        self.session_size = min(max(self.session_size, size), self.channel_max)
+
+    def allocate(self, channel_id: int | None = None) -> int:
+        """Return a channel id that is not in use; an explicit one must be free.
+
+        Raises:
+            ResourceError: All ids up to the negotiated `channel_max` are in use.
+        """
+        if channel_id:
+            if channel_id in self.channels:
+                raise amqp.ConnectionError(f"Channel {channel_id!r} already open")
+            return channel_id
+        while self._free_ids:
+            if (free := self._free_ids.pop()) not in self.channels:
+                return free
+        while self._last_id < self.channel_max:
+            self._last_id += 1
+            if self._last_id not in self.channels:
+                return self._last_id
+        raise ResourceError(
+            f"all {self.channel_max} channels of the link to {self.uri} are in use: "
+            "raise channel_max at the broker, or use more links",
+            spec.Channel.Open,
+        )
+
+    def forget(self, channel_id: int) -> None:
+        """Make a channel's id free again: both sides have closed it."""
+        if self.channels.pop(channel_id, None) is not None:
+            self._free_ids.append(channel_id)
+
+    def __repr__(self) -> str:
+        # py-amqp's asks the socket for its address, and raises when that is closed.
+        return f"<{type(self).__name__} {self.uri} {'open' if self.connected else 'not open'}>"
+
+    def lost(self) -> LinkLostError:
+        """Return a new error that says why the link is gone."""
+        error = LinkLostError(f"the link to {self.uri} is gone: {self.failure}")
+        error.__cause__ = self.failure
+        return error
+
+    def on_fork(self) -> None:
+        """In a forked child: let go of the socket without a word to the broker, which is the parent's."""
+        if self.failure is not None or self._transport is None or not self._transport.sock:
+            return
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, self._transport.sock.fileno())  # shutdown() would end the parent's connection
+        os.close(null)
+        self.is_closing = True
+        self.fail(ForkedError("a broker link"))
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _leave_links_to_parent() -> None:
+    for link in list(_links):
+        link.on_fork()
+
+
+os.register_at_fork(after_in_child=_leave_links_to_parent)

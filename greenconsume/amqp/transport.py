@@ -1,0 +1,99 @@
+"""Owns the kombu transports for AMQP: `amqp://`, `pyamqp://` and `amqps://` over green links.
+
+kombu resolves to these once `transports.register` was called. A connection made by itself has a link of
+its own; a `LinkPool` sets `acquire`, and then connections share its links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import amqp
+from gevent.lock import BoundedSemaphore
+from kombu.transport import pyamqp
+from kombu.utils.imports import symbol_by_name
+
+from greenconsume.amqp.link import DEFAULT_HEARTBEAT, Link, LinkLostError
+from greenconsume.amqp.session import Session
+from greenconsume.stopping import StopSignal
+
+#: What says that the broker was reached and refused; trying again does not help by itself.
+REFUSALS = (amqp.AccessRefused, amqp.NotAllowed)
+
+
+class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
+    """kombu's transport for RabbitMQ over a green link.
+
+    `transport_options` are those of `amqp.Connection`, and `close_timeout` and `call_timeout` of `Link`.
+    Heartbeats are on, every 30 s, unless `heartbeat` says otherwise; `{"heartbeat": 0}` turns them off.
+    A callable password, or a `credential_provider`, is asked anew for each link that is dialled.
+    """
+
+    wakes = True
+    driver_name = "greenconsume"
+    implements = pyamqp.Transport.implements.extend(asynchronous=False)
+    #: Gives a link that is shared; set by a `LinkPool`.
+    acquire: Callable[[], Link] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._dialling = BoundedSemaphore(1)
+        self._session: Session | None = None
+
+    def establish_connection(self) -> Session:
+        """Return a session: over a shared link where a pool gives one, else over a new one.
+
+        Greenlets that use an unconnected `kombu.Connection` at once get one session, not one each.
+
+        Switches: yes, to dial.
+        """
+        with self._dialling:
+            if self._session is None or not self._session.connected:
+                link = self.acquire() if self.acquire is not None else self.dial()
+                self._session = Session(link, self.client)
+            return self._session
+
+    def dial(self) -> Link:
+        """Return a new, connected link; one attempt."""
+        link: Link = super().establish_connection()
+        link.client = None
+        return link
+
+    def Connection(self, **options: Any) -> Link:
+        """Make the link that `dial` connects; the plug point of kombu's `establish_connection`."""
+        client = self.client
+        if not client.heartbeat and "heartbeat" not in (client.transport_options or {}):
+            options["heartbeat"] = DEFAULT_HEARTBEAT
+        provider = getattr(client, "credential_provider", None)  # older kombus have none
+        if provider:
+            options.update(_credentials_from(provider))
+        link = Link(**options)
+        link.uri = client.as_uri()
+        return link
+
+    def drain_events(
+        self, connection: Session, timeout: float | None = None, stop: StopSignal | None = None
+    ) -> None:
+        """As `Session.drain_events`."""
+        connection.drain_events(timeout=timeout, stop=stop)
+
+
+class SSLTransport(Transport):
+    """The same over TLS."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.client.ssl:
+            self.client.ssl = True
+
+
+def _credentials_from(provider: Any) -> dict[str, str]:
+    """Ask an object, or one of the class that a path names, as kombu's Redis transport has it."""
+    if isinstance(provider, str):
+        provider = symbol_by_name(provider)()
+    names = ("password", "userid")  # the user's name, which comes first, may be left out
+    return dict(zip(names, reversed(provider.get_credentials()), strict=False))
+
+
+__all__ = ["REFUSALS", "Link", "LinkLostError", "SSLTransport", "Session", "Transport"]

@@ -1,0 +1,299 @@
+"""Owns the command line: `greenconsume run MODULE:TARGET`, its options, its exit codes and its words.
+
+An option comes from its flag, else the environment, else `[tool.greenconsume]` in ./pyproject.toml, else
+the default. What consuming and stopping is, `runtime` knows. Called by `__main__`, which has patched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from greenconsume import __version__, logs
+from greenconsume.cli.dead_letters import dead_letters
+from greenconsume.cli.loading import runtime_of, users_part
+from greenconsume.errors import (
+    BrokerRefusedError,
+    GreenconsumeError,
+    InvalidConsumerError,
+    UnsupportedTransportError,
+)
+from greenconsume.events import ConsumerChanged, ConsumerState, Event, subscribe
+from greenconsume.runtime.runtime import Runtime
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]  # mypy may run on 3.11
+
+_TABLE = "[tool.greenconsume] in pyproject.toml"
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line.
+
+    Args:
+        args: The arguments; `None` takes them from the process.
+
+    Raises:
+        SystemExit: Always. 0: drained clean; 1: work was abandoned, a consumer was given up, the broker
+            refused, or the user's own code failed; 2: a mistake in the call.
+    """
+    try:
+        code = cli.main(args, prog_name="greenconsume", standalone_mode=False)
+    except click.Abort:
+        code = _fail("interrupted before anything was started", 1)
+    except click.ClickException as exc:
+        context = getattr(exc, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        code = _fail(exc.format_message().rstrip(".") + hint, exc.exit_code)
+    except (InvalidConsumerError, UnsupportedTransportError) as exc:
+        code = _fail(str(exc), 2)
+    except GreenconsumeError as exc:
+        code = _fail(str(exc), 1)
+    except Exception as exc:  # the user's module, class or factory may raise whatever it likes
+        click.echo(logs.redact(_traceback(exc)), nl=False, err=True)
+        code = 1
+    sys.exit(code)
+
+
+def _seconds(value: str | float) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise click.BadParameter(f"{value!r} is no number of seconds, 0 or more")
+    return seconds
+
+
+def _option(flag: str, **details: Any) -> Callable[[Any], Any]:
+    envvar = "GREENCONSUME_" + flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(flag, envvar=envvar, show_envvar=True, show_default=True, **details)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+@click.version_option(__version__, prog_name="greenconsume")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Run many kombu consumers as greenlets of one process.
+
+    \b
+    Examples:
+      greenconsume run shop:Orders --broker amqp:// --replicas 20
+      greenconsume run --help
+    """  # noqa: D301  # \b is click's: leave the paragraph as it is
+    table = _table()
+    broker = {name: value for name, value in table.items() if name == "broker"}
+    looks = dict.fromkeys(dead_letters.commands, broker)
+    ctx.default_map = {"run": table, "dead-letters": looks}
+
+
+@cli.command()
+@click.argument("target", metavar="MODULE:TARGET")
+@_option(
+    "--broker",
+    metavar="URL",
+    default="memory://",
+    help="A kombu URL, or several to fail over to, with ';' between.",
+)
+@_option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=1,
+    help="How many consumers of a class to run.",
+)
+@_option(
+    "--links",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Connections to the broker, shared by all consumers.",
+)
+@_option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    help="Handlers at once of a consumer that sets none itself; without: inline, one by one.",
+)
+@_option(
+    "--max-handlers",
+    type=click.IntRange(min=1),
+    help="Handlers at once of all consumers that have a concurrency; without: no such bound.",
+)
+@_option(
+    "--block-warning",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Warn of a handler that keeps all others waiting for so long, with its stack.",
+)
+@_option(
+    "--drain-timeout",
+    type=_seconds,
+    metavar="SECONDS",
+    default=30.0,
+    help="How long a stop leaves what runs to end by itself.",
+)
+@_option(
+    "--cancel-timeout",
+    type=_seconds,
+    metavar="SECONDS",
+    default=5.0,
+    help="How long what was cancelled then has, and closing the connections.",
+)
+@_option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    help="The least that is logged, to stderr.",
+)
+@_option(
+    "--log-format",
+    type=click.Choice(["text", "json"], case_sensitive=False),
+    default="text",
+    help="Lines to read, or one JSON object a line.",
+)
+@click.pass_context
+def run(
+    ctx: click.Context, /, target: str, log_level: str, log_format: Any, **options: Any
+) -> None:
+    """Run the consumers of MODULE:TARGET until they have ended, or a signal drains them.
+
+    TARGET is a Runtime, a consumer class, a consumer, or a function that returns one of these. A function
+    that takes the connection is called for each consumer, one without arguments once. MODULE is looked
+    for in the current folder first.
+
+    \b
+    Examples:
+      greenconsume run shop:Orders
+      greenconsume run shop:Orders --broker amqp://guest:guest@localhost// --replicas 20 --links 2
+      greenconsume run shop:runtime --drain-timeout 5 --log-format json
+      GREENCONSUME_BROKER='amqp://a;amqp://b' greenconsume run shop:Orders
+
+    An option is taken from its flag, else from the environment, else from [tool.greenconsume] in
+    ./pyproject.toml (drain-timeout = 5), else it has its default. A Runtime, or a consumer that has a
+    connection, keeps its own values in place of the defaults; --replicas is not for these.
+
+    SIGTERM and Ctrl-C drain: what has begun is finished. A second signal cancels what still runs, a third
+    one kills it, a fourth one exits at once.
+
+    Exit codes: 0 drained clean; 1 work was abandoned, a consumer was given up, the broker refused or
+    your own code failed; 2 a mistake in the call.
+    """  # noqa: D301  # as above
+    logs.configure(log_level, log_format)
+    given = {
+        name: value
+        for name, value in options.items()
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    _serve(runtime_of(target, options, given))
+
+
+cli.add_command(dead_letters)
+
+
+def _serve(runtime: Runtime) -> None:
+    """Run it to its end; any end but a clean one is an error, told in one line."""
+    try:
+        with _one_word_on_refusal(runtime):
+            clean = runtime.run()
+    except BrokerRefusedError as exc:
+        raise click.ClickException(
+            f"{exc}; check the user name, the password and the virtual host in the broker's URL, and "
+            "that the broker lets this user in there"
+        ) from exc
+    except Exception as exc:
+        if not any(child.error is exc for child in runtime.children):
+            raise
+        clean = True  # it was given up while it started, and the log has its traceback
+    given_up = [child for child in runtime.children if child.given_up]
+    if given_up:
+        more = f", and {len(given_up) - 1} more" if len(given_up) > 1 else ""
+        raise click.ClickException(f"{given_up[0].name} was given up: {given_up[0].error!r}{more}")
+    if not clean:
+        raise click.ClickException(
+            "work was abandoned: what still ran was cancelled or killed, and its messages are the broker's"
+        )
+
+
+@contextmanager
+def _one_word_on_refusal(runtime: Runtime) -> Iterator[None]:
+    """Keep out of the log that the broker refuses at the start: it ends the command, which says more."""
+    said = _SaidElsewhere(failover=bool(runtime.connection.alt))
+    unsubscribe = subscribe(said.observe)
+    loggers = [logging.getLogger(f"greenconsume.{name}") for name in ("links", "runtime")]
+    for logger in loggers:
+        logger.addFilter(said)
+    try:
+        yield
+    finally:
+        unsubscribe()
+        for logger in loggers:
+            logger.removeFilter(said)
+
+
+class _SaidElsewhere(logging.Filter):
+    def __init__(self, failover: bool) -> None:
+        super().__init__()
+        self._serves = failover  # one that refuses does not end it
+        self._failed = False
+
+    def observe(self, event: Event, /) -> None:
+        if isinstance(event, ConsumerChanged) and event.new is ConsumerState.CONSUMING:
+            self._serves = True
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = getattr(record, "greenconsume", {})
+        self._failed = self._failed or event.get("reason") == "start failed"
+        return not (self._failed or (event.get("refused") and not self._serves))
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"greenconsume: {logs.redact(' '.join(message.split()))}", err=True)
+    return code
+
+
+def _traceback(error: Exception) -> str:
+    """Return the traceback of an error of the user's, without what is ours; of ours, all of it."""
+    users = users_part(error)
+    if users is not None or isinstance(error, SyntaxError):
+        error = error.with_traceback(users)
+    return "".join(traceback.format_exception(error))
+
+
+def _table() -> dict[str, Any]:
+    """Return the options that ./pyproject.toml sets, checked here so that an error names their source."""
+    try:
+        document = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as exc:  # what is no TOML, or no UTF-8, is a ValueError
+        raise click.UsageError(f"pyproject.toml cannot be read: {exc}") from exc
+    table = document.get("tool", {}).get("greenconsume", {})
+    if not isinstance(table, dict):
+        raise click.UsageError(f"{_TABLE} must be a table, not {table!r}")
+    known = {param.opts[0].removeprefix("--"): param for param in run.params if param.envvar}
+    settings = {}
+    for key, value in table.items():
+        if key not in known:
+            raise click.UsageError(f"{_TABLE}: there is no {key!r}, only {', '.join(known)}")
+        settings[str(known[key].name)] = _setting(key, value, known[key])
+    return settings
+
+
+def _setting(key: str, value: Any, param: click.Parameter) -> Any:
+    wanted = str if isinstance(param.default, str) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        kind = "a string" if wanted is str else "a number"
+        raise click.UsageError(f"{_TABLE}: {key} must be {kind}, not {value!r}")
+    try:
+        return param.type.convert(str(value), param, None)
+    except click.BadParameter as exc:
+        raise click.UsageError(f"{_TABLE}: {key}: {exc.message}") from exc

@@ -1,0 +1,138 @@
+"""Owns the queues that retries need in the broker: their names, their arguments, their declaration.
+
+Called by `retries`. Holds no message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import amqp
+from gevent.event import Event
+from kombu import Connection, Queue
+
+from greenconsume.amqp.transport import Session
+from greenconsume.errors import InvalidConsumerError
+from greenconsume.stopping import Deadline, wait_open
+
+#: Of the delay queues of a quorum queue. A classic one dead-letters what expired while the broker was down
+#: before the quorum queue has a leader again, and so into nothing (RabbitMQ 3.10, seen). From 3.10 on.
+_AT_LEAST_ONCE = {
+    "x-queue-type": "quorum",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+
+
+def delay_queue(queue: str, delay: float) -> str:
+    """Return the name of the queue in which messages of a queue wait for `delay` seconds."""
+    return f"{queue}.retry.{_milliseconds(delay)}"
+
+
+def delay_queues(queue: Queue, delays: Iterable[float]) -> dict[str, dict[str, Any]]:
+    """Return the queues that messages of a queue wait in, by name, with their arguments."""
+    return {
+        delay_queue(queue.name, delay): {
+            "x-message-ttl": _milliseconds(delay),
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": queue.name,
+            **(_AT_LEAST_ONCE if _is_quorum(queue) else {}),
+        }
+        for delay in delays
+    }
+
+
+def _is_quorum(queue: Queue) -> bool:
+    return (queue.queue_arguments or {}).get("x-queue-type") == "quorum"
+
+
+def lasts(queue: Queue) -> bool:
+    """Whether the queue is there when a delay is over, even if its consumer is not."""
+    return not (queue.auto_delete or queue.exclusive or queue.name.startswith("amq."))
+
+
+class _Declared:
+    """What was declared over one link: ten thousand replicas declare their queues once."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.pending: dict[str, Event] = {}
+
+    @contextmanager
+    def declaring(self, name: str) -> Iterator[None]:
+        """Let others who need the queue wait for it."""
+        self.pending[name] = done = Event()
+        try:
+            yield
+            self.names.add(name)
+        finally:
+            del self.pending[name]
+            done.set()
+
+
+_declared: WeakKeyDictionary[Any, _Declared] = WeakKeyDictionary()
+
+
+def declare_queues(
+    connection: Connection, wanted: dict[str, dict[str, Any] | None], anew: bool = False
+) -> None:
+    """Declare durable queues, by name and arguments; with None, one that is there may have any arguments.
+
+    Raises:
+        InvalidConsumerError: The broker refuses it.
+        StoppedError: The consumer stops.
+
+    Switches: yes, unless all were declared over this link before, and not `anew`.
+    """
+    session = connection.connection
+    declared = _declared_over(session)
+    if anew:
+        declared.names.difference_update(wanted)
+    channel = None
+    try:
+        for name, arguments in wanted.items():
+            while name in declared.pending:
+                _await(declared.pending[name], session)
+            if name not in declared.names:
+                with declared.declaring(name):  # from here on, for all that follows may switch
+                    channel = channel or connection.channel()
+                    _declare_queue(channel, name, arguments)
+    finally:
+        if channel is not None:
+            channel.close()
+
+
+def _declared_over(session: Any) -> _Declared:
+    if not isinstance(session, Session):
+        return _Declared()
+    return _declared.setdefault(session.link, _Declared())
+
+
+def _await(done: Event, session: Session) -> None:
+    """Wait for another consumer's declaration, which has a deadline of its own."""
+    wait_open(done, Deadline(session.link.call_timeout), session.stop)
+    if session.stop is not None:
+        session.stop.check()
+
+
+def _declare_queue(channel: Any, name: str, arguments: dict[str, Any] | None) -> None:
+    try:
+        Queue(name, queue_arguments=arguments).queue_declare(channel=channel)
+    except (amqp.PreconditionFailed, amqp.AccessRefused) as exc:
+        try:
+            channel.queue_declare(name, passive=True)  # a green channel opens itself again
+        except amqp.ChannelError:
+            raise InvalidConsumerError(
+                f"the broker does not let the queue {name!r} be declared, and it is not there: {exc}"
+            ) from exc
+        if arguments is not None and isinstance(exc, amqp.PreconditionFailed):
+            raise InvalidConsumerError(
+                f"there is a queue {name!r} with other properties than Retry needs, delete it: {exc}"
+            ) from exc
+
+
+def _milliseconds(delay: float) -> int:
+    return round(delay * 1000)

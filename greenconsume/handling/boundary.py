@@ -1,0 +1,385 @@
+"""Owns the boundary around the user's callback: where it runs, what ends it, what its failure means.
+
+Whatever a callback raises stays here (law 5): it is never taken for the broker's error. The consumer
+lives on, the failure is told once with its traceback, and the message meets the consumer's policy. A
+callback that was interrupted has not failed: its message goes back unaltered.
+
+Callbacks run inline in the consumer's greenlet, or in a `HandlerPool`; either way in a copy of the
+consumer's context variables. Called by `mixins`; `draining` ends what runs here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from json.scanner import make_scanner
+from types import FrameType
+from typing import Any
+
+import gevent
+from gevent import GreenletExit
+from gevent.event import Event
+from kombu import serialization
+from kombu.utils import json as kombu_json
+
+from greenconsume.errors import HandlerTimeout, Interrupt, Shutdown, StoppedError
+from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
+from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
+from greenconsume.failures.retry import retrier_of
+from greenconsume.handling.options import Settings
+from greenconsume.handling.pool import ALONE, HandlerPool, Job
+from greenconsume.lifecycle import Lifecycle
+from greenconsume.stopping import FORK
+
+#: Seconds between two attempts to kill a handler that goes on, where `cancel_timeout` says less.
+_PATIENCE = 1.0
+#: What `json.loads` calls in the end; without white space around, nothing else is left of it.
+_scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
+
+
+def decode(message: Any) -> Any:
+    """Return the decoded body, as `message.decode()` does, sooner for plain JSON.
+
+    kombu builds a decoder for each message, and calls a Python function for each object in it, to bring
+    back types that it marks with "__type__". A text without that mark, nor an escape that could
+    hide it, needs neither.
+    """
+    body = message.body
+    if (
+        message.content_type != "application/json"
+        or type(body) is not str
+        or not body
+        or "__type__" in body
+        or "\\" in body
+        or (message.accept is not None and "application/json" not in message.accept)
+        or serialization.registry._decoders.get("application/json") is not kombu_json.loads
+        or "application/json" in serialization.registry._disabled_content_types
+    ):
+        return message.decode()
+    try:
+        decoded, end = _scan(body, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return message.decode()  # which says what is wrong with it in kombu's words
+    if end != len(body):
+        return message.decode()
+    message._decoded_cache = decoded
+    return decoded
+
+
+class Handler:
+    """What a kombu `Consumer` calls with each delivery, in the place of its own `_receive_callback`.
+
+    Args:
+        consumer: The `kombu.Consumer` whose callbacks are run.
+        handling: Where and how they run.
+    """
+
+    __slots__ = ("_accept", "_consumer", "_handle")
+
+    #: A green channel hands over its deliveries as they came.
+    takes_deliveries = True
+
+    def __init__(self, consumer: Any, handling: Handling) -> None:
+        self._consumer = consumer
+        self._handle = handling.handle if handling.pool is None else handling.submit
+        self._accept = None if handling.retrier is None else handling.retrier.accept
+
+    def __call__(self, raw: Any) -> None:
+        """Handle one delivery. Switches: inline as the user's callback does, else while the pool is full."""
+        to_python = getattr(self._consumer.channel, "message_to_python", None)
+        message = to_python(raw) if to_python is not None else raw
+        if self._accept is None or self._accept(self._consumer, message, raw):
+            self._handle(self._consumer, message)
+
+
+class Handling:
+    """One consumer's handlers: where they run, and what becomes of their messages.
+
+    Args:
+        life: The consumer's lifecycle. In a greenlet that is not greenconsume's own (`owned`), what is no
+            `Exception` (a kill, a `gevent.Timeout`, `SystemExit`) may be meant for somebody else's
+            code, and passes.
+        settings: How they run.
+
+    Attributes:
+        pool: Where they run; None: inline.
+        idle: Set while none runs.
+        requeues: The failed messages that wait to go back.
+        retrier: What its `Retry` policies need; None if it has none.
+        given_back: How many messages were given back that no handler had started.
+        cancelled: How many handlers a shutdown ended.
+    """
+
+    def __init__(self, life: Lifecycle, settings: Settings) -> None:
+        self.settings = settings
+        self.requeues = DelayedRequeues()
+        self.given_back = self.cancelled = 0
+        self.pool: HandlerPool | None = None
+        self.retrier = retrier_of(settings.on_error, life, self.requeues)
+        self._life = life
+        self._inline: set[Job] = set()
+        if settings.concurrency is None:
+            self.idle = Event()
+            self.idle.set()
+        else:
+            self.pool = HandlerPool(
+                life.name, settings.concurrency, self._work_unless_stopped, settings.slots
+            )
+            self.idle = self.pool.idle
+
+    # -- where it runs --------------------------------------------------------------------------
+
+    def submit(self, consumer: Any, message: Any) -> None:
+        """Handle `message` in the pool; one that the stop overtakes is given back."""
+        assert self.pool is not None
+        job = Job(message, consumer)
+        if self.settings.partition is not None:
+            try:
+                key = self.settings.partition(message)
+                hash(key)
+            except Exception as exc:  # the user's code, as much as the handler is
+                self._failed(job, exc)
+                return
+            job.key = ALONE if key is None else key
+        if not self.pool.submit(job, self._life.leave, self._is_wanted):
+            self.give_back(message)
+
+    def _is_wanted(self, job: Job) -> bool:
+        # What a lost link had delivered comes again; what needs no ack does not.
+        return getattr(job.consumer, "no_ack", False) or is_live(job.message)
+
+    def handle(self, consumer: Any, message: Any) -> None:
+        """Handle `message` here and now; one that a polled transport brings after the stop is given back."""
+        if self._life.leave.is_set() and self._is_unsettled(message):
+            self.give_back(message)
+            return
+        job = Job(message, consumer)
+        self._inline.add(job)
+        self.idle.clear()
+        try:
+            job.run(self._work)
+        finally:
+            self._inline.discard(job)
+            if not self._inline:
+                self.idle.set()
+
+    def fit_prefetch(self, consumer: Any) -> None:
+        """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
+        if self.pool is None:
+            return
+        chosen = self.prefetch_of(consumer)
+        if chosen is None:
+            # As much again as runs, so that the next message is at hand when a handler ends.
+            consumer.qos(prefetch_count=min(2 * self.pool.size, 65535))
+        elif 0 < chosen < self.pool.size:
+            emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))
+
+    @staticmethod
+    def prefetch_of(consumer: Any) -> int | None:
+        """Return the prefetch that the consumer or its channel sets, if one does."""
+        chosen: int | None = getattr(consumer, "prefetch_count", None)
+        if chosen is None:
+            chosen = getattr(consumer.channel, "prefetch_count", 0) or None
+        return chosen
+
+    # -- one message ----------------------------------------------------------------------------
+
+    def _work_unless_stopped(self, job: Job) -> None:
+        # What ends consuming may have come after it was given a greenlet, and before that had its turn.
+        if self._life.leave.is_set() and self._is_unsettled(job.message):
+            self.give_back(job.message)
+        elif job.key is ALONE or self._is_wanted(job):  # else its link was lost meanwhile
+            self._work(job)
+
+    def _work(self, job: Job) -> None:
+        try:
+            if self.settings.handler_timeout is None:
+                self._receive(job.consumer, job.message)
+            else:
+                with _Alarm(self, job, self.settings.handler_timeout):
+                    self._receive(job.consumer, job.message)
+            if job.interrupted is not None and self._is_unsettled(job.message):
+                raise job.interrupted  # it was swallowed, and the work is not done
+            if self.settings.auto_settle and self._is_unsettled(job.message):
+                job.message.ack()
+            if self._life.switch is not None:
+                self._life.switch.note(failed=False)
+        except BaseException as exc:  # the boundary: what the user's code raises ends here
+            job.shields += 1  # what follows is not the handler's any more
+            if not self._ends_here(job, exc):
+                raise
+
+    def _is_unsettled(self, message: Any) -> bool:
+        return is_settleable(message)
+
+    @staticmethod
+    def _receive(consumer: Any, message: Any) -> None:
+        if consumer.accept is not None:
+            message.accept = consumer.accept
+        if message.errors:
+            message._reraise_error(consumer.on_decode_error)
+            return
+        if consumer.on_message:
+            consumer.on_message(message)
+            return
+        try:
+            body = decode(message)
+        except Exception as exc:  # as kombu: whatever a serializer raises is a decode error
+            if not consumer.on_decode_error:
+                raise
+            consumer.on_decode_error(message, exc)
+            return
+        consumer.receive(body, message)
+
+    def _ends_here(self, job: Job, exc: BaseException) -> bool:
+        """Settle what a handler that raised leaves behind; return whether its exception goes no further."""
+        if self._is_foreign(job, exc):
+            return False
+        if job.killed:
+            return True  # the message is the broker's: the channel closes
+        if self._is_cancelled(job, exc):
+            self.cancelled += 1
+            self.give_back(job.message, started=True)
+        elif isinstance(exc, GreenletExit) and job.interrupted is not None:
+            self._failed(job, job.interrupted)  # it swallowed its timeout, and was killed
+        else:
+            self._failed(job, exc)
+        return True
+
+    def _is_foreign(self, job: Job, exc: BaseException) -> bool:
+        """Whether `exc` is meant for the greenlet itself, or for the whole process."""
+        if isinstance(exc, (Exception, Interrupt)):
+            return False
+        if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+            return True
+        if isinstance(exc, SystemExit) and self._life.stop.reason == FORK:
+            return True  # a forked child that exits, in a copy of the handler
+        if job.killed or job.interrupted is not None or job not in self._inline:
+            return False
+        return not self._life.owned or getattr(gevent.getcurrent(), "killed", False)
+
+    def _is_cancelled(self, job: Job, exc: BaseException) -> bool:
+        # Whatever a handler makes of its Shutdown: it has not failed by itself.
+        if isinstance(exc, StoppedError):
+            return self._life.stop.is_set()  # a wait of this package's own that the stop ended
+        return isinstance(exc, Shutdown) or isinstance(job.interrupted, Shutdown)
+
+    def _failed(self, job: Job, exc: BaseException) -> None:
+        message = job.message
+        outcome = self._outcome_of(message, exc)
+        routing_key = str(message.delivery_info.get("routing_key", ""))
+        count = len(message) if isinstance(message, Sequence) else 1
+        emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome, count))
+        if self._life.switch is not None:
+            self._life.switch.note(failed=True)
+
+    def _outcome_of(self, message: Any, exc: BaseException) -> str:
+        """Have a failed message meet the policy, and return in words what became of it."""
+        if is_settleable(message):
+            return self._settle_failed(message, exc)
+        if message.acknowledged:
+            return "left as the handler settled it"
+        return "lost: its consumer takes messages without acknowledging them"
+
+    def _settle_failed(self, message: Any, exc: BaseException) -> str:
+        try:
+            return self.settings.on_error.apply(message, exc, self.requeues)
+        except Exception as error:  # a policy that cannot act must not lose the message
+            if is_settleable(message):
+                self.requeues.add(message, 1.0)
+            return f"requeued in 1 s, because its policy failed: {error!r}"
+
+    def give_back(self, message: Any, started: bool = False) -> None:
+        """Put a message back into its queue, unaltered; the broker has those of a lost link already."""
+        if is_settleable(message) and is_live(message):
+            self.given_back += not started
+            message.requeue()
+
+    def complete(self) -> None:
+        """No more messages come, though the consumer was not stopped: here, nothing waits for more."""
+
+    # -- ending handlers --------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a handler runs."""
+        return bool(self._inline) or (self.pool is not None and bool(self.pool.jobs))
+
+    @property
+    def holds_live(self) -> bool:
+        """Whether a handler runs whose message can still be settled."""
+        messages = [job.message for job in self.running()]
+        return any(is_live(each[0][1] if isinstance(each, Sequence) else each) for each in messages)
+
+    def unstarted(self) -> Iterator[Job]:
+        """Yield, and forget, the jobs that wait for their turn, the last first."""
+        if self.pool is not None:
+            yield from self.pool.unstarted()
+
+    def running(self) -> list[Job]:
+        """Return the jobs that run now."""
+        return [*self._inline, *(self.pool.jobs if self.pool is not None else ())]
+
+    def interrupt(self, job: Job, interrupt: Interrupt, reason: str) -> None:
+        """Raise `interrupt` in a running handler. Never switches."""
+        emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, False))
+        job.interrupt(interrupt)
+
+    def kill(self, job: Job, reason: str, by_force: bool) -> None:
+        """Kill a handler that did not end, and no more than it: see `Job.kill`. Never switches."""
+        emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, True))
+        job.kill(by_force)
+
+    def retire(self) -> None:
+        """Let go of what waits and of idle greenlets: the channel closes. Never switches.
+
+        What has not started is the broker's again; handlers that run end by themselves.
+        """
+        self.requeues.cancel()
+        for _ in self.unstarted():
+            pass  # forgotten
+        if self.pool is not None:
+            self.pool.close()
+
+
+def handler_in(frame: FrameType | None) -> tuple[str, Any]:
+    """Return the consumer and the delivery tag whose handler a stack of frames runs, or ("", None)."""
+    while frame is not None:
+        if frame.f_code is Handling._work.__code__:
+            handling, job = frame.f_locals["self"], frame.f_locals["job"]
+            return handling._life.name, job.message.delivery_tag
+        frame = frame.f_back
+    return "", None
+
+
+class _Alarm:
+    """Interrupts one handler at its `handler_timeout`, and kills it where it goes on all the same."""
+
+    __slots__ = ("_handling", "_job", "_seconds", "_timer")
+
+    def __init__(self, handling: Handling, job: Job, seconds: float) -> None:
+        self._handling, self._job, self._seconds = handling, job, seconds
+
+    def __enter__(self) -> None:
+        self._start(self._seconds, self._time_out)
+
+    def __exit__(self, *_exc: object) -> None:
+        self._timer.stop()
+        self._timer.close()
+
+    def _start(self, seconds: float, action: Callable[[], None]) -> None:
+        self._timer = gevent.get_hub().loop.timer(seconds)
+        self._timer.start(action)
+
+    def _again(self, seconds: float, action: Callable[[], None]) -> None:
+        self.__exit__()
+        self._start(seconds, action)
+
+    def _time_out(self) -> None:
+        reason = f"handler_timeout of {self._seconds:g} s is over"
+        self._again(self._handling.settings.cancel_timeout, self._kill)
+        self._handling.interrupt(self._job, HandlerTimeout(self._seconds), reason)
+
+    def _kill(self) -> None:
+        self._again(max(self._handling.settings.cancel_timeout, _PATIENCE), self._kill)
+        self._handling.kill(self._job, "it goes on after its handler_timeout", by_force=False)

@@ -1,0 +1,261 @@
+"""Owns how one consumer's handlers are brought to their end: the drain ladder.
+
+A rung after the other, until no handler runs; each begins when the one before has run out of time, or at
+once when it is hurried (`Rungs`)::
+
+    announce    readiness is false, the broker is told to send no more
+    give back   what no handler has started goes back to its queue
+    wait        running handlers finish and settle, for `drain_timeout`
+    cancel      `Shutdown` is raised in those that still run; `cancel_timeout` to clean up
+    kill        `GreenletExit` is raised in what is left, and its message left to the broker
+
+A handler that does not even end then is left behind, and told of. Called by `mixins`; the deadline of a
+consumer that hangs elsewhere is `supervisor`'s.
+
+A quorum queue with a delivery limit counts each return of a message once, however it comes about
+(RabbitMQ 3.10, measured: a reject or a nack with requeue, a recover, a channel that closes), and whether
+or not a handler had begun. So to give back at once costs a message no more than to leave it to the close, and
+others have it sooner. The consumer is cancelled first: what it gave back would else come to it again, at
+one count more each time.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent import GreenletExit
+
+from greenconsume.errors import Shutdown
+from greenconsume.events import ConsumerDrained, ConsumerState, HandlerInterrupted, Outcome, emit
+from greenconsume.handling import unsettled_watch
+from greenconsume.handling.batches import Batching
+from greenconsume.handling.boundary import Handling
+from greenconsume.handling.options import settings_of
+from greenconsume.lifecycle import Lifecycle, lifecycle_of
+from greenconsume.stopping import Deadline, StopSignal, wait_open
+
+#: Seconds that killed handlers have to end.
+_LAST = 0.3
+
+
+class Drain:
+    """The end of one consumer's handlers, whatever ends them: a stop, a lost link, a kill.
+
+    Args:
+        life: The consumer's lifecycle.
+        handling: Its handlers.
+
+    Attributes:
+        finished: How many handlers ended by themselves during the drain.
+        killed: How many had to be killed.
+        told: It is over.
+    """
+
+    def __init__(self, life: Lifecycle, handling: Handling) -> None:
+        self.handling = handling
+        self.finished = self.killed = 0
+        self.told = False
+        self._life = life
+        self._climber: Any = None
+        self._climbed = self._orderly = False
+
+    @contextmanager
+    def consuming(
+        self, session: Any, broker_errors: tuple[type[BaseException], ...]
+    ) -> Iterator[None]:
+        """Watch over the handlers while the consumer consumes, and end them when it leaves the block.
+
+        When it leaves with one of `broker_errors` they run on: what they hold is the broker's again.
+
+        Args:
+            session: Its share of an AMQP link, or None.
+            broker_errors: What is raised where the connection or channel is lost.
+
+        Switches: at its end, if a handler runs.
+        """
+        self._begin(session)
+        try:
+            yield
+        except GreenletExit:
+            self.abandon()
+            raise
+        except BaseException as exc:  # an error of the user's, or the end of a generator
+            # An idle `timeout` is an OSError, too, but there the link is well.
+            if not isinstance(exc, broker_errors) or isinstance(exc, socket.timeout):
+                self.end(orderly=isinstance(exc, socket.timeout))
+            elif session is not None and session.connected and self.handling.holds_live:
+                self.end()  # one queue, or one channel of several, is gone: what runs is still ours
+            raise
+        else:
+            self.end(orderly=True)
+        finally:
+            self._retire(session)
+
+    def _begin(self, session: Any) -> None:
+        self._climbed = False
+        if self.handling.pool is not None:
+            self.handling.pool.open()
+        if session is not None:
+            self._life.leave.link(session.announce_stop)
+            deadline = self.handling.settings.settle_deadline
+            if deadline is not None:
+                unsettled_watch.watch(session, self._life.name, deadline)
+        self._life.stop.link(self._on_stop)
+
+    def _on_stop(self) -> None:
+        # In the hub. An idle consumer, one of thousands, needs no greenlet to be drained.
+        self._life.enter(ConsumerState.DRAINING)
+        if self._climber is None and self.handling.busy:
+            self._climber = gevent.spawn(self._climb)
+
+    def end(self, orderly: bool = False) -> None:
+        """Wait, up to the ladder's end, for the handlers that still run.
+
+        Args:
+            orderly: The consumer has what it came for, so what it has gathered is handled, too.
+
+        Switches: yes, if one runs.
+        """
+        try:
+            self._orderly = orderly and not self._life.leave.is_set()
+            if self._orderly:
+                self.handling.complete()
+            if self._life.stop.is_set():
+                self._life.enter(ConsumerState.DRAINING)
+            if self._climber is None and self.handling.busy:
+                self._climber = gevent.spawn(self._climb)
+            if self._climber is not None:
+                self._climber.join()
+            else:
+                self._climb()
+        except BaseException:  # a kill
+            self.abandon()
+            raise
+        self._climber = None
+
+    def finish(self) -> None:
+        """The consumer stops: wait for handlers that a lost link left running, and tell how it went.
+
+        Switches: yes, if one runs.
+        """
+        if self.told:
+            return
+        began = monotonic()
+        if self.handling.busy and not self._climbed:
+            self.end()
+        self.told = True
+        found, seconds = self.outcome, monotonic() - began
+        if found:
+            numbers = (found.finished, found.given_back, found.cancelled, found.killed)
+            emit(ConsumerDrained(self._life.name, *numbers, seconds))
+
+    @property
+    def outcome(self) -> Outcome:
+        """What has become of the messages in hand, so far."""
+        handling = self.handling
+        return Outcome(self.finished, handling.given_back, handling.cancelled, self.killed)
+
+    def abandon(self) -> None:
+        """The consumer was killed: its handlers are, too; their messages are left to the broker."""
+        self.handling.retire()
+        for job in self.handling.running():
+            if not job.killed and job.greenlet is not gevent.getcurrent():
+                self.killed += 1
+                self.handling.kill(job, "its consumer was killed", by_force=True)
+
+    def _retire(self, session: Any) -> None:
+        self._life.stop.unlink(self._on_stop)
+        if session is not None:
+            unsettled_watch.unwatch(session)
+            self._life.leave.unlink(session.announce_stop)
+            self.handling.given_back += session.given_back_count
+        self.handling.retire()
+
+    # -- the ladder -------------------------------------------------------------------------------
+
+    def _climb(self) -> None:
+        handling, settings, rungs = self.handling, self.handling.settings, self._life.rungs
+        started = sum(job.greenlet is not None for job in handling.running())
+        before = handling.cancelled + self.killed
+        if not self._orderly:
+            self._give_back()
+        ended = self._ended(settings.drain_timeout, rungs.cancel)
+        self._give_back()
+        if not ended:
+            self._cancel(
+                rungs.cancel.reason or f"drain_timeout of {settings.drain_timeout:g} s is over"
+            )
+            if not self._ended(settings.cancel_timeout, rungs.kill):
+                self._kill(
+                    rungs.kill.reason or f"cancel_timeout of {settings.cancel_timeout:g} s is over"
+                )
+        self.finished += started - (handling.cancelled + self.killed - before)
+        self._climbed = True  # who goes on all the same is not waited for again
+
+    def _give_back(self) -> None:
+        for job in self.handling.unstarted():
+            try:
+                self.handling.give_back(job.message)
+            except Exception:  # the broker's: it has the message back when the channel closes
+                pass
+
+    def _ended(self, seconds: float, hurry: StopSignal | None) -> bool:
+        """Wait until no handler runs, for `seconds` or until it is hurried; return whether none does."""
+        return not self.handling.busy or wait_open(self.handling.idle, Deadline(seconds), hurry)
+
+    def _cancel(self, why: str) -> None:
+        for job in self.handling.running():
+            self.handling.interrupt(job, Shutdown(why), why)
+        gevent.sleep(0)  # most end at once, also where they are left no time to
+
+    def _kill(self, why: str) -> None:
+        for job in self.handling.running():
+            self.killed += 1
+            self.handling.kill(job, why, by_force=True)
+        if not self._ended(_LAST, None):
+            for job in self.handling.running():
+                tag, reason = job.message.delivery_tag, "it goes on although it was killed"
+                emit(HandlerInterrupted(self._life.name, tag, reason, True))
+
+
+def drain_of(consumer: Any) -> Drain:
+    """Return the drain of a consumer that connects, and with it its handlers.
+
+    Handlers that a lost link left running count towards the concurrency of the next, and so keep theirs.
+
+    Raises:
+        InvalidConsumerError: The consumer's settings make no sense.
+    """
+    life = lifecycle_of(consumer)
+    if life.drain is None or life.drain.told or not life.drain.handling.busy:
+        settings = settings_of(consumer)
+        kind = Handling if settings.batch_size is None else Batching
+        life.drain = Drain(life, kind(life, settings))
+    drain: Drain = life.drain
+    return drain
+
+
+@contextmanager
+def seen_off(consumer: Any) -> Iterator[None]:
+    """Around a consumer's run: handlers that a lost link left running are seen to their end, too.
+
+    Switches: at its end, if a handler runs.
+    """
+    life = lifecycle_of(consumer)
+    try:
+        yield
+    except GreenletExit:
+        if life.drain is not None:
+            life.drain.abandon()
+        raise
+    except BaseException:  # whatever ended the run, it goes on when the handlers have ended
+        if life.drain is not None:
+            life.drain.finish()
+        raise
+    if life.drain is not None:
+        life.drain.finish()

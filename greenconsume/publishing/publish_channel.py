@@ -1,0 +1,141 @@
+"""Owns the channel that an outbox writes to: connected when it is first used, and again once it was lost.
+
+What is declared goes over a channel of its own, so that an error closes nobody else's. It must never take a
+link that consumes (law 6). Called by `outbox`, from one greenlet at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import kombu
+from amqp.exceptions import ChannelError, RecoverableConnectionError
+from kombu.common import maybe_declare
+from kombu.exceptions import OperationalError
+
+from greenconsume.amqp.confirms import Confirm, PublishingChannel
+from greenconsume.amqp.transport import LinkLostError, Session
+from greenconsume.links.pool import LinkPool
+from greenconsume.stopping import Deadline, StopSignal
+
+
+class PlainChannel:
+    """What stands for a channel where a transport has no confirms: what it took counts as confirmed.
+
+    Attributes:
+        blocked: Nobody says so.
+        lost: Whether its connection was lost.
+    """
+
+    blocked = False
+
+    def __init__(self, connection: kombu.Connection) -> None:
+        self.lost = False
+        self._channel = connection.channel()
+        self._connection_errors = connection.connection_errors
+
+    def wait_publishable(self, deadline: Deadline, stop: StopSignal) -> None:
+        """Do nothing: it waits while it publishes."""
+
+    def publish_confirm(self, confirm: Confirm) -> None:
+        """Publish, and confirm. Switches: as the transport does."""
+        try:
+            self._channel.basic_publish(
+                self._channel.prepare_message(*confirm.message),
+                exchange=confirm.exchange,
+                routing_key=confirm.routing_key,
+                mandatory=confirm.mandatory,
+                immediate=confirm.immediate,
+            )
+        except self._connection_errors as exc:
+            self.lost = True
+            confirm.answer(LinkLostError(f"the connection was lost: {exc}"))
+        except ChannelError as exc:
+            confirm.answer(exc)
+        else:
+            confirm.answer(None)
+
+
+class Lane:
+    """A publisher's connection to its broker.
+
+    Attributes:
+        channel: The channel to write to; None before it is first used, and after `close`.
+        errors: What says that the channel or its link is lost, or cannot be had.
+        trouble: The last error of connecting, or of what was connected.
+    """
+
+    def __init__(self, broker: kombu.Connection, links: LinkPool, stop: StopSignal) -> None:
+        self.channel: PublishingChannel | PlainChannel | None = None
+        theirs = (*broker.connection_errors, *broker.channel_errors, OperationalError)
+        self.errors = (*theirs, RecoverableConnectionError, ChannelError)
+        self.trouble: BaseException | None = None
+        self._broker = broker
+        self._links = links
+        self._stop = stop
+        self._connection: kombu.Connection | None = None
+        self._declarer: Any = None
+
+    @property
+    def uri(self) -> str:
+        """The broker's address, without its password."""
+        return str(self._broker.as_uri())
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker blocks publishers."""
+        return self.channel is not None and self.channel.blocked
+
+    def connect(self) -> PublishingChannel | PlainChannel:
+        """Return the channel, a new one on a new connection if there is none or its link was lost.
+
+        Raises:
+            StoppedError: The stop signal is set.
+            Exception: One of `errors`: it was lost again at once.
+
+        Switches: yes, if it has to connect.
+        """
+        if self.channel is None or self.channel.lost:
+            self.close()
+            connection = self._connection = self._broker.clone()
+            self._links.connect(connection, self._stop, self._note, publishing=True)
+            session = connection.connection
+            if isinstance(session, Session):
+                session.stop = self._stop  # it ends every call
+                self.channel = session.channel()
+            else:
+                self.channel = PlainChannel(connection)
+        return self.channel
+
+    def _note(self, error: BaseException, _delay: float) -> None:
+        self.trouble = error
+
+    def has_declared(self, entities: Sequence[Any]) -> bool:
+        """Whether these exchanges and queues were all declared on this connection. Never switches."""
+        declared = self._connection.declared_entities if self._connection is not None else ()
+        return all(each.can_cache_declaration and hash(each) in declared for each in entities)
+
+    def declare(self, entities: Sequence[Any]) -> None:
+        """Declare these exchanges and queues, those that have not been.
+
+        Raises:
+            ChannelError: The broker refused.
+            Exception: One of `errors`.
+
+        Switches: yes, if it declares.
+        """
+        if self.has_declared(entities):
+            return
+        if self._declarer is None:
+            assert self._connection is not None
+            self._declarer = self._connection.channel()
+        for entity in entities:
+            maybe_declare(entity, self._declarer)
+
+    def close(self) -> None:
+        """Let go of the link, in order if it lives. Switches: yes, for its `close_timeout` at the most."""
+        connection, self._connection = self._connection, None
+        self.channel = self._declarer = None
+        if connection is not None:
+            connection.release()

@@ -1,0 +1,268 @@
+"""Owns publishing with confirms as an application sees it: kombu's options in, one answer for each message.
+
+Serializing is left to a `kombu.Producer`, what is outstanding to an `Outbox`. It must never hold up
+greenlets that publish for one that waits. Used by applications, from any number of greenlets at once.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from math import inf
+from time import monotonic
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+import kombu
+from kombu import Exchange, Producer, serialization
+from kombu.transport import pyamqp
+from kombu.utils import json as kombu_json
+
+from greenconsume.amqp.transport import Transport
+from greenconsume.errors import ForkedError, PublishError, StoppedError
+from greenconsume.links.brokers import connection_to
+from greenconsume.links.pool import LinkPool
+from greenconsume.publishing.outbox import Outbox
+from greenconsume.publishing.publication import Publication
+from greenconsume.stopping import Deadline
+
+#: What kombu's `json.dumps` comes to, without an encoder made for each message.
+_encode_json = kombu_json.JSONEncoder().encode
+
+
+class Publisher:
+    """Publishes from any number of greenlets over one channel; each `publish` returns with its own confirm.
+
+    It connects when it is first used, and again whenever its link was lost. What was not confirmed by then
+    is written again, with the same `message_id`: a message may arrive twice, and none is lost in silence.
+
+    Only AMQP has confirms: with another transport a message counts as confirmed once the transport took
+    it, and `mandatory` does nothing.
+
+    It belongs to the process and thread that made it. Leaving `with` closes it.
+
+    Attributes:
+        uri: The broker's address, without its password.
+    """
+
+    def __init__(
+        self,
+        broker: str | kombu.Connection = "memory://",
+        *,
+        exchange: str | Exchange | None = None,
+        routing_key: str = "",
+        serializer: str | None = None,
+        compression: str | None = None,
+        timeout: float | None = 30.0,
+        max_retries: int | None = None,
+        max_unconfirmed: int = 10_000,
+        links: LinkPool | None = None,
+    ) -> None:
+        """Make a publisher; nothing is connected before it is used.
+
+        Args:
+            broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
+            exchange: Where to publish unless told otherwise. An `Exchange` is declared, a name is not.
+            routing_key: The routing key unless told otherwise.
+            serializer: As `kombu.Producer` takes it; JSON by default.
+            compression: As `kombu.Producer` takes it.
+            timeout: Seconds that a message has until its confirm, all told; None: as long as it takes.
+            max_retries: How often a message is written again; None: until its timeout.
+            max_unconfirmed: While this many messages are outstanding, publishing waits.
+            links: Where its link comes from, to share it with others that publish.
+
+        Raises:
+            UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
+            TypeError: `broker` is neither a URL nor a connection.
+            ValueError: A number is out of its range.
+        """
+        if not max_unconfirmed >= 1:
+            raise ValueError(f"max_unconfirmed must be 1 or more, not {max_unconfirmed!r}")
+        if not (timeout is None or timeout > 0):
+            raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout!r}")
+        if not (max_retries is None or max_retries >= 0):
+            raise ValueError(f"max_retries must be 0 or more, or None, not {max_retries!r}")
+        connection = connection_to(broker)
+        self.uri: str = connection.as_uri()
+        self._timeout = timeout
+        self._max_retries = max_retries
+        self._declare = [exchange] if isinstance(exchange, Exchange) and exchange.name else []
+        self._on_amqp = isinstance(connection.transport, Transport)
+        self._producer = Producer(
+            _Taker() if self._on_amqp else _PlainTaker(),
+            exchange=Exchange(exchange) if isinstance(exchange, str) else exchange,
+            routing_key=routing_key,
+            serializer=serializer,
+            compression=compression,
+            auto_declare=False,
+        )
+        self._outbox = Outbox(connection, links or LinkPool(), max_unconfirmed)
+        self._id_prefix, self._id_numbers = uuid4().hex[:20], count(1)
+        self._pid = os.getpid()
+        self._closed = False
+
+    def publish(self, body: Any, routing_key: str | None = None, **options: Any) -> None:
+        """Publish, and wait until the broker has confirmed this very message.
+
+        Args:
+            body: Whatever the serializer takes.
+            routing_key: By default the publisher's.
+            **options: Those of `kombu.Producer.publish`: `exchange`, `declare`, `headers`, `priority`,
+                `expiration`, `mandatory`, `serializer`, `message_id` and so on. `timeout` stands for the
+                publisher's; `retry=False`, or `max_retries` in `retry_policy`, for its `max_retries`.
+
+        Raises:
+            PublishError: As `Publication.wait` and `publish_nowait`.
+            kombu.exceptions.EncodeError: The body cannot be serialized.
+            StoppedError: The publisher was stopped or closed.
+
+        Switches: yes. From any greenlet of its hub, a consumer's handler too.
+        """
+        self.publish_nowait(body, routing_key, **options).wait()
+
+    def publish_nowait(
+        self, body: Any, routing_key: str | None = None, **options: Any
+    ) -> Publication:
+        """Publish as `publish` does, and return what its confirm may be waited for with.
+
+        The failure of a message that nobody waits for is logged, and raised by the next `flush` or `close`.
+
+        Raises:
+            PublishTimeoutError: There was no room for it in time.
+            BlockedError: The broker blocked its publishers for too long.
+            PublishError: One of its properties cannot be encoded.
+            kombu.exceptions.EncodeError: The body cannot be serialized.
+            StoppedError: The publisher was stopped or closed.
+            ForkedError: The publisher was made in another process.
+
+        Switches: only while `max_unconfirmed` messages are outstanding, the broker blocks its publishers,
+        or more is unsent than the link holds.
+        """
+        if os.getpid() != self._pid:
+            raise ForkedError("this Publisher")
+        if self._closed:
+            raise StoppedError("close")
+        self._outbox.stop.check()
+        publication = self._serialize(body, routing_key, options)
+        self._outbox.put(publication)
+        return publication
+
+    def _serialize(
+        self, body: Any, routing_key: str | None, options: dict[str, Any]
+    ) -> Publication:
+        timeout, confirm_timeout = (
+            options.pop("timeout", None),
+            options.pop("confirm_timeout", None),
+        )
+        policy = options.pop("retry_policy", None) or {}
+        retries = policy.get("max_retries", self._max_retries)
+        if not options.pop("retry", True):
+            retries = 0
+        declare = options.pop("declare", None)
+        if options.get("message_id") is None:
+            options["message_id"] = f"{self._id_prefix}{next(self._id_numbers):012x}"
+        if timeout is None:
+            timeout = self._timeout if confirm_timeout is None else confirm_timeout
+        due = inf if timeout is None else monotonic() + timeout
+        if type(body) in (dict, list) and self._is_json(options):
+            try:
+                body = _encode_json(body)
+                options |= {"content_type": "application/json", "content_encoding": "utf-8"}
+            except Exception:  # whatever a value's own code raises: kombu tells it in its words
+                pass
+        publication: Publication = self._producer.publish(body, routing_key, **options)
+        publication.outbox = self._outbox
+        publication.due = due
+        publication.declare = [*declare, *self._declare] if declare else self._declare
+        publication.message_id = options["message_id"]
+        publication.max_retries = inf if retries is None else retries
+        return publication
+
+    def _is_json(self, options: dict[str, Any]) -> bool:
+        """Whether kombu would make plain JSON of a dict or list."""
+        return (
+            self._on_amqp
+            and self._producer.serializer is None
+            and options.keys().isdisjoint(("serializer", "content_type", "content_encoding"))
+            and serialization.registry._default_encode is kombu_json.dumps
+        )
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until every message that is outstanding now is confirmed.
+
+        Args:
+            timeout: Seconds to wait at the most; each message ends by its own timeout, too.
+
+        Raises:
+            PublishTimeoutError: Some are still not confirmed.
+            PublishError: Some that nobody waited for have failed since the last time.
+
+        Switches: yes.
+        """
+        self._outbox.flush(Deadline(timeout))
+
+    def stop(self, reason: str = "stop") -> None:
+        """Have every wait end now: what is outstanding fails with `UnconfirmedError`. Only signals.
+
+        Switches: never. From any greenlet, thread or signal handler. `close` is still to be called.
+        """
+        self._outbox.stop.set(reason)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no more, flush, and let go of the link. Idempotent.
+
+        Args:
+            timeout: Seconds that the flush may take; what is not confirmed then fails.
+
+        Raises:
+            PublishError: As `flush`; the publisher is closed all the same.
+
+        Switches: yes.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush(timeout)
+        finally:
+            self._outbox.close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except PublishError:
+            if exc_type is None:  # else it would hide what went wrong first; it is in the log
+                raise
+
+
+class _Taker:
+    """What a `kombu.Producer` takes for its channel: what it publishes becomes a `Publication`."""
+
+    prepare_message = pyamqp.Channel.prepare_message
+
+    def basic_publish(
+        self,
+        message: Any,
+        exchange: str = "",
+        routing_key: str = "",
+        mandatory: bool = False,
+        immediate: bool = False,
+        **_timeouts: Any,
+    ) -> Publication:
+        return Publication(message, exchange, routing_key, mandatory, immediate)
+
+
+class _PlainTaker(_Taker):
+    """The same for transports whose messages only a channel of theirs can prepare, once there is one."""
+
+    def prepare_message(self, *message: Any) -> tuple[Any, ...]:
+        return message

@@ -1,0 +1,478 @@
+"""Owns many consumers together: what starts, stops and waits for all of them, over a few shared links.
+
+It composes; what a restart or a drain is, `supervisor` knows. It must never wait inside `stop`, nor run a
+user's code in the hub. Called by users and the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import gevent
+import kombu
+
+from greenconsume import events
+from greenconsume.errors import (
+    AlreadyRunningError,
+    BrokerRefusedError,
+    ForkedError,
+    RestartLimitError,
+)
+from greenconsume.failures.policies import OnError
+from greenconsume.handling.options import check_policy
+from greenconsume.handling.pool import Slots
+from greenconsume.links.brokers import alternatives_of, connection_to
+from greenconsume.links.pool import LinkPool
+from greenconsume.patching import require_patched
+from greenconsume.runtime.hub_watch import watched_hub
+from greenconsume.runtime.signals import rungs_on_signals
+from greenconsume.runtime.supervisor import Child, RestartPolicy, Supervisor
+from greenconsume.runtime.targets import maker_of
+from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
+
+
+class Runtime:
+    """Runs many consumers as greenlets of one process, over a few links to one broker.
+
+    A runtime is started, stopped and joined, and may then be started again. `stop` may come at any time,
+    from any greenlet, thread or signal handler, and any number of times; one that comes before `start`
+    makes that return at once. A stop holds until `join` (or `run`, or the end of `with`) has returned.
+
+    It belongs to the process and thread that made it.
+
+    Attributes:
+        connection: The kombu `Connection` that classes and factories are called with; never connected.
+        children: A `Child` for each consumer, in the order of their `spawn`.
+        links: As given, like `drain_timeout`, `cancel_timeout` and `restart`; the next start goes by them.
+    """
+
+    def __init__(
+        self,
+        broker: str | kombu.Connection = "memory://",
+        *,
+        links: int = 1,
+        drain_timeout: float = 30.0,
+        cancel_timeout: float = 5.0,
+        restart: RestartPolicy | None = None,
+        concurrency: int | None = None,
+        max_handlers: int | None = None,
+        on_error: OnError | None = None,
+        block_warning: float | None = None,
+    ) -> None:
+        """Make a runtime; nothing is connected before `start`.
+
+        Args:
+            broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
+            links: How many connections to the broker all consumers share.
+            drain_timeout: Seconds that a stop leaves running handlers to end by themselves.
+            cancel_timeout: Seconds that they have after `Shutdown` was raised in them; then a kill.
+            restart: When a consumer that ended is started again; by default `RestartPolicy()`.
+            concurrency: How many handlers run at once of a consumer that does not say; None: inline.
+            max_handlers: How many handlers run at once in all consumers together that have a concurrency.
+            on_error: What becomes of a failed message where the consumer does not say so itself: a policy, or
+                a mapping from exception classes to policies.
+            block_warning: Seconds for which a callback may keep every other greenlet waiting before a warning
+                says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
+                that time.
+
+        Raises:
+            UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
+            TypeError: `broker` is neither a URL nor a connection.
+            InvalidConsumerError: `on_error` is no policy.
+            ValueError: A number is out of its range.
+        """
+        _check_counts(links=links, concurrency=concurrency, max_handlers=max_handlers)
+        _check_seconds(drain_timeout, cancel_timeout, block_warning)
+        if on_error is not None:
+            check_policy(on_error, "Runtime")
+        self.connection = connection_to(broker)
+        self.children: list[Child] = []
+        self.links = links
+        self.drain_timeout = drain_timeout
+        self.cancel_timeout = cancel_timeout
+        self.restart = restart or RestartPolicy()
+        self.concurrency = concurrency
+        self.max_handlers = max_handlers
+        self.on_error = on_error
+        self.block_warning = block_warning
+        self._stop = StopSignal()
+        self._run: _Run | None = None
+        self._names: Counter[str] = Counter()
+        self._pid = os.getpid()
+
+    def spawn(self, target: Any, replicas: int = 1) -> list[Child]:
+        """Add consumers; they start with the runtime, or now if it runs.
+
+        Args:
+            target: A consumer class or another callable, called with the kombu `Connection` for each
+                consumer and again for each restart; or an instance, which is run again when it restarts
+                and is given the runtime's connection if it has none.
+            replicas: How many; 1 for an instance.
+
+        Returns:
+            A `Child` for each, which tells how it fares.
+
+        Raises:
+            InvalidConsumerError: `target` is no consumer, and makes none.
+            ForkedError: The runtime was made in another process.
+            Exception: What the class or factory raised, if the runtime runs.
+
+        Switches: only if the runtime runs, and the class or factory waits.
+        """
+        self._check_process()
+        make = maker_of(target, self.connection, replicas)
+        added = [Child(self._name(target), make) for _ in range(replicas)]
+        self.children += added
+        if self._run is not None and not self._run.ended:
+            self._add(self._run, added)
+        return added
+
+    def start(self) -> None:
+        """Start every consumer, and wait until all of them consume.
+
+        A broker that cannot be reached is waited for. A stop ends the wait, and `start` returns.
+
+        Raises:
+            BrokerRefusedError: The broker refused the connection. Nothing is left running.
+            Exception: What a class or factory raised, or the error of a consumer that was given up while
+                it started. Nothing is left running.
+            AlreadyRunningError: The runtime runs, or has not finished stopping.
+            NotPatchedError: The process is not patched by gevent.
+            ForkedError: The runtime was made in another process.
+
+        Switches: yes. From any greenlet of this hub, never from a signal handler.
+        """
+        self._check_process()
+        require_patched()
+        if self._run is not None and not self._run.ended:
+            raise AlreadyRunningError("the runtime runs already: stop() and join() it first")
+        if self._stop.is_set():
+            return
+        self._run = run = _Run(self)
+        try:
+            run.start(list(self.children))
+        except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
+            if self._run is run:  # else it was stopped and joined meanwhile
+                self._stop.set("start failed")
+            self._finish(run, None)
+            raise
+
+    def stop(self, reason: str = "stop") -> None:
+        """Ask every consumer to stop. Idempotent, and legal before `start`; use `join` to wait.
+
+        Args:
+            reason: What the log says of it.
+
+        Raises:
+            ForkedError: The runtime was made in another process.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self._check_process()
+        self._stop.set(reason)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until every consumer has ended and the links are closed.
+
+        They end by themselves, or because of `stop`; then the drain bounds the wait.
+
+        Args:
+            timeout: Upper bound in seconds; `None` waits for ever.
+
+        Returns:
+            `False` if something was still running at the deadline.
+
+        Raises:
+            RestartLimitError: Consumers used up their restarts; everything has ended.
+            ForkedError: The runtime was made in another process.
+
+        Switches: yes. From any greenlet of this hub but its consumers', never from a signal handler.
+        """
+        self._check_process()
+        run = self._run
+        if run is None:
+            self._stop.clear()
+            return True
+        if not self._finish(run, timeout):
+            return False
+        run.raise_failure(self.restart)
+        return True
+
+    def cancel(self, reason: str = "cancel") -> None:
+        """Stop, and do not wait for running handlers: `Shutdown` is raised in them now.
+
+        Their messages go back to the broker. Use `join` to wait.
+
+        Raises:
+            ForkedError: The runtime was made in another process.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self._check_process()
+        run = self._run
+        self._stop.set(reason)
+        if run is not None:
+            run.rungs.cancel.set(reason)
+
+    def kill(self, reason: str = "kill") -> None:
+        """Cut the drain short: what still runs is killed, and the links are closed. The last resort.
+
+        What a killed handler had done is left to the broker to redeliver. Use `join` to wait.
+
+        Raises:
+            ForkedError: The runtime was made in another process.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self.cancel(reason)
+        if self._run is not None:
+            self._run.rungs.kill.set(reason)
+
+    def run(self) -> bool:
+        """Run until a stop, SIGTERM or SIGINT, or until every consumer has ended by itself; then drain.
+
+        The first signal drains; a second one cancels the handlers that still run, a third one kills them;
+        a fourth one exits the process at once, with code 1. In another thread than the main one signals
+        are left alone.
+
+        Returns:
+            Whether all consumers and handlers ended by themselves: `False` means that work was abandoned.
+
+        Raises:
+            RestartLimitError: Consumers used up their restarts; the others were drained.
+            BrokerRefusedError: As `start`; so is whatever else that raises.
+
+        Switches: yes. From any greenlet of this hub, never from a signal handler.
+        """
+        self._check_process()
+        require_patched()
+        with rungs_on_signals(self):
+            self.start()
+            run = self._run
+            self.join()
+        return run is None or not run.abandoned
+
+    def __enter__(self) -> Runtime:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and os.getpid() != self._pid:
+            return  # a forked child leaves the block, by sys.exit() for one: nothing in here is its own
+        self.stop()
+        try:
+            self.join()
+        except RestartLimitError:
+            if error is None:  # else the block's own error is the one to tell
+                raise
+
+    def _finish(self, run: _Run, timeout: float | None) -> bool:
+        if not run.join(timeout):
+            return False
+        self._check_process()  # a fork ends the copy of the run that it made in the child
+        # Of many that join the same run, the first ends it: the stop that comes after belongs to the next.
+        if self._run is run:
+            self._run = None
+            self._stop.clear()
+        return True
+
+    def _add(self, run: _Run, added: list[Child]) -> None:
+        try:
+            run.supervisor.add(added)
+        except BaseException:  # the caller is told; what could not be made is not tried again later
+            self.children = [c for c in self.children if c.greenlet is not None or c not in added]
+            raise
+
+    def _name(self, target: Any) -> str:
+        name = getattr(target, "__name__", None) or type(target).__name__
+        self._names[name] += 1
+        return f"{name}-{self._names[name]}"
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError("this Runtime")
+
+
+class _Run:
+    """One start of a runtime, up to its end: its supervisor, its links and the greenlet of both."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.rungs = Rungs()
+        self.abandoned = False
+        self._stop = runtime._stop
+        self._links = LinkPool(runtime.links)
+        self._timeouts = (runtime.drain_timeout, runtime.cancel_timeout)
+        self._block_warning = runtime.block_warning
+        self._pid = os.getpid()
+        self.supervisor = Supervisor(
+            runtime.restart, self._stop, self._links, self.rungs, _defaults_of(runtime)
+        )
+        self._greenlet = gevent.Greenlet(self._serve)
+        self._greenlet.name = "greenconsume supervisor"
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._greenlet.ready())
+
+    def start(self, children: list[Child]) -> None:
+        """Start `children`, wait until they consume or a stop comes, or raise why they cannot."""
+        self._greenlet.start()
+        for child in children:
+            child.reset()
+        with _Starting(children, self.supervisor) as starting:
+            self.supervisor.add(children)
+            starting.wait(self._stop)
+
+    def join(self, timeout: float | None) -> bool:
+        self._greenlet.join(timeout)
+        return self.ended
+
+    def raise_failure(self, policy: RestartPolicy) -> None:
+        self._greenlet.get()  # a defect of the supervisor is not kept quiet
+        exhausted = self.supervisor.exhausted
+        if exhausted:
+            names = tuple(child.name for child in exhausted)
+            what = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            raise RestartLimitError(
+                f"given up after {policy.max_restarts} restarts in {policy.period:g} s: {what}",
+                names,
+            ) from exhausted[0].error
+
+    def _serve(self) -> None:
+        with _vigil(), watched_hub(self._block_warning):
+            try:
+                self.supervisor.run()
+            finally:
+                # A forked child has a copy of this greenlet; the links are its parent's.
+                if os.getpid() == self._pid:
+                    self._drain()
+
+    def _drain(self) -> None:
+        began, end = monotonic(), Deadline(sum(self._timeouts))
+        drained, killed = self.supervisor.drain(*self._timeouts)
+        goodbye = min(self._timeouts[1], end.remaining or 0.0)
+        self._links.close(0.0 if self.rungs.kill.is_set() else goodbye)
+        found, seconds = self.supervisor.outcome, monotonic() - began
+        self.abandoned = bool(killed or found.abandoned)
+        numbers = (found.finished, found.given_back, found.cancelled, found.killed)
+        events.emit(events.DrainFinished(drained, killed, *numbers, seconds))
+
+
+def _check_counts(links: int, **counts: int | None) -> None:
+    if not links >= 1:
+        raise ValueError(f"links must be 1 or more, not {links!r}")
+    for name, number in counts.items():
+        if number is not None and not number >= 1:
+            raise ValueError(f"{name} must be 1 or more, or None, not {number!r}")
+
+
+def _check_seconds(
+    drain_timeout: float, cancel_timeout: float, block_warning: float | None
+) -> None:
+    if not (drain_timeout >= 0 and cancel_timeout >= 0):
+        raise ValueError(
+            "drain_timeout and cancel_timeout must be 0 seconds or more, "
+            f"not {drain_timeout!r} and {cancel_timeout!r}"
+        )
+    if block_warning is not None and not block_warning > 0:
+        raise ValueError(
+            f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"
+        )
+
+
+def _defaults_of(runtime: Runtime) -> dict[str, Any]:
+    """Return what holds for consumers that do not say otherwise."""
+    limit = runtime.max_handlers
+    given = {
+        "drain_timeout": runtime.drain_timeout,
+        "cancel_timeout": runtime.cancel_timeout,
+        "concurrency": runtime.concurrency,
+        "on_error": runtime.on_error,
+        "slots": None if limit is None else Slots(limit),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+class _Starting:
+    """Waits until consumers consume, woken by events alone, and tells why one cannot."""
+
+    def __init__(self, children: list[Child], supervisor: Supervisor) -> None:
+        self._children = children
+        self._supervisor = supervisor
+        self._refused: defaultdict[str, dict[int, BaseException]] = defaultdict(dict)
+
+    def __enter__(self) -> _Starting:
+        self._unsubscribe = events.subscribe(self._observe)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._unsubscribe()
+
+    def wait(self, stop: StopSignal) -> None:
+        changed = self._supervisor.changed
+        pending = self._children[::-1]
+        while not stop.is_set():
+            changed.clear()
+            self._raise_failure()
+            if self._supervisor.closed:  # whoever joined it took the stop back before this saw it
+                return
+            while pending and pending[-1].started:
+                pending.pop()
+            if not pending:
+                return
+            wait(changed, Deadline(None), stop)
+
+    def _observe(self, event: events.Event, /) -> None:
+        if isinstance(event, events.HubBlocked):
+            return  # it comes from another thread, and says nothing of a start
+        if isinstance(event, events.ConnectFailed) and event.refused:
+            self._refused[event.uri][event.attempt] = event.error
+        self._supervisor.changed.set()
+
+    def _raise_failure(self) -> None:
+        if self._supervisor.failed:
+            child = self._supervisor.failed[0]
+            raise child.error or RestartLimitError(
+                f"{child.name} returned too often", (child.name,)
+            )
+        for connection in self._connections() if self._refused else ():
+            uris = [each.as_uri() for each in alternatives_of(connection)]
+            # One alternative of a failover URL that refuses leaves the others to be tried; they may
+            # differ in nothing but the password, which an address does not show.
+            if all(len(self._refused[uri]) >= uris.count(uri) for uri in uris):
+                error = next(iter(self._refused[uris[0]].values()))
+                text = f"{uris[0]} refused the connection: {error}"
+                raise BrokerRefusedError(text, uris[0]) from error
+
+    def _connections(self) -> list[kombu.Connection]:
+        """Return the connections that the consumers were made with; most have the same one."""
+        used = (getattr(child.consumer, "connection", None) for child in self._children)
+        return list(
+            {id(each): each for each in used if isinstance(each, kombu.Connection)}.values()
+        )
+
+
+@contextmanager
+def _vigil() -> Iterator[None]:
+    """Keep the hub waiting where nothing but a foreign thread or a signal could wake anybody.
+
+    It would raise `LoopExit`; a watcher that never fires keeps it from that.
+    """
+    watcher = gevent.get_hub().loop.async_()
+    watcher.start(int)
+    try:
+        yield
+    finally:
+        watcher.stop()
+        watcher.close()

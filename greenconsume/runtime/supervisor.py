@@ -1,0 +1,444 @@
+"""Owns which consumer is started again, when, and how all of them are brought to their end.
+
+One greenlet serves every consumer of a runtime: it sleeps until one ends, a restart is due or the stop
+signal is set, and then runs the drain. It must never run a consumer, nor what makes one, itself.
+Called by `runtime` alone. A failure restarts the consumer that failed and no other::
+
+    supervisor greenlet
+    ├─ ConsumerGreenlet   ends with an error: restarted after a backoff, up to max_restarts in a period,
+    ├─ ConsumerGreenlet   then given up; its siblings live on
+    └─ …
+"""
+
+from __future__ import annotations
+
+import contextvars
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import Any, Literal
+
+import gevent
+from gevent.event import Event
+from gevent.pool import Group
+
+from greenconsume.errors import InvalidConsumerError
+from greenconsume.events import (
+    ConsumerGivenUp,
+    ConsumerRestarting,
+    ConsumerState,
+    DrainEscalated,
+    DrainStarted,
+    Outcome,
+    emit,
+)
+from greenconsume.handling.options import settings_of
+from greenconsume.lifecycle import lifecycle_of
+from greenconsume.runtime.greenlet import ConsumerGreenlet
+from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
+
+#: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker (one that is
+#: cut short may have acks lost on the way); and then to be killed.
+_GOODBYE, _LAST = 0.7, 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When a consumer that ended is started again, and when it is given up.
+
+    A consumer that was asked to stop is never started again. One that is given up is `failed`; the others
+    live on, and `Runtime.join` and `Runtime.run` tell of it.
+
+    Attributes:
+        kind: `transient`: after an error. `permanent`: also after its `run()` returned. `temporary`: never.
+        max_restarts: One more in `period` is one too many.
+        period: Seconds for which a restart is counted.
+        backoff: Seconds before the first restart; each further one within the period waits twice as long.
+        max_backoff: Seconds that no restart waits longer than.
+        jitter: The share of a wait that is left to chance, 0 to 1, so that a fleet does not restart in step.
+    """
+
+    kind: Literal["transient", "permanent", "temporary"] = "transient"
+    max_restarts: int = 5
+    period: float = 60.0
+    backoff: float = 1.0
+    max_backoff: float = 30.0
+    jitter: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("transient", "permanent", "temporary"):
+            raise ValueError(f"kind must be transient, permanent or temporary, not {self.kind!r}")
+        if not self.max_restarts >= 0:
+            raise ValueError(f"max_restarts must be 0 or more, not {self.max_restarts!r}")
+        if not self.period > 0:
+            raise ValueError(f"period must be more than 0 seconds, not {self.period!r}")
+        if not 0 <= self.backoff <= self.max_backoff:
+            raise ValueError(
+                "backoff must be between 0 and max_backoff seconds, "
+                f"not {self.backoff!r} with a max_backoff of {self.max_backoff!r}"
+            )
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
+
+    def restarts(self, error: BaseException | None) -> bool:
+        """Whether a consumer that ended with `error`, or returned, is one to start again."""
+        return self.kind == "permanent" or (self.kind == "transient" and error is not None)
+
+    def delay(self, attempt: int) -> float:
+        """Return how many seconds the `attempt`-th restart within a period waits."""
+        longest = min(self.max_backoff, self.backoff * 2.0 ** min(attempt - 1, 60))
+        return longest * (1 - self.jitter * random.random())
+
+
+class Child:
+    """One consumer of a runtime, through all its restarts.
+
+    Attributes:
+        name: What logs and events call it, whichever instance runs.
+        consumer: The instance that runs, or ran last; `None` before the first start.
+        greenlet: The greenlet that it runs in, or ran in last; `None` before the first start.
+        error: What ended it last.
+        restart_count: How often it was started again since its runtime started.
+        given_up: It ended with an error, or once too often, and is not started again.
+        ended: It has ended and is not started again, for whatever reason.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name = name
+        self.consumer: Any = None
+        self.greenlet: ConsumerGreenlet | None = None
+        self.error: BaseException | None = None
+        self.restart_count = 0
+        self.given_up = False
+        self.ended = False
+        self._make = make
+        # A consumer made hours later, by the supervisor, has its spawner's context variables.
+        self._context = contextvars.copy_context()
+        self._restarts: list[float] = []
+        self._asked = False
+
+    @property
+    def state(self) -> ConsumerState:
+        """Where the consumer is in its life; `failed` while it waits for a restart, too."""
+        if self.given_up or self.error is not None:
+            return ConsumerState.FAILED
+        return ConsumerState.STARTING if self.greenlet is None else self.greenlet.state
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for, by its runtime or by itself."""
+        if self.consumer is None:
+            return self._asked
+        stopped = lifecycle_of(self.consumer).stop.is_set()
+        return self._asked or stopped or _should_stop(self.consumer)
+
+    @property
+    def running(self) -> bool:
+        """Whether its greenlet has yet to finish."""
+        return self.greenlet is not None and not self.greenlet.ready()
+
+    @property
+    def started(self) -> bool:
+        """Whether it need not be waited for: it consumes, or has ended for good."""
+        return self.ended or (self.greenlet is not None and self.greenlet.ready.is_set())
+
+    def reset(self) -> None:
+        """Forget the restarts and errors of a former start of the runtime."""
+        self.error, self.restart_count = None, 0
+        self.given_up = self.ended = False
+        self._restarts.clear()
+
+    def make(self, links: Any) -> ConsumerGreenlet:
+        """Make the consumer, or take the same instance again, and a greenlet for it: not started.
+
+        Raises:
+            InvalidConsumerError: What was made is no consumer.
+            AlreadyRunningError: It has a greenlet already.
+            Exception: Whatever its class or factory raised.
+
+        Switches: if the class or factory does.
+        """
+        context = self._context.copy()
+        consumer = context.run(self._make)
+        greenlet = ConsumerGreenlet(consumer, context)
+        self._prepare(greenlet, links)
+        self.consumer, self.greenlet, self.error = greenlet.consumer, greenlet, None
+        return greenlet
+
+    def stop(self, reason: str) -> None:
+        """Ask the consumer to stop, for good; called by the supervisor. Switches: never."""
+        self._asked = True
+        if self.greenlet is not None:
+            try:
+                self.greenlet.stop(reason)
+            except Exception:  # a user's read-only `should_stop`; the signal is set all the same
+                pass
+
+    def next_delay(self, policy: RestartPolicy) -> float | None:
+        """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
+        now = monotonic()
+        while self._restarts and now - self._restarts[0] >= policy.period:
+            del self._restarts[0]
+        if len(self._restarts) >= policy.max_restarts:
+            return None
+        self._restarts.append(now)
+        self.restart_count += 1
+        return policy.delay(len(self._restarts))
+
+    def _prepare(self, greenlet: ConsumerGreenlet, links: Any) -> None:
+        lifecycle = lifecycle_of(greenlet.consumer)
+        lifecycle.name = greenlet.name = self.name
+        lifecycle.links = links
+        greenlet.supervised = True
+        if self._asked and greenlet.consumer is self.consumer:
+            self._revive()
+        self._asked = False
+        lifecycle.enter(ConsumerState.STARTING)
+
+    def _revive(self) -> None:
+        """Take back the stop that its runtime asked for when it was stopped last."""
+        lifecycle_of(self.consumer).stop.clear()
+        if _should_stop(self.consumer):
+            try:
+                self.consumer.should_stop = False
+            except Exception:  # a user's read-only `should_stop`: theirs to clear
+                pass
+
+
+class Supervisor:
+    """Restarts the consumers of a runtime until it stops, then drains them.
+
+    Attributes:
+        failed: The consumers that were given up before a stop was asked for.
+        exhausted: Those of them that used up their restarts.
+        changed: Set whenever a consumer has ended and it was decided what becomes of it.
+        closed: Draining, or past it: nothing is started any more.
+    """
+
+    def __init__(
+        self,
+        policy: RestartPolicy,
+        stop: StopSignal,
+        links: Any,
+        rungs: Rungs | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.failed: list[Child] = []
+        self.exhausted: list[Child] = []
+        self.changed = Event()
+        self.closed = False
+        self._policy = policy
+        self._stop = stop
+        self._links = links
+        self._rungs = rungs or Rungs()
+        self._defaults = defaults or {}
+        self._live: set[Child] = set()
+        self._drained: tuple[Child, ...] = ()
+        self._ended_before = Outcome()  # of consumers that ended by themselves
+        self._ended: deque[Child] = deque()
+        self._due: list[tuple[float, int, Child]] = []
+        self._numbers = count()  # children that are due at the same time have no order
+        self._makers = Group()
+        self._adding = 0
+        self._empty = True
+        self._wake = Event()
+
+    def add(self, children: Iterable[Child]) -> None:
+        """Make and start consumers; unless a stop is asked for, which ends it early.
+
+        Raises:
+            Exception: What the class or factory of one raised; those before it have started.
+
+        Switches: if a class or factory does.
+        """
+        self._adding += 1
+        try:
+            for child in children:
+                if self.closed or self._stop.is_set():
+                    break
+                self._launch(child)
+        finally:
+            self._adding -= 1
+            self._wake.set()
+
+    def run(self) -> None:
+        """Restart what ends, until the stop signal is set or every consumer has ended for good.
+
+        Before the first consumer was added, and while one is being added, it does not return.
+
+        Switches: yes. In the supervisor greenlet.
+        """
+        while not self._stop.is_set():
+            self._wake.clear()  # first, so that what comes from now on wakes it again
+            self._settle_ended()
+            self._launch_due()
+            if self._idle():
+                return
+            wait(self._wake, Deadline(self._until_due()), self._stop)
+
+    def drain(self, timeout: float, cancel_timeout: float) -> tuple[int, int]:
+        """Stop every consumer; kill those that still run soon after both timeouts, or the kill rung.
+
+        Each consumer drains its own handlers, up to the same deadlines unless it has others of its own. What
+        is killed here is a consumer that hangs elsewhere.
+
+        Args:
+            timeout: Seconds that handlers have to end by themselves.
+            cancel_timeout: Seconds that they have after they were cancelled.
+
+        Returns:
+            How many ended by themselves, and how many were killed.
+
+        Switches: yes. In the supervisor greenlet.
+        """
+        self.closed = True
+        self.changed.set()
+        self._due.clear()
+        reason = self._stop.reason or "stop"
+        if self._makers:
+            self._makers.kill(timeout=cancel_timeout)
+        self._settle_ended()
+        running = len(self._live)
+        self._drained = tuple(self._live)
+        if self._stop.is_set():
+            emit(DrainStarted(running, reason, timeout))
+        for child in self._drained:
+            child.stop(reason)
+        self._climb(timeout, cancel_timeout)
+        killed = len(self._live)
+        if killed:
+            self._kill(self._rungs.kill.reason or "both timeouts of the drain are over")
+        return running - killed, killed
+
+    def _climb(self, timeout: float, cancel_timeout: float) -> None:
+        """Follow the consumers down their ladders; they climb by themselves."""
+        for name, rung, seconds, hurry in (
+            ("drain_timeout", "cancel the handlers that still run", timeout, self._rungs.cancel),
+            (
+                "cancel_timeout",
+                "kill the handlers that still run",
+                cancel_timeout,
+                self._rungs.kill,
+            ),
+        ):
+            longest = max(
+                [seconds, *(getattr(each.handling.settings, name) for each in self._drains)]
+            )
+            self._await_ended(Deadline(longest), hurry)
+            if self._live:
+                why = hurry.reason or f"{name} of {longest:g} s is over"
+                emit(DrainEscalated(rung, len(self._live), why))
+        self._await_ended(Deadline(_GOODBYE), None)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of the messages that its consumers held when the drain began."""
+        return sum((each.outcome for each in self._drains), self._ended_before)
+
+    @property
+    def _drains(self) -> list[Any]:
+        """The drains of the consumers that were stopped; one that has not connected has none."""
+        consumers = {id(child.consumer): child.consumer for child in self._drained}
+        found = (lifecycle_of(consumer).drain for consumer in consumers.values())
+        return [drain for drain in found if drain is not None]
+
+    def _kill(self, reason: str) -> None:
+        emit(DrainEscalated("kill what is left", len(self._live), reason))
+        gevent.killall([child.greenlet for child in self._live], block=False)
+        self._await_ended(Deadline(_LAST), None)
+
+    def _await_ended(self, deadline: Deadline, hurry: StopSignal | None) -> None:
+        while True:
+            self._wake.clear()
+            self._settle_ended()
+            if not self._live or deadline.expired or (hurry is not None and hurry.is_set()):
+                return
+            wait(self._wake, deadline, hurry)
+
+    def _launch(self, child: Child) -> None:
+        greenlet = child.make(self._links)
+        lifecycle = lifecycle_of(greenlet.consumer)
+        lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
+        try:  # now, for it would else be found out when it has connected
+            settings_of(greenlet.consumer)
+        except InvalidConsumerError:
+            lifecycle.owned = False  # by a greenlet that will not start
+            raise
+        if self.closed:  # the stop came while it was being made
+            child.stop(self._stop.reason or "stop")
+        self._empty = False
+        self._live.add(child)
+        greenlet.rawlink(partial(self._on_end, child))
+        greenlet.start()
+
+    def _on_end(self, child: Child, _greenlet: ConsumerGreenlet) -> None:
+        """Leave what follows to the supervisor greenlet: this is the hub."""
+        self._ended.append(child)
+        self._wake.set()
+
+    def _settle_ended(self) -> None:
+        while self._ended:
+            child = self._ended.popleft()
+            self._live.discard(child)
+            assert child.greenlet is not None
+            self._settle(child, child.greenlet.exception)
+
+    def _settle(self, child: Child, error: BaseException | None) -> None:
+        child.error = error
+        stopping = self.closed or self._stop.is_set() or child.stopping
+        if stopping or not self._policy.restarts(error):
+            self._end(child, given_up=error is not None)
+            return
+        delay = child.next_delay(self._policy)
+        if delay is None:
+            self.exhausted.append(child)
+            self._end(child, given_up=True)
+            return
+        emit(ConsumerRestarting(child.name, error, child.restart_count, delay))
+        heapq.heappush(self._due, (monotonic() + delay, next(self._numbers), child))
+
+    def _end(self, child: Child, given_up: bool) -> None:
+        child.ended, child.given_up = True, given_up
+        if not self.closed and child.greenlet is not None:
+            drain = lifecycle_of(child.greenlet.consumer).drain
+            self._ended_before += drain.outcome if drain is not None else Outcome()
+        if given_up:
+            if not (self.closed or self._stop.is_set()):
+                self.failed.append(child)
+            emit(ConsumerGivenUp(child.name, child.error))
+        self.changed.set()
+
+    def _launch_due(self) -> None:
+        while self._due and self._due[0][0] <= monotonic():
+            child = heapq.heappop(self._due)[2]
+            # Made elsewhere: a class or factory may wait, and the others shall not wait for it.
+            self._adding += 1
+            self._makers.spawn(self._relaunch, child)
+
+    def _relaunch(self, child: Child) -> None:
+        try:
+            self._launch(child)
+        except (Exception, SystemExit) as error:  # a failure like any other of this consumer
+            self._settle(child, error)
+        finally:
+            self._adding -= 1
+            self._wake.set()
+
+    def _idle(self) -> bool:
+        return not (self._empty or self._adding or self._live or self._due)
+
+    def _until_due(self) -> float | None:
+        return max(0.0, self._due[0][0] - monotonic()) if self._due else None
+
+
+def _should_stop(consumer: Any) -> bool:
+    """Read a flag that a class may have put in the place of the mixin's: it is no signal then."""
+    try:
+        return bool(getattr(consumer, "should_stop", False))
+    except Exception:  # a user's property; what is wrong with it must not end the supervisor
+        return False
