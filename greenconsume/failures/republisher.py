@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import amqp
 from gevent.lock import BoundedSemaphore
@@ -115,11 +116,15 @@ class Republisher:
                 channel._session.collect()  # a kill cut the close short
 
 
+#: One for each pool and broker, while somebody uses it. Weakly: it holds its pool, which goes with its users.
+_republishers: WeakValueDictionary[tuple[LinkPool, str], Republisher] = WeakValueDictionary()
+
+
 def republisher_of(pool: LinkPool, connection: Connection) -> Republisher:
     """Return the pool's republisher for the broker of `connection`; the same one for all. Never switches."""
     info = connection.info()
-    key = repr(sorted((name, repr(value)) for name, value in info.items()))
-    if key not in pool.republishers:
-        pool.republishers[key] = Republisher(pool, connection.clone())
-    republisher: Republisher = pool.republishers[key]
+    key = pool, repr(sorted((name, repr(value)) for name, value in info.items()))
+    republisher = _republishers.get(key)
+    if republisher is None:
+        republisher = _republishers[key] = Republisher(pool, connection.clone())
     return republisher

@@ -32,7 +32,8 @@ from greenconsume.errors import (
     UnconfirmedError,
 )
 from greenconsume.events import PublishFailed, emit
-from greenconsume.links.pool import LinkPool, delays
+from greenconsume.links.backoff import delays
+from greenconsume.links.pool import LinkPool
 from greenconsume.publishing.publication import Publication
 from greenconsume.publishing.publish_channel import Lane, PlainChannel
 from greenconsume.stopping import Deadline, StopSignal, wait

@@ -24,7 +24,7 @@ from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerChanged, ConsumerState, HandlerFailed, LinkUp
 from greenconsume.failures.policies import Requeue
 from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links import pool as pool_module
+from greenconsume.links import polled_stop
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin, request_stop
 from greenconsume.runtime.adapter import adapt
 from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
@@ -570,7 +570,7 @@ def test_a_request_to_stop_ends_a_consumer_that_shadows_should_stop(started, que
 @pytest.mark.parametrize("kind", [Shadowing, ReadOnly])
 def test_a_shadowed_should_stop_ends_a_consumer_whose_broker_is_away(kind, monkeypatch):
     """HAZARDS.md row 3, for one that can only be asked."""
-    monkeypatch.setattr(pool_module, "ASK_INTERVAL", 0.02)
+    monkeypatch.setattr(polled_stop, "ASK_INTERVAL", 0.02)
     worker = kind(f"amqp://guest:guest@{HOST}:{free_port()}//")
     greenlet = gevent.spawn(worker.run)
     with recording() as events:

@@ -19,8 +19,10 @@ from greenconsume.amqp.link import Link
 from greenconsume.errors import StoppedError, UnsupportedTransportError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
 from greenconsume.failures.republisher import republisher_of
-from greenconsume.links import pool as pool_module
-from greenconsume.links.pool import FIRST_DELAY, MAX_DELAY, LinkPool, delays
+from greenconsume.links import backoff
+from greenconsume.links import dialer as dialer_module
+from greenconsume.links.backoff import FIRST_DELAY, MAX_DELAY, delays
+from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import StopSignal
 from greenconsume.transports import registry
 from tests import frames
@@ -81,8 +83,8 @@ def connected(pool, connections):
 @pytest.fixture
 def short_delays(monkeypatch):
     """Back off for a few milliseconds, so that a test sees several attempts."""
-    monkeypatch.setattr(pool_module, "delays", lambda: iter([0.005] * 1000))
-    monkeypatch.setattr(pool_module, "FIRST_DELAY", 0.005)
+    monkeypatch.setattr(backoff, "delays", lambda: iter([0.005] * 1000))
+    monkeypatch.setattr(backoff, "FIRST_DELAY", 0.005)
 
 
 def link_of(connection):
@@ -279,7 +281,7 @@ def test_delays_grow_to_a_limit_each_with_a_quarter_of_jitter():
 def test_connecting_goes_on_until_the_broker_is_there(pool, connections, make_peer):
     errors, peer = [], make_peer(close_after=1)
     connection = connections(peer.url)
-    greenlet = connecting(pool, connection, on_error=lambda *args: errors.append(args))
+    greenlet = connecting(pool, connection, on_failed_attempt=lambda *args: errors.append(args))
     wait_until(lambda: len(errors) >= 3)
     peer._close_after = None
     assert greenlet.get(timeout=30) is None
@@ -292,7 +294,9 @@ def test_an_attempt_that_failed_is_told_once_however_many_wait(pool, connections
     url, stop, told = away(), StopSignal(), []
     with recording() as events:
         waiters = [
-            connecting(pool, connections(url), stop, on_error=lambda exc, _: told.append(exc))
+            connecting(
+                pool, connections(url), stop, on_failed_attempt=lambda exc, _: told.append(exc)
+            )
             for _ in range(10)
         ]
         wait_until(lambda: len(told) >= 30)
@@ -321,7 +325,7 @@ def test_retries_are_counted(pool, connections, max_retries):
     greenlet = connecting(
         pool,
         connections(away()),
-        on_error=lambda exc, delay: errors.append(exc),
+        on_failed_attempt=lambda exc, delay: errors.append(exc),
         max_retries=max_retries,
     )
     outcome = greenlet.get(timeout=30)
@@ -333,7 +337,7 @@ def test_retries_are_counted(pool, connections, max_retries):
 def test_failover_urls_are_tried_one_after_the_other_without_delay(pool, connections, peer):
     errors = []
     connection = connections(";".join([away(), away(), peer.url]))
-    greenlet = connecting(pool, connection, on_error=lambda _, delay: errors.append(delay))
+    greenlet = connecting(pool, connection, on_failed_attempt=lambda _, delay: errors.append(delay))
     begun = monotonic()
     assert greenlet.get(timeout=30) is None
     assert monotonic() - begun < 0.5
@@ -343,7 +347,9 @@ def test_failover_urls_are_tried_one_after_the_other_without_delay(pool, connect
 def test_a_round_of_failover_urls_is_followed_by_a_delay(pool, connections):
     errors, stop = [], StopSignal()
     connection = connections(";".join([away(), away()]))
-    greenlet = connecting(pool, connection, stop, on_error=lambda _, delay: errors.append(delay))
+    greenlet = connecting(
+        pool, connection, stop, on_failed_attempt=lambda _, delay: errors.append(delay)
+    )
     wait_until(lambda: len(errors) == 2)
     assert errors[0] == 0.0
     assert errors[1] >= 0.75 * FIRST_DELAY
@@ -356,11 +362,11 @@ def test_a_link_that_is_lost_as_soon_as_it_is_up_is_dialled_again(pool, connecti
     connection, errors = connections(peer.url), []
 
     def lose():
-        (dialled,) = [slot.link for slots in pool._slots.values() for slot in slots]
+        (dialled,) = [dialer.link for dialers in pool._dialers.values() for dialer in dialers]
         dialled.fail(ConnectionResetError("cut"))
 
     with at(LinkUp, lambda: gevent.get_hub().loop.run_callback(lose)):
-        greenlet = connecting(pool, connection, on_error=lambda exc, _: errors.append(exc))
+        greenlet = connecting(pool, connection, on_failed_attempt=lambda exc, _: errors.append(exc))
         assert greenlet.get(timeout=30) is None
     assert peer.connection_count == 2
     assert connection.connected
@@ -397,7 +403,9 @@ def stopped_within(greenlet, stop, seconds=0.5):
 def test_a_stop_interrupts_a_backoff(pool, connections):
     """HAZARDS.md row 3."""
     stop, failed = StopSignal(), Event()
-    greenlet = connecting(pool, connections(away()), stop, on_error=lambda *_: failed.set())
+    greenlet = connecting(
+        pool, connections(away()), stop, on_failed_attempt=lambda *_: failed.set()
+    )
     assert failed.wait(30)
     gevent.idle()
     stopped_within(greenlet, stop)
@@ -443,12 +451,12 @@ def test_a_stop_of_one_leaves_the_dial_to_the_others(pool, connections, make_pee
 
 
 def test_a_dialer_ends_when_nobody_waits_any_more(pool, connections, make_peer, monkeypatch):
-    monkeypatch.setattr(pool_module, "delays", lambda: iter([0.002] * 1000))
+    monkeypatch.setattr(backoff, "delays", lambda: iter([0.002] * 1000))
     attempts = []
     stop = StopSignal()
     with recording() as events:
         greenlet = connecting(
-            pool, connections(away()), stop, on_error=lambda *_: attempts.append(1)
+            pool, connections(away()), stop, on_failed_attempt=lambda *_: attempts.append(1)
         )
         wait_until(lambda: len(attempts) > 2)
         stopped_within(greenlet, stop)
@@ -484,8 +492,8 @@ def test_a_kill_in_the_moment_a_link_comes_up_leaves_no_link(pool, connections, 
 def test_a_stop_while_consumers_come_back_spread_leaves_no_link(
     pool, connections, peer, monkeypatch
 ):
-    monkeypatch.setattr(pool_module, "_SPREAD", 10.0)
-    monkeypatch.setattr(pool_module, "_MAX_SPREAD", 60.0)
+    monkeypatch.setattr(dialer_module, "SPREAD", 10.0)
+    monkeypatch.setattr(dialer_module, "MAX_SPREAD", 60.0)
     first = connections(peer.url)
     pool.connect(first, StopSignal())
     peer.hang_up()
@@ -502,7 +510,7 @@ def test_a_stop_while_consumers_come_back_spread_leaves_no_link(
 
 def test_consumers_come_back_to_a_new_link_spread(pool, connections, peer, monkeypatch):
     """HAZARDS.md row 28: not in lockstep."""
-    monkeypatch.setattr(pool_module, "_SPREAD", 0.01)
+    monkeypatch.setattr(dialer_module, "SPREAD", 0.01)
     first = connections(peer.url)
     pool.connect(first, StopSignal())
     peer.hang_up()
@@ -519,8 +527,8 @@ def test_consumers_come_back_to_a_new_link_spread(pool, connections, peer, monke
 
 
 def test_the_first_to_connect_are_not_spread(pool, connections, peer, monkeypatch):
-    monkeypatch.setattr(pool_module, "_SPREAD", 60.0)
-    monkeypatch.setattr(pool_module, "_MAX_SPREAD", 60.0)
+    monkeypatch.setattr(dialer_module, "SPREAD", 60.0)
+    monkeypatch.setattr(dialer_module, "MAX_SPREAD", 60.0)
     greenlets = [connecting(pool, connections(peer.url)) for _ in range(5)]
     assert [greenlet.get(timeout=30) for greenlet in greenlets] == [None] * 5
 
@@ -619,7 +627,9 @@ def test_a_transport_without_links_is_backed_off_and_stopped_as_others_are(
         raise connection.connection_errors[0]("away")
 
     monkeypatch.setattr(connection.transport, "establish_connection", refuse)
-    greenlet = connecting(pool, connection, stop, on_error=lambda *args: errors.append(args))
+    greenlet = connecting(
+        pool, connection, stop, on_failed_attempt=lambda *args: errors.append(args)
+    )
     wait_until(lambda: errors)
     assert 0.75 * FIRST_DELAY <= errors[0][1] <= 1.25 * FIRST_DELAY
     stopped_within(greenlet, stop)
@@ -648,12 +658,12 @@ def test_nobody_dials_on_where_the_only_one_who_waited_has_his_error(pool, conne
     """As kombu's own reconnects do, which make one attempt at a time."""
     peer = make_peer()
     connection = connected(peer)
-    ((slot,),) = pool._slots.values()
+    ((dialer,),) = pool._dialers.values()
     peer.close()
-    wait_until(lambda: not slot.live)
+    wait_until(lambda: not dialer.is_live)
     with pytest.raises(ConnectionRefusedError):
         connection.transport.establish_connection()
-    wait_until(lambda: slot._dialer is None)
+    wait_until(lambda: dialer._dialling is None)
     connection.release()
 
 

@@ -483,7 +483,7 @@ def test_a_link_that_is_lost_whenever_it_is_used_is_not_dialled_in_a_loop(publis
 
 
 def test_a_broker_that_is_away_is_waited_for(publish_to, make_peer, monkeypatch):
-    monkeypatch.setattr("greenconsume.links.pool.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("greenconsume.links.backoff.FIRST_DELAY", 0.01)
     peer = answering(make_peer(answers={"connection.open": frames.connection_close(320, "no")}))
     publisher = publish_to(peer)
     calls = [run(publisher.publish, n, "q") for n in range(3)]
@@ -819,7 +819,7 @@ def test_without_confirms_a_lost_connection_is_made_again(publish_to, memory_bro
         return publish(channel, message, **options)
 
     monkeypatch.setattr(memory.Channel, "basic_publish", fail_first)
-    monkeypatch.setattr("greenconsume.links.pool.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("greenconsume.links.backoff.FIRST_DELAY", 0.01)
     publisher = publish_to(memory_broker)
     publisher.publish(1, "q", declare=[Queue("q")])
     assert taken("q") == [1]

@@ -1,0 +1,54 @@
+"""Owns when a failed attempt to connect is followed by another, and what is told of it.
+
+It connects nothing itself. Called by whatever connects: `dialer`, `unpooled`, and a publisher's sender.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from kombu import Connection
+from kombu.exceptions import OperationalError
+
+from greenconsume import logs as _logs  # noqa: F401  # the first hook subscribes itself
+from greenconsume.amqp.transport import REFUSALS
+from greenconsume.events import ConnectFailed, emit
+
+#: Is told the error of each failed attempt, and the seconds until the next one.
+OnFailedAttempt = Callable[[BaseException, float], object]
+
+FIRST_DELAY = 1.0
+MAX_DELAY = 4.0
+
+
+def delays() -> Iterator[float]:
+    """Yield the seconds between attempts: doubling from 1 to 4, each with a quarter of jitter.
+
+    Not more, so that thousands of consumers are back within 10 s of their broker however long it was away:
+    5 s until it is tried, 2 s of spread, and their declares.
+    """
+    delay = FIRST_DELAY
+    while True:
+        yield delay * random.uniform(0.75, 1.25)
+        delay = min(delay * 2, MAX_DELAY)
+
+
+def raise_after(max_retries: int | None, retries: int, error: BaseException) -> None:
+    """Raise `OperationalError`, as kombu does, once `max_retries` attempts were made after the first."""
+    if max_retries is not None and retries >= max_retries:
+        raise OperationalError(str(error)) from error
+
+
+def errors_of(connection: Connection) -> tuple[type[BaseException], ...]:
+    """Return the errors of a broker that cannot be connected to; another attempt may succeed."""
+    return (
+        *connection.connection_errors,
+        *connection.channel_errors,
+        *connection.recoverable_connection_errors,
+    )
+
+
+def tell(connection: Connection, error: BaseException, attempt: int, delay: float) -> None:
+    """Tell the hooks of a failed attempt. Never switches."""
+    emit(ConnectFailed(connection.as_uri(), error, attempt, delay, isinstance(error, REFUSALS)))
