@@ -270,7 +270,7 @@ class ConsumerMixin:
         session = _session_of(conn)
         if session is None:
             return lambda seconds: conn.drain_events(timeout=seconds, stop=stop), True
-        session.stop = None  # set up: what a callback calls may finish
+        session.begin_consuming()
         # Not kombu's: where a link was lost it would connect again, and wait without any consumer.
         return partial(session.drain_events, stop=stop), True
 
@@ -395,9 +395,9 @@ class ConsumerMixin:
         shield_channels(conn)
         session = _session_of(conn)
         if session is not None and publishing:
-            session.publish_stop = life.stop  # a broker may block its publishers for hours
+            session.begin_publishing(life.stop)  # a broker may block its publishers for hours
         elif session is not None:
-            session.stop = life.stop  # until it consumes, a stop ends its calls
+            session.begin_setup(life.stop)  # until it consumes, a stop ends its calls
 
     def maybe_conn_error(self, fun: Callable[[], object]) -> Any:
         """Call `fun`, ignoring connection and channel errors."""
@@ -476,8 +476,7 @@ def _bound_close(conn: Any) -> None:
     """Give all that is still to be said to the broker one deadline; the first call counts."""
     session = _session_of(conn)
     if session is not None:
-        session.stop = None
-        session.deadline = session.deadline or Deadline(session.link.close_timeout)
+        session.begin_close()
 
 
 def _errors_of(conn: Any) -> tuple[type[BaseException], ...]:

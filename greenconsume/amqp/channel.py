@@ -24,11 +24,6 @@ from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE, Ledger, encode
 from greenconsume.amqp.replies import Reply
 from greenconsume.events import StaleSettle, emit
 
-#: A consumer without a limit of its own is paused when this many deliveries wait in its session, and
-#: goes on when RESUME_AT are left.
-PAUSE_AT = 1000
-RESUME_AT = 250
-
 
 class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     """A received message, settled once and only on the channel that it came from.
@@ -102,9 +97,9 @@ class Channel(PublishingChannel):
         return bool(self._consuming)
 
     def _end_epoch(self) -> None:
-        self._session.take_back(self._can_go_back)
+        self._session.inbox.take_back(self, self._can_go_back)
         super()._end_epoch()
-        self._session.forget_paused(self)
+        self._session.inbox.forget_paused(self)
         self._recovering = 0
         self.callbacks.clear()
         self.cancel_callbacks.clear()
@@ -177,7 +172,7 @@ class Channel(PublishingChannel):
     def _pause(self, consumer_tag: str) -> None:
         # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own.
         args = self._pausable.pop(consumer_tag)
-        self._session.paused.append((self, consumer_tag, args))
+        self._session.inbox.pause(self, consumer_tag, partial(self.resume, consumer_tag, args))
         self._send_cancel(consumer_tag)
 
     def _send_cancel(self, consumer_tag: str) -> None:
@@ -217,12 +212,12 @@ class Channel(PublishingChannel):
         self._remove_tag(consumer_tag)
         self._consuming.discard(consumer_tag)
         self._pausable.pop(consumer_tag, None)
-        self._session.forget_paused(self, consumer_tag)
+        self._session.inbox.forget_paused(self, consumer_tag)
 
-        def undispatched(channel: Channel | None, item: Any) -> bool:
-            return self._can_go_back(channel, item) and item[0] == consumer_tag
+        def undispatched(delivery: Delivery) -> bool:
+            return self._can_go_back(delivery) and delivery[0] == consumer_tag
 
-        for delivery in self._session.take_back(undispatched):
+        for delivery in self._session.inbox.take_back(self, undispatched):
             self._give_back(delivery[1])
 
     def _remove_tag(self, consumer_tag: str) -> Any:
@@ -230,12 +225,12 @@ class Channel(PublishingChannel):
         self.callbacks.pop(consumer_tag, None)
         return self.cancel_callbacks.pop(consumer_tag, None)
 
-    def _can_go_back(self, channel: Channel | None, item: Any) -> bool:
-        return channel is self and type(item) is tuple and item[0] not in self.no_ack_consumers
+    def _can_go_back(self, delivery: Delivery) -> bool:
+        return delivery[0] not in self.no_ack_consumers
 
     def _give_back(self, delivery_tag: int) -> None:
         if self._link.failure is None:
-            self._session.given_back_count += 1
+            self._session.inbox.count_given_back()
             self._ledger.settle(delivery_tag, REQUEUE)
             self._link.flush_soon(self)
 
@@ -251,8 +246,8 @@ class Channel(PublishingChannel):
             self._ledger.deliver(delivery[1])
         callback = self.callbacks.get(consumer_tag)
         if callback is not None:
-            self._session.put(self, delivery, callback)
-            if consumer_tag in self._pausable and self._session.backlog > PAUSE_AT:
+            self._session.inbox.put(self, delivery, callback)
+            if consumer_tag in self._pausable and self._session.inbox.is_crowded:
                 self._pause(consumer_tag)
         elif wants_settle:
             self._give_back(delivery[1])
@@ -271,7 +266,7 @@ class Channel(PublishingChannel):
     def _on_basic_cancel(self, consumer_tag: str) -> None:
         callback = self._remove_tag(consumer_tag)
         if callback is not None:
-            self._session.put(self, consumer_tag, callback)
+            self._session.inbox.put(self, consumer_tag, callback)
         else:
             text = f"the broker cancelled consumer {consumer_tag!r}: its queue was deleted or moved"
             self._tell(ConsumerCancelled(text, spec.Basic.Cancel))
@@ -324,7 +319,7 @@ class Channel(PublishingChannel):
         """As py-amqp's: the broker takes back everything that is not settled."""
         self.send_method(spec.Basic.Recover, "b", (requeue,))
         self._recovering += 1
-        self._session.take_back(self._can_go_back)
+        self._session.inbox.take_back(self, self._can_go_back)
         self._ledger.clear()
         self.epoch += 1  # settling what is in hand does nothing but count
 

@@ -22,7 +22,7 @@ from gevent.event import Event
 
 from greenconsume.amqp.frames import encode_publish
 from greenconsume.amqp.replies import CallingChannel
-from greenconsume.stopping import Deadline, StopSignal, wait_open
+from greenconsume.stopping import Deadline, StopSignal
 
 _ack = Struct(">4xQB")
 
@@ -149,8 +149,7 @@ class PublishingChannel(CallingChannel):
     basic_publish = _basic_publish
 
     def _wait_publishable(self, timeout: float | None) -> None:
-        stop = self._session.stop or self._session.publish_stop
-        self.wait_publishable(Deadline(timeout), stop)
+        self.wait_publishable(Deadline(timeout), self._session.waits.publishing)
 
     def basic_publish_confirm(
         self, msg: amqp.Message, exchange: str = "", routing_key: str = "", **kwargs: Any
@@ -243,14 +242,8 @@ class PublishingChannel(CallingChannel):
         self._published += 1
 
     def _await_confirm(self, confirm: Confirm, timeout: float | None) -> None:
-        """Wait for one confirm; once its consumer stops, no longer than a close may take."""
-        stop, limit = self._session.publish_stop, timeout or self._link.call_timeout
-        deadline = Deadline(limit)
-        if stop is not None:
-            wait_open(confirm.event, deadline, stop)
-            if stop.is_set() and not confirm.ready:
-                deadline = Deadline(min(limit, self._link.close_timeout))
-        self._park(confirm.event, deadline.remaining)
+        if not self._session.waits.wait_for_confirm(confirm.event, timeout):
+            raise TimeoutError(f"no reply from {self._link.uri} in time")
 
     def confirm_select(self, nowait: bool = False) -> Any:
         """Put the channel into confirm mode; its publishes are counted from here."""

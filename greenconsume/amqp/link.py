@@ -84,6 +84,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     }
     heartbeat: float
     channel_max: int
+    frame_max: int
+    confirm_publish: bool
+    server_properties: dict[str, Any]
     is_closing: bool
 
     def __init__(

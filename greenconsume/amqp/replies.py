@@ -24,7 +24,7 @@ from gevent.event import Event
 from kombu.transport import pyamqp
 
 from greenconsume.amqp.frames import decode_args, decode_body, decode_properties
-from greenconsume.stopping import Deadline, wait, wait_open
+from greenconsume.stopping import Deadline, wait
 
 if TYPE_CHECKING:
     from greenconsume.amqp.session import Session
@@ -190,13 +190,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         return reply.args[0] if reply.args else None
 
     def _park(self, event: Event, timeout: float | None) -> None:
-        stop = self._session.stop
-        deadline = self._session.deadline or Deadline(self._link.call_timeout)
-        if timeout is not None:
-            deadline = Deadline(timeout)
-        if not wait_open(event, deadline, stop):
-            if stop is not None:
-                stop.check()
+        if not self._session.waits.wait_for_reply(event, timeout):
             raise TimeoutError(f"no reply from {self._link.uri} in time")
 
     # -- what the reader calls ------------------------------------------------------------------------
@@ -253,14 +247,14 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         consuming, waiting = self._is_consuming, self._fail_waiters(error)
         self._end_epoch()
         if consuming:
-            self._session.put(self, error(), _raise)
+            self._session.inbox.put(self, error(), _raise)
         elif not waiting:
             self._error = error()
 
     def _tell(self, error: BaseException) -> None:
         """Have `error` raised where the channel is drained, or else at its next use."""
         if self._is_consuming:
-            self._session.put(self, error, _raise)
+            self._session.inbox.put(self, error, _raise)
         else:
             self._error = error
 
@@ -297,7 +291,7 @@ class CallingChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         if self.connection is None:
             return
         self.ask_to_close()
-        self.await_closed(self._session.deadline or Deadline(self._link.close_timeout))
+        self.await_closed(self._session.waits.close_deadline)
 
     def ask_to_close(self) -> None:
         """Send `Close` if there is something to close. Never switches."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import socket
 import weakref
-from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -19,9 +18,11 @@ import gevent
 from amqp.exceptions import RecoverableConnectionError, ResourceError
 from gevent.event import Event
 
-from greenconsume.amqp.channel import RESUME_AT, Channel
+from greenconsume.amqp.channel import Channel
+from greenconsume.amqp.inbox import Inbox
 from greenconsume.amqp.link import Link
-from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.amqp.waits import Waits
+from greenconsume.stopping import Deadline, StopSignal
 
 #: Callbacks that never wait may run this many seconds before the hub gets a turn.
 _TURN = 0.002
@@ -31,9 +32,12 @@ class Session:
     """A share of a link: channels, and the inbox of what was delivered on them.
 
     Attributes:
-        stop: While set up: the signal that ends a wait for a reply, with `StoppedError`.
-        publish_stop: The signal that ends a wait for a broker that blocks publishers, if any.
-        deadline: While closing: when every wait for a reply ends, with `TimeoutError`.
+        link: The link that it shares.
+        client: The `kombu.Connection` that it serves.
+        channels: Its open channels by id.
+        inbox: What was delivered on them, and waits for `drain_events`.
+        waits: When its waits end; set by the methods `begin_…`.
+        lasting_queues: Queues that were declared here and are not deleted when unused.
     """
 
     def __init__(self, link: Link, client: Any) -> None:
@@ -41,21 +45,46 @@ class Session:
         self.client = client
         self.channels: dict[int, Channel] = {}
         self.is_closing = False
-        self.stop: StopSignal | None = None
-        self.publish_stop: StopSignal | None = None
-        self.deadline: Deadline | None = None
-        self.given_back_count = 0  # deliveries that no callback took
-        self.lasting_queues: set[str] = set()  # declared here, and not deleted when unused
-        self.paused: list[tuple[Channel, str, bytes]] = []
-        self._inbox: deque[tuple[Channel | None, Any, Callable[[Any], object]]] = deque()
-        self._arrival = Event()
+        self.inbox = Inbox()
+        self.waits = Waits(link)
+        self.lasting_queues: set[str] = set()
         self._turn_began = monotonic()
         link.sessions.add(self)
         _sessions.add(self)
 
-    def __getattr__(self, name: str) -> Any:
-        """What is the link's (heartbeat, server_properties, channel_max, …) reads through."""
-        return getattr(self.link, name)
+    # -- its phases -----------------------------------------------------------------------------
+
+    def begin_setup(self, stop: StopSignal) -> None:
+        """Have `stop` end every call, with `StoppedError`, until it consumes. Never switches."""
+        self.waits.begin_setup(stop)
+
+    def begin_publishing(self, stop: StopSignal) -> None:
+        """Have `stop` end every wait for a broker that blocks its publishers. Never switches."""
+        self.waits.begin_publishing(stop)
+
+    def begin_consuming(self) -> None:
+        """Have no stop end a call any more: what a callback calls may finish. Never switches."""
+        self.waits.begin_consuming()
+
+    def begin_close(self, deadline: Deadline | None = None) -> None:
+        """Give all that is still to be said to the broker one deadline; the first call counts.
+
+        Args:
+            deadline: By default the link's `close_timeout` from now.
+        """
+        self.waits.begin_close(deadline)
+
+    def wait_for(self, event: Event) -> None:
+        """Wait for what another session is doing, as for a reply: until a stop, or the call's timeout.
+
+        Raises:
+            StoppedError: The session is being set up, and its stop signal was set.
+
+        Switches: yes.
+        """
+        self.waits.wait_for_reply(event)
+
+    # -- what kombu asks a connection for ---------------------------------------------------------
 
     @property
     def connected(self) -> bool:
@@ -85,13 +114,45 @@ class Session:
             raise
         return channel
 
-    # -- deliveries -----------------------------------------------------------------------------
+    @property
+    def heartbeat(self) -> float:
+        """The heartbeat's interval in seconds, as agreed with the broker; 0: none."""
+        return self.link.heartbeat
 
-    def put(self, channel: Channel | None, item: Any, callback: Callable[[Any], object]) -> None:
-        """Queue one thing for `drain_events`: it calls `callback(item)`. Never switches."""
-        self._inbox.append((channel, item, callback))
-        if not self._arrival.is_set():
-            self._arrival.set()
+    @property
+    def server_properties(self) -> dict[str, Any]:
+        """What the broker said about itself: product, version, capabilities."""
+        return self.link.server_properties
+
+    @property
+    def channel_max(self) -> int:
+        """The largest channel id, as agreed with the broker."""
+        return self.link.channel_max
+
+    @property
+    def frame_max(self) -> int:
+        """The largest frame in bytes, as agreed with the broker."""
+        return self.link.frame_max
+
+    @property
+    def confirm_publish(self) -> bool:
+        """Whether `basic_publish` waits for the confirm, by the transport option of this name."""
+        return self.link.confirm_publish
+
+    @property
+    def transport(self) -> Any:
+        """py-amqp's transport, which holds the socket."""
+        return self.link.transport
+
+    def heartbeat_tick(self, rate: int = 2) -> None:
+        """Do nothing while the link lives, which beats by itself.
+
+        Raises:
+            LinkLostError: The link is gone.
+        """
+        self._check_open()
+
+    # -- deliveries -----------------------------------------------------------------------------
 
     def drain_events(self, timeout: float | None = None, stop: StopSignal | None = None) -> None:
         """Wait for one delivery, and run its callback in this greenlet.
@@ -111,51 +172,35 @@ class Session:
         if monotonic() - self._turn_began > _TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
+        inbox = self.inbox
         deadline: Deadline | None = None
         while True:
             if stop is not None and stop.reason is not None:
                 stop.check()
-            if self._inbox:
-                _, item, callback = self._inbox.popleft()
-                if self.paused and len(self._inbox) <= RESUME_AT:
-                    self._resume()
+            if inbox.entries:
+                _, item, callback = inbox.entries.popleft()
+                if inbox.paused:
+                    inbox.resume()
                 callback(item)
                 return
             self._check_open()
-            if self.paused:  # what paused them went without being handed out
-                self._resume()
+            if inbox.paused:  # what paused them went without being handed out
+                inbox.resume()
             deadline = deadline or Deadline(timeout)
             if deadline.expired:
                 raise socket.timeout("timed out")
-            self._arrival.clear()
-            wait(self._arrival, deadline, stop)
+            inbox.wait(deadline, stop)
             self._turn_began = monotonic()
 
     @property
     def backlog(self) -> int:
         """How many deliveries wait for `drain_events`."""
-        return len(self._inbox)
+        return len(self.inbox.entries)
 
-    def _resume(self) -> None:
-        paused, self.paused = self.paused, []
-        for channel, consumer_tag, args in paused:
-            channel.resume(consumer_tag, args)
-
-    def forget_paused(self, channel: Channel, consumer_tag: str | None = None) -> None:
-        """Do not resume this consumer, or any of the channel. Never switches."""
-        self.paused = [
-            each
-            for each in self.paused
-            if each[0] is not channel or consumer_tag not in (None, each[1])
-        ]
-
-    def take_back(self, wanted: Callable[[Channel | None, Any], bool]) -> list[Any]:
-        """Remove and return the items of the inbox that are `wanted`. Never switches."""
-        taken = [item for channel, item, _ in self._inbox if wanted(channel, item)]
-        kept = [entry for entry in self._inbox if not wanted(entry[0], entry[1])]
-        self._inbox.clear()
-        self._inbox.extend(kept)
-        return taken
+    @property
+    def given_back_count(self) -> int:
+        """How many deliveries went back to their queues because no callback took them."""
+        return self.inbox.given_back_count
 
     def announce_stop(self) -> None:
         """Tell the broker to send no more; give back what no callback has started. Never switches."""
@@ -168,7 +213,7 @@ class Session:
         """Wake everything that waits; what was not dispatched is the broker's again."""
         for channel in list(self.channels.values()):
             channel.on_link_lost()
-        self._arrival.set()
+        self.inbox.wake()
 
     def close(self, *_args: Any, **_kwargs: Any) -> None:
         """Close every channel, then leave the link, within the link's `close_timeout`.
@@ -180,20 +225,19 @@ class Session:
         if self.is_closing:
             return
         self.is_closing = True
-        self.stop = None
-        self.deadline = self.deadline or Deadline(self.link.close_timeout)
+        deadline = self.waits.begin_close()
         channels = list(self.channels.values())
         try:
             for channel in channels:
                 channel.ask_to_close()
             for channel in channels:
-                channel.await_closed(self.deadline)
+                channel.await_closed(deadline)
         except BaseException:  # a kill must not leave the link with a session that nobody has
             self.collect()
             raise
         self._leave()
         if not self.link.sessions:
-            self.link.close(deadline=self.deadline)
+            self.link.close(deadline=deadline)
 
     def collect(self) -> None:
         """Let go of everything at once, without waiting for the broker. Never switches."""
@@ -213,16 +257,7 @@ class Session:
 
     def _leave(self) -> None:
         self.link.sessions.discard(self)
-        self._inbox.clear()
-        self._arrival.set()
-
-    def heartbeat_tick(self, rate: int = 2) -> None:
-        """Do nothing while the link lives, which beats by itself.
-
-        Raises:
-            LinkLostError: The link is gone.
-        """
-        self._check_open()
+        self.inbox.clear()
 
     def _check_open(self) -> None:
         if self.link.failure is not None:

@@ -16,7 +16,6 @@ from kombu import Connection, Queue
 
 from greenconsume.amqp.transport import Session
 from greenconsume.errors import InvalidConsumerError
-from greenconsume.stopping import Deadline, wait_open
 
 #: Of the delay queues of a quorum queue. A classic one dead-letters what expired while the broker was down
 #: before the quorum queue has a leader again, and so into nothing (RabbitMQ 3.10, seen). From 3.10 on.
@@ -95,7 +94,7 @@ def declare_queues(
     try:
         for name, arguments in wanted.items():
             while name in declared.pending:
-                _await(declared.pending[name], session)
+                session.wait_for(declared.pending[name])  # it has a deadline of its own
             if name not in declared.names:
                 with declared.declaring(name):  # from here on, for all that follows may switch
                     channel = channel or connection.channel()
@@ -109,13 +108,6 @@ def _declared_over(session: Any) -> _Declared:
     if not isinstance(session, Session):
         return _Declared()
     return _declared.setdefault(session.link, _Declared())
-
-
-def _await(done: Event, session: Session) -> None:
-    """Wait for another consumer's declaration, which has a deadline of its own."""
-    wait_open(done, Deadline(session.link.call_timeout), session.stop)
-    if session.stop is not None:
-        session.stop.check()
 
 
 def _declare_queue(channel: Any, name: str, arguments: dict[str, Any] | None) -> None:

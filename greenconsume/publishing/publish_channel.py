@@ -102,7 +102,7 @@ class Lane:
             self._links.connect(connection, self._stop, self._note, publishing=True)
             session = connection.connection
             if isinstance(session, Session):
-                session.stop = self._stop  # it ends every call
+                session.begin_setup(self._stop)  # it ends every call
                 self.channel = session.channel()
             else:
                 self.channel = PlainChannel(connection)

@@ -836,7 +836,7 @@ def test_a_consumer_that_is_cancelled_while_it_is_paused_is_not_started_again(co
     channel.queue_declare("q", auto_delete=False)
     channel.basic_consume("q", "t", no_ack=True, callback=got.append)
     peer.send(b"".join(frames.deliver(1, "t", tag) for tag in range(1, 1102)))
-    wait_until(lambda: connection.connection.paused)
+    wait_until(lambda: connection.connection.inbox.paused)
     channel.basic_cancel("t")
     channel.basic_consume("q", "t", no_ack=True, callback=got.append)
     while connection.connection.backlog:

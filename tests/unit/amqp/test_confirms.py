@@ -499,7 +499,7 @@ def test_asking_for_confirms_again_goes_on_counting(channel, peer):
 def test_a_stop_in_the_turn_of_the_timeout_is_no_confirm(connect, peer):
     connection = connect(peer)
     channel, stop = connection.channel(), StopSignal()
-    connection.connection.publish_stop = stop
+    connection.connection.begin_publishing(stop)
     call = confirmed(channel, confirm_timeout=0.05)
     peer.wait_for("body")
     timer = gevent.get_hub().loop.timer(0.03)

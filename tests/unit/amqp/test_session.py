@@ -13,7 +13,7 @@ from amqp.exceptions import ConnectionForced, NotFound, RecoverableConnectionErr
 from gevent.event import Event
 from kombu import Connection
 
-from greenconsume.amqp.channel import PAUSE_AT, RESUME_AT
+from greenconsume.amqp.inbox import PAUSE_AT, RESUME_AT
 from greenconsume.amqp.link import LinkLostError
 from greenconsume.amqp.session import Session
 from greenconsume.errors import StoppedError
@@ -414,7 +414,7 @@ def test_a_stop_while_the_consume_ok_is_cut_ends_the_call(connect, make_peer):
     for cut in range(len(ok)):
         peer = make_peer(answers={"basic.consume": data[:cut]})
         connection, stop, got = connect(peer), StopSignal(), []
-        connection.connection.stop = stop
+        connection.connection.begin_setup(stop)
         setting_up = gevent.spawn(consuming, connection, got.append)
         peer.wait_for("basic.consume")
         stop.set()

@@ -1,0 +1,91 @@
+"""Owns when the waits of one session end: at a stop signal or a deadline, as its phase has it (law 3).
+
+The session says which phase begins; its channels wait here and know no phase. Sends nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gevent.event import Event
+
+from greenconsume.stopping import Deadline, StopSignal, wait_open
+
+
+class Limits(Protocol):
+    """What a link allows for an answer, and for a close; in seconds."""
+
+    call_timeout: float
+    close_timeout: float
+
+
+class Waits:
+    """The stop signals and the deadline of a session, of which each phase has its own.
+
+    Attributes:
+        stop: Ends a wait for a reply, with `StoppedError`: while the session is set up.
+        publish_stop: Ends a wait for a broker that blocks publishers: while the session publishes.
+        deadline: When every wait for a reply ends, with `TimeoutError`: while the session closes.
+    """
+
+    __slots__ = ("_limits", "deadline", "publish_stop", "stop")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.stop: StopSignal | None = None
+        self.publish_stop: StopSignal | None = None
+        self.deadline: Deadline | None = None
+
+    def begin_setup(self, stop: StopSignal) -> None:
+        """Have `stop` end every wait for a reply."""
+        self.stop = stop
+
+    def begin_publishing(self, stop: StopSignal) -> None:
+        """Have `stop` end every wait for a broker that blocks publishers, and no call."""
+        self.publish_stop = stop
+
+    def begin_consuming(self) -> None:
+        """Have no stop end a call: what a callback calls may finish."""
+        self.stop = None
+
+    def begin_close(self, deadline: Deadline | None = None) -> Deadline:
+        """Have every wait for a reply end at one deadline, which is returned; the first call sets it."""
+        self.stop = None
+        if self.deadline is None:
+            self.deadline = deadline or Deadline(self._limits.close_timeout)
+        return self.deadline
+
+    @property
+    def close_deadline(self) -> Deadline:
+        """When a channel that is closed now must be done: with its session, or in `close_timeout`."""
+        return self.deadline or Deadline(self._limits.close_timeout)
+
+    @property
+    def publishing(self) -> StopSignal | None:
+        """The signal that ends a wait for a broker that blocks publishers."""
+        return self.stop or self.publish_stop
+
+    def wait_for_reply(self, event: Event, timeout: float | None = None) -> bool:
+        """Wait for a reply, by default for `call_timeout` seconds; return whether it came.
+
+        Raises:
+            StoppedError: The stop signal was set first.
+        """
+        deadline = self.deadline if timeout is None else None
+        if deadline is None:
+            deadline = Deadline(self._limits.call_timeout if timeout is None else timeout)
+        if wait_open(event, deadline, self.stop):
+            return True
+        if self.stop is not None:
+            self.stop.check()
+        return False
+
+    def wait_for_confirm(self, event: Event, timeout: float | None) -> bool:
+        """Wait for a confirm as for a reply; once its consumer stops, no longer than a close may take."""
+        limit = timeout or self._limits.call_timeout
+        deadline, stop = Deadline(limit), self.publish_stop
+        if stop is not None:
+            wait_open(event, deadline, stop)
+            if stop.is_set() and not event.is_set():
+                deadline = Deadline(min(limit, self._limits.close_timeout))
+        return self.wait_for_reply(event, deadline.remaining)
