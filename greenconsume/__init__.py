@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Child",
     "ConsumerGreenlet",
     "ConsumerMixin",
     "ConsumerProducerMixin",
@@ -65,12 +66,14 @@ if TYPE_CHECKING:
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
     from greenconsume.publishing.publisher import Publisher
+    from greenconsume.runtime.child import Child
     from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
+    from greenconsume.runtime.restart_policy import RestartPolicy
     from greenconsume.runtime.runtime import Runtime
-    from greenconsume.runtime.supervisor import RestartPolicy
 else:
     _HOMES = {
         "Batch": "handling.batches",
+        "Child": "runtime.child",
         "ConsumerGreenlet": "runtime.greenlet",
         "ConsumerMixin": "mixins",
         "ConsumerProducerMixin": "mixins",
@@ -79,7 +82,7 @@ else:
         "Publisher": "publishing.publisher",
         "Reject": "failures.policies",
         "Requeue": "failures.policies",
-        "RestartPolicy": "runtime.supervisor",
+        "RestartPolicy": "runtime.restart_policy",
         "Retry": "failures.retry",
         "Runtime": "runtime.runtime",
         "Shutdown": "errors",

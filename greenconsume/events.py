@@ -64,6 +64,7 @@ class ConnectFailed(Event):
     """An attempt to connect failed; the next one follows in `delay` seconds.
 
     `refused`: the broker answered and refused (credentials, virtual host), it is not merely away.
+    `raised`: somebody who starts consumers raises the error; there is no further attempt.
     """
 
     uri: str
@@ -71,6 +72,7 @@ class ConnectFailed(Event):
     attempt: int
     delay: float
     refused: bool
+    raised: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The one state machine: the mixin enters the states, greenlets, supervisor and ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -26,6 +27,7 @@ class Lifecycle:
         "drain",
         "links",
         "name",
+        "on_enter",
         "owned",
         "ready",
         "state",
@@ -43,6 +45,9 @@ class Lifecycle:
         self.defaults: dict[str, Any] = {}  # what its runtime sets where the consumer does not
         self.switch: Any = None  # its kill switch, while it runs
         self._rungs: Rungs | None = None
+        self.on_enter: Callable[[], object] | None = (
+            None  # its supervisor is told of each new state
+        )
         self.owned = False  # it runs in a ConsumerGreenlet: no foreign code below it on the stack
 
     @property
@@ -70,6 +75,8 @@ class Lifecycle:
         else:
             self.ready.clear()
         if old is not state:
+            if self.on_enter is not None:
+                self.on_enter()
             emit(ConsumerChanged(self.name, old, state))
 
 

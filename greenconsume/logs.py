@@ -162,9 +162,11 @@ def _(event: LinkBlocked) -> Line:
 @describe.register
 def _(event: ConnectFailed) -> Line:
     what = "%s refused the connection" if event.refused else "cannot connect to %s"
+    args = (redact(event.uri), _words(event.error))
+    if event.raised:
+        return Line("links", logging.DEBUG, what + ": %s (raised to the caller)", args)
     text = what + ": %s (attempt %d, the next in %.1f s)"
-    args = (redact(event.uri), _words(event.error), event.attempt, event.delay)
-    return Line("links", logging.WARNING, text, args)
+    return Line("links", logging.WARNING, text, (*args, event.attempt, event.delay))
 
 
 @describe.register

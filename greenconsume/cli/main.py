@@ -6,12 +6,10 @@ the default. What consuming and stopping is, `runtime` knows. Called by `__main_
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +25,6 @@ from greenconsume.errors import (
     InvalidConsumerError,
     UnsupportedTransportError,
 )
-from greenconsume.events import ConsumerChanged, ConsumerState, Event, subscribe
 from greenconsume.runtime.runtime import Runtime
 
 if sys.version_info >= (3, 11):
@@ -202,8 +199,7 @@ cli.add_command(dead_letters)
 def _serve(runtime: Runtime) -> None:
     """Run it to its end; any end but a clean one is an error, told in one line."""
     try:
-        with _one_word_on_refusal(runtime):
-            clean = runtime.run()
+        clean = runtime.run()
     except BrokerRefusedError as exc:
         raise click.ClickException(
             f"{exc}; check the user name, the password and the virtual host in the broker's URL, and "
@@ -221,38 +217,6 @@ def _serve(runtime: Runtime) -> None:
         raise click.ClickException(
             "work was abandoned: what still ran was cancelled or killed, and its messages are the broker's"
         )
-
-
-@contextmanager
-def _one_word_on_refusal(runtime: Runtime) -> Iterator[None]:
-    """Keep out of the log that the broker refuses at the start: it ends the command, which says more."""
-    said = _SaidElsewhere(failover=bool(runtime.connection.alt))
-    unsubscribe = subscribe(said.observe)
-    loggers = [logging.getLogger(f"greenconsume.{name}") for name in ("links", "runtime")]
-    for logger in loggers:
-        logger.addFilter(said)
-    try:
-        yield
-    finally:
-        unsubscribe()
-        for logger in loggers:
-            logger.removeFilter(said)
-
-
-class _SaidElsewhere(logging.Filter):
-    def __init__(self, failover: bool) -> None:
-        super().__init__()
-        self._serves = failover  # one that refuses does not end it
-        self._failed = False
-
-    def observe(self, event: Event, /) -> None:
-        if isinstance(event, ConsumerChanged) and event.new is ConsumerState.CONSUMING:
-            self._serves = True
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        event = getattr(record, "greenconsume", {})
-        self._failed = self._failed or event.get("reason") == "start failed"
-        return not (self._failed or (event.get("refused") and not self._serves))
 
 
 def _fail(message: str, code: int) -> int:

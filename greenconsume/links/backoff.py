@@ -17,6 +17,9 @@ from greenconsume.events import ConnectFailed, emit
 
 #: Is told the error of each failed attempt, and the seconds until the next one.
 OnFailedAttempt = Callable[[BaseException, float], object]
+#: Is told the URI and the error when every broker of a connection has refused it, one after the other;
+#: returns whether that is raised to somebody. It must not switch.
+OnRefused = Callable[[str, BaseException], bool]
 
 FIRST_DELAY = 1.0
 MAX_DELAY = 4.0
@@ -49,6 +52,26 @@ def errors_of(connection: Connection) -> tuple[type[BaseException], ...]:
     )
 
 
-def tell(connection: Connection, error: BaseException, attempt: int, delay: float) -> None:
-    """Tell the hooks of a failed attempt. Never switches."""
-    emit(ConnectFailed(connection.as_uri(), error, attempt, delay, isinstance(error, REFUSALS)))
+class FailedAttempts:
+    """Tells of the failed attempts of one dialer: observers, and who waits for a start.
+
+    An error is told in one place: where somebody raises it, the log need not repeat it.
+    """
+
+    __slots__ = ("_broker_count", "_count", "_on_refused", "_refused_count")
+
+    def __init__(self, connection: Connection, on_refused: OnRefused | None) -> None:
+        self._broker_count = len(connection.alt or ()) or 1
+        self._on_refused = on_refused
+        self._count = self._refused_count = 0
+
+    def tell(self, connection: Connection, error: BaseException, delay: float) -> None:
+        """Tell of one; the next attempt follows in `delay` seconds. Never switches."""
+        refused = isinstance(error, REFUSALS)
+        self._count += 1
+        self._refused_count = self._refused_count + 1 if refused else 0  # in a row
+        uri, raised = connection.as_uri(), False
+        # One alternative of a failover URL that refuses leaves the others to be tried.
+        if self._refused_count >= self._broker_count and self._on_refused is not None:
+            raised = self._on_refused(uri, error)
+        emit(ConnectFailed(uri, error, self._count, delay, refused, raised))

@@ -18,7 +18,7 @@ from kombu import Connection
 
 from greenconsume.amqp.transport import Link
 from greenconsume.links import backoff
-from greenconsume.links.backoff import OnFailedAttempt
+from greenconsume.links.backoff import FailedAttempts, OnFailedAttempt, OnRefused
 from greenconsume.stopping import Deadline, StopSignal, wait
 
 #: Consumers come back to a new link spread over this many seconds each, up to MAX_SPREAD in all.
@@ -29,12 +29,16 @@ MAX_SPREAD = 2.0
 class Dialer:
     """Keeps the place of one link: has the link while it lives, and dials it while it is wanted.
 
+    Args:
+        on_refused: As `LinkPool` has it.
+
     Attributes:
         link: The link, dialled last; it may be gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_refused: OnRefused | None = None) -> None:
         self.link: Link | None = None
+        self._on_refused = on_refused
         self._dialling: gevent.Greenlet[..., None] | None = None
         self._attempts: list[_Attempt] = []
         self._waiting_count = 0
@@ -155,22 +159,23 @@ class Dialer:
         raise _AttemptFailed(error, delay)
 
     def _dial(self, connection: Connection) -> None:
+        failed = FailedAttempts(connection, self._on_refused)
         try:
-            for number, delay in enumerate(backoff.delays(), 1):
-                if self._dial_once(connection, number, delay):
+            for retries, delay in enumerate(backoff.delays()):
+                if not connection.completes_cycle(retries):
+                    delay = 0.0  # the next of the failover URLs is tried at once
+                if self._dial_once(connection, failed, delay):
                     return
         finally:
             if self._dialling is gevent.getcurrent():
                 self._dialling = None
 
-    def _dial_once(self, connection: Connection, number: int, delay: float) -> bool:
+    def _dial_once(self, connection: Connection, failed: FailedAttempts, delay: float) -> bool:
         """Dial; return whether that was the last time."""
         try:
             link = connection.transport.dial()
         except backoff.errors_of(connection) as exc:
-            if not connection.completes_cycle(number - 1):
-                delay = 0.0  # the next of the failover URLs is tried at once
-            backoff.tell(connection, exc, number, delay)
+            failed.tell(connection, exc, delay)
             self._end_attempts(exc, delay)
             connection.maybe_switch_next()
             gevent.sleep(delay)

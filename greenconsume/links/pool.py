@@ -12,7 +12,7 @@ from typing import Any
 from kombu import Connection
 
 from greenconsume.amqp.transport import Transport
-from greenconsume.links.backoff import OnFailedAttempt
+from greenconsume.links.backoff import OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.polled_stop import polled_stop
 from greenconsume.links.unpooled import connect_unpooled
@@ -25,15 +25,18 @@ class LinkPool:
 
     Args:
         links: How many links to each broker; more are opened where these have no channel left.
+        on_refused: Called when every broker of a connection refuses a consumer: with the URI and the error;
+            returns whether that is raised to somebody, so that the log need not tell it.
 
     Raises:
         ValueError: `links` is less than one.
     """
 
-    def __init__(self, links: int = 1) -> None:
+    def __init__(self, links: int = 1, on_refused: OnRefused | None = None) -> None:
         if links < 1:
             raise ValueError(f"links must be at least 1, not {links!r}")
         self.size = links
+        self._on_refused = on_refused
         self._dialers: dict[tuple[object, ...], list[Dialer]] = {}
 
     def connect(
@@ -72,7 +75,8 @@ class LinkPool:
                 connection.transport.acquire = dialer.acquirer(connection)
                 connection.ensure_connection(max_retries=0)
             else:
-                connect_unpooled(connection, stop, on_failed_attempt, max_retries)
+                refused = None if publishing else self._on_refused
+                connect_unpooled(connection, stop, on_failed_attempt, max_retries, refused)
 
     def _dialer_for(
         self,
@@ -85,17 +89,18 @@ class LinkPool:
         """Return one whose link lives and has room. Switches: yes, to dial."""
         dialers = self._dialers.setdefault(_broker_of(connection, publishing), [])
         while True:
-            dialer = self._choose(dialers)
+            dialer = self._choose(dialers, publishing)
             link = dialer.wait_for_link(connection, stop, on_failed_attempt, max_retries)
             # What one link has learned holds for all: else its sessions fill the next one the same way.
             link.make_room(max(each.session_size for each in dialers))
             if link.has_room:
                 return dialer
 
-    def _choose(self, dialers: list[Dialer]) -> Dialer:
+    def _choose(self, dialers: list[Dialer], publishing: bool) -> Dialer:
         with_room = [each for each in dialers if each.has_room]
         if len(dialers) < self.size or not with_room:
-            dialers.append(Dialer())
+            # Only a consumer fails its runtime's start.
+            dialers.append(Dialer(None if publishing else self._on_refused))
             return dialers[-1]
         return min(with_room, key=lambda each: each.load)
 

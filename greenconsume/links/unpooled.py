@@ -13,7 +13,7 @@ from kombu import Connection
 from kombu.exceptions import OperationalError
 
 from greenconsume.links import backoff
-from greenconsume.links.backoff import OnFailedAttempt
+from greenconsume.links.backoff import FailedAttempts, OnFailedAttempt, OnRefused
 from greenconsume.stopping import Deadline, StopSignal, wait
 
 
@@ -22,8 +22,10 @@ def connect_unpooled(
     stop: StopSignal,
     on_failed_attempt: OnFailedAttempt | None,
     max_retries: int | None,
+    on_refused: OnRefused | None = None,
 ) -> None:
     """Connect a connection of its own, trying until it succeeds; see `LinkPool.connect`."""
+    failed = FailedAttempts(connection, on_refused)
     for retries, delay in enumerate(backoff.delays()):
         stop.check()
         try:
@@ -34,7 +36,7 @@ def connect_unpooled(
         backoff.raise_after(max_retries, retries, error)
         if not connection.completes_cycle(retries):
             delay = 0.0  # the next of the failover URLs is tried at once
-        backoff.tell(connection, error, retries + 1, delay)
+        failed.tell(connection, error, delay)
         if on_failed_attempt is not None:
             on_failed_attempt(error, delay)
         connection.maybe_switch_next()

@@ -7,34 +7,24 @@ user's code in the hub. Called by users and the command line.
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from time import monotonic
+from collections import Counter
 from types import TracebackType
 from typing import Any
 
-import gevent
 import kombu
 
-from greenconsume import events
-from greenconsume.errors import (
-    AlreadyRunningError,
-    BrokerRefusedError,
-    ForkedError,
-    RestartLimitError,
-)
+from greenconsume.errors import AlreadyRunningError, ForkedError, RestartLimitError
 from greenconsume.failures.policies import OnError
 from greenconsume.handling.options import check_policy
 from greenconsume.handling.pool import Slots
-from greenconsume.links.brokers import alternatives_of, connection_to
-from greenconsume.links.pool import LinkPool
+from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
-from greenconsume.runtime.hub_watch import watched_hub
+from greenconsume.runtime.child import Child
+from greenconsume.runtime.restart_policy import RestartPolicy
+from greenconsume.runtime.run import Run
 from greenconsume.runtime.signals import rungs_on_signals
-from greenconsume.runtime.supervisor import Child, RestartPolicy, Supervisor
 from greenconsume.runtime.targets import maker_of
-from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
+from greenconsume.stopping import StopSignal
 
 
 class Runtime:
@@ -102,7 +92,7 @@ class Runtime:
         self.on_error = on_error
         self.block_warning = block_warning
         self._stop = StopSignal()
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._names: Counter[str] = Counter()
         self._pid = os.getpid()
 
@@ -154,12 +144,12 @@ class Runtime:
             raise AlreadyRunningError("the runtime runs already: stop() and join() it first")
         if self._stop.is_set():
             return
-        self._run = run = _Run(self)
+        self._run = run = self._new_run()
         try:
             run.start(list(self.children))
         except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
             if self._run is run:  # else it was stopped and joined meanwhile
-                self._stop.set("start failed")
+                run.fail_start()
             self._finish(run, None)
             raise
 
@@ -201,7 +191,7 @@ class Runtime:
             return True
         if not self._finish(run, timeout):
             return False
-        run.raise_failure(self.restart)
+        run.raise_failure()
         return True
 
     def cancel(self, reason: str = "cancel") -> None:
@@ -277,7 +267,25 @@ class Runtime:
             if error is None:  # else the block's own error is the one to tell
                 raise
 
-    def _finish(self, run: _Run, timeout: float | None) -> bool:
+    def _new_run(self) -> Run:
+        limit = self.max_handlers
+        defaults = {
+            "drain_timeout": self.drain_timeout,
+            "cancel_timeout": self.cancel_timeout,
+            "concurrency": self.concurrency,
+            "on_error": self.on_error,
+            "slots": None if limit is None else Slots(limit),
+        }
+        return Run(
+            self._stop,
+            self.restart,
+            self.links,
+            (self.drain_timeout, self.cancel_timeout),
+            {name: value for name, value in defaults.items() if value is not None},
+            self.block_warning,
+        )
+
+    def _finish(self, run: Run, timeout: float | None) -> bool:
         if not run.join(timeout):
             return False
         self._check_process()  # a fork ends the copy of the run that it made in the child
@@ -287,7 +295,7 @@ class Runtime:
             self._stop.clear()
         return True
 
-    def _add(self, run: _Run, added: list[Child]) -> None:
+    def _add(self, run: Run, added: list[Child]) -> None:
         try:
             run.supervisor.add(added)
         except BaseException:  # the caller is told; what could not be made is not tried again later
@@ -302,71 +310,6 @@ class Runtime:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError("this Runtime")
-
-
-class _Run:
-    """One start of a runtime, up to its end: its supervisor, its links and the greenlet of both."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.rungs = Rungs()
-        self.abandoned = False
-        self._stop = runtime._stop
-        self._links = LinkPool(runtime.links)
-        self._timeouts = (runtime.drain_timeout, runtime.cancel_timeout)
-        self._block_warning = runtime.block_warning
-        self._pid = os.getpid()
-        self.supervisor = Supervisor(
-            runtime.restart, self._stop, self._links, self.rungs, _defaults_of(runtime)
-        )
-        self._greenlet = gevent.Greenlet(self._serve)
-        self._greenlet.name = "greenconsume supervisor"
-
-    @property
-    def ended(self) -> bool:
-        return bool(self._greenlet.ready())
-
-    def start(self, children: list[Child]) -> None:
-        """Start `children`, wait until they consume or a stop comes, or raise why they cannot."""
-        self._greenlet.start()
-        for child in children:
-            child.reset()
-        with _Starting(children, self.supervisor) as starting:
-            self.supervisor.add(children)
-            starting.wait(self._stop)
-
-    def join(self, timeout: float | None) -> bool:
-        self._greenlet.join(timeout)
-        return self.ended
-
-    def raise_failure(self, policy: RestartPolicy) -> None:
-        self._greenlet.get()  # a defect of the supervisor is not kept quiet
-        exhausted = self.supervisor.exhausted
-        if exhausted:
-            names = tuple(child.name for child in exhausted)
-            what = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-            raise RestartLimitError(
-                f"given up after {policy.max_restarts} restarts in {policy.period:g} s: {what}",
-                names,
-            ) from exhausted[0].error
-
-    def _serve(self) -> None:
-        with _vigil(), watched_hub(self._block_warning):
-            try:
-                self.supervisor.run()
-            finally:
-                # A forked child has a copy of this greenlet; the links are its parent's.
-                if os.getpid() == self._pid:
-                    self._drain()
-
-    def _drain(self) -> None:
-        began, end = monotonic(), Deadline(sum(self._timeouts))
-        drained, killed = self.supervisor.drain(*self._timeouts)
-        goodbye = min(self._timeouts[1], end.remaining or 0.0)
-        self._links.close(0.0 if self.rungs.kill.is_set() else goodbye)
-        found, seconds = self.supervisor.outcome, monotonic() - began
-        self.abandoned = bool(killed or found.abandoned)
-        numbers = (found.finished, found.given_back, found.cancelled, found.killed)
-        events.emit(events.DrainFinished(drained, killed, *numbers, seconds))
 
 
 def _check_counts(links: int, **counts: int | None) -> None:
@@ -389,90 +332,3 @@ def _check_seconds(
         raise ValueError(
             f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"
         )
-
-
-def _defaults_of(runtime: Runtime) -> dict[str, Any]:
-    """Return what holds for consumers that do not say otherwise."""
-    limit = runtime.max_handlers
-    given = {
-        "drain_timeout": runtime.drain_timeout,
-        "cancel_timeout": runtime.cancel_timeout,
-        "concurrency": runtime.concurrency,
-        "on_error": runtime.on_error,
-        "slots": None if limit is None else Slots(limit),
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-class _Starting:
-    """Waits until consumers consume, woken by events alone, and tells why one cannot."""
-
-    def __init__(self, children: list[Child], supervisor: Supervisor) -> None:
-        self._children = children
-        self._supervisor = supervisor
-        self._refused: defaultdict[str, dict[int, BaseException]] = defaultdict(dict)
-
-    def __enter__(self) -> _Starting:
-        self._unsubscribe = events.subscribe(self._observe)
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._unsubscribe()
-
-    def wait(self, stop: StopSignal) -> None:
-        changed = self._supervisor.changed
-        pending = self._children[::-1]
-        while not stop.is_set():
-            changed.clear()
-            self._raise_failure()
-            if self._supervisor.closed:  # whoever joined it took the stop back before this saw it
-                return
-            while pending and pending[-1].started:
-                pending.pop()
-            if not pending:
-                return
-            wait(changed, Deadline(None), stop)
-
-    def _observe(self, event: events.Event, /) -> None:
-        if isinstance(event, events.HubBlocked):
-            return  # it comes from another thread, and says nothing of a start
-        if isinstance(event, events.ConnectFailed) and event.refused:
-            self._refused[event.uri][event.attempt] = event.error
-        self._supervisor.changed.set()
-
-    def _raise_failure(self) -> None:
-        if self._supervisor.failed:
-            child = self._supervisor.failed[0]
-            raise child.error or RestartLimitError(
-                f"{child.name} returned too often", (child.name,)
-            )
-        for connection in self._connections() if self._refused else ():
-            uris = [each.as_uri() for each in alternatives_of(connection)]
-            # One alternative of a failover URL that refuses leaves the others to be tried; they may
-            # differ in nothing but the password, which an address does not show.
-            if all(len(self._refused[uri]) >= uris.count(uri) for uri in uris):
-                error = next(iter(self._refused[uris[0]].values()))
-                text = f"{uris[0]} refused the connection: {error}"
-                raise BrokerRefusedError(text, uris[0]) from error
-
-    def _connections(self) -> list[kombu.Connection]:
-        """Return the connections that the consumers were made with; most have the same one."""
-        used = (getattr(child.consumer, "connection", None) for child in self._children)
-        return list(
-            {id(each): each for each in used if isinstance(each, kombu.Connection)}.values()
-        )
-
-
-@contextmanager
-def _vigil() -> Iterator[None]:
-    """Keep the hub waiting where nothing but a foreign thread or a signal could wake anybody.
-
-    It would raise `LoopExit`; a watcher that never fires keeps it from that.
-    """
-    watcher = gevent.get_hub().loop.async_()
-    watcher.start(int)
-    try:
-        yield
-    finally:
-        watcher.stop()
-        watcher.close()

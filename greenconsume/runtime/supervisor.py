@@ -12,16 +12,13 @@ Called by `runtime` alone. A failure restarts the consumer that failed and no ot
 
 from __future__ import annotations
 
-import contextvars
 import heapq
-import random
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from itertools import count
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 import gevent
 from gevent.event import Event
@@ -31,7 +28,6 @@ from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
     ConsumerRestarting,
-    ConsumerState,
     DrainEscalated,
     DrainStarted,
     Outcome,
@@ -39,175 +35,15 @@ from greenconsume.events import (
 )
 from greenconsume.handling.options import settings_of
 from greenconsume.lifecycle import lifecycle_of
+from greenconsume.links.pool import LinkPool
+from greenconsume.runtime.child import Child
 from greenconsume.runtime.greenlet import ConsumerGreenlet
+from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 
 #: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker (one that is
 #: cut short may have acks lost on the way); and then to be killed.
 _GOODBYE, _LAST = 0.7, 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
-    """When a consumer that ended is started again, and when it is given up.
-
-    A consumer that was asked to stop is never started again. One that is given up is `failed`; the others
-    live on, and `Runtime.join` and `Runtime.run` tell of it.
-
-    Attributes:
-        kind: `transient`: after an error. `permanent`: also after its `run()` returned. `temporary`: never.
-        max_restarts: One more in `period` is one too many.
-        period: Seconds for which a restart is counted.
-        backoff: Seconds before the first restart; each further one within the period waits twice as long.
-        max_backoff: Seconds that no restart waits longer than.
-        jitter: The share of a wait that is left to chance, 0 to 1, so that a fleet does not restart in step.
-    """
-
-    kind: Literal["transient", "permanent", "temporary"] = "transient"
-    max_restarts: int = 5
-    period: float = 60.0
-    backoff: float = 1.0
-    max_backoff: float = 30.0
-    jitter: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("transient", "permanent", "temporary"):
-            raise ValueError(f"kind must be transient, permanent or temporary, not {self.kind!r}")
-        if not self.max_restarts >= 0:
-            raise ValueError(f"max_restarts must be 0 or more, not {self.max_restarts!r}")
-        if not self.period > 0:
-            raise ValueError(f"period must be more than 0 seconds, not {self.period!r}")
-        if not 0 <= self.backoff <= self.max_backoff:
-            raise ValueError(
-                "backoff must be between 0 and max_backoff seconds, "
-                f"not {self.backoff!r} with a max_backoff of {self.max_backoff!r}"
-            )
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
-
-    def restarts(self, error: BaseException | None) -> bool:
-        """Whether a consumer that ended with `error`, or returned, is one to start again."""
-        return self.kind == "permanent" or (self.kind == "transient" and error is not None)
-
-    def delay(self, attempt: int) -> float:
-        """Return how many seconds the `attempt`-th restart within a period waits."""
-        longest = min(self.max_backoff, self.backoff * 2.0 ** min(attempt - 1, 60))
-        return longest * (1 - self.jitter * random.random())
-
-
-class Child:
-    """One consumer of a runtime, through all its restarts.
-
-    Attributes:
-        name: What logs and events call it, whichever instance runs.
-        consumer: The instance that runs, or ran last; `None` before the first start.
-        greenlet: The greenlet that it runs in, or ran in last; `None` before the first start.
-        error: What ended it last.
-        restart_count: How often it was started again since its runtime started.
-        given_up: It ended with an error, or once too often, and is not started again.
-        ended: It has ended and is not started again, for whatever reason.
-    """
-
-    def __init__(self, name: str, make: Callable[[], Any]) -> None:
-        self.name = name
-        self.consumer: Any = None
-        self.greenlet: ConsumerGreenlet | None = None
-        self.error: BaseException | None = None
-        self.restart_count = 0
-        self.given_up = False
-        self.ended = False
-        self._make = make
-        # A consumer made hours later, by the supervisor, has its spawner's context variables.
-        self._context = contextvars.copy_context()
-        self._restarts: list[float] = []
-        self._asked = False
-
-    @property
-    def state(self) -> ConsumerState:
-        """Where the consumer is in its life; `failed` while it waits for a restart, too."""
-        if self.given_up or self.error is not None:
-            return ConsumerState.FAILED
-        return ConsumerState.STARTING if self.greenlet is None else self.greenlet.state
-
-    @property
-    def stopping(self) -> bool:
-        """Whether a stop was asked for, by its runtime or by itself."""
-        if self.consumer is None:
-            return self._asked
-        stopped = lifecycle_of(self.consumer).stop.is_set()
-        return self._asked or stopped or _should_stop(self.consumer)
-
-    @property
-    def running(self) -> bool:
-        """Whether its greenlet has yet to finish."""
-        return self.greenlet is not None and not self.greenlet.ready()
-
-    @property
-    def started(self) -> bool:
-        """Whether it need not be waited for: it consumes, or has ended for good."""
-        return self.ended or (self.greenlet is not None and self.greenlet.ready.is_set())
-
-    def reset(self) -> None:
-        """Forget the restarts and errors of a former start of the runtime."""
-        self.error, self.restart_count = None, 0
-        self.given_up = self.ended = False
-        self._restarts.clear()
-
-    def make(self, links: Any) -> ConsumerGreenlet:
-        """Make the consumer, or take the same instance again, and a greenlet for it: not started.
-
-        Raises:
-            InvalidConsumerError: What was made is no consumer.
-            AlreadyRunningError: It has a greenlet already.
-            Exception: Whatever its class or factory raised.
-
-        Switches: if the class or factory does.
-        """
-        context = self._context.copy()
-        consumer = context.run(self._make)
-        greenlet = ConsumerGreenlet(consumer, context)
-        self._prepare(greenlet, links)
-        self.consumer, self.greenlet, self.error = greenlet.consumer, greenlet, None
-        return greenlet
-
-    def stop(self, reason: str) -> None:
-        """Ask the consumer to stop, for good; called by the supervisor. Switches: never."""
-        self._asked = True
-        if self.greenlet is not None:
-            try:
-                self.greenlet.stop(reason)
-            except Exception:  # a user's read-only `should_stop`; the signal is set all the same
-                pass
-
-    def next_delay(self, policy: RestartPolicy) -> float | None:
-        """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
-        now = monotonic()
-        while self._restarts and now - self._restarts[0] >= policy.period:
-            del self._restarts[0]
-        if len(self._restarts) >= policy.max_restarts:
-            return None
-        self._restarts.append(now)
-        self.restart_count += 1
-        return policy.delay(len(self._restarts))
-
-    def _prepare(self, greenlet: ConsumerGreenlet, links: Any) -> None:
-        lifecycle = lifecycle_of(greenlet.consumer)
-        lifecycle.name = greenlet.name = self.name
-        lifecycle.links = links
-        greenlet.supervised = True
-        if self._asked and greenlet.consumer is self.consumer:
-            self._revive()
-        self._asked = False
-        lifecycle.enter(ConsumerState.STARTING)
-
-    def _revive(self) -> None:
-        """Take back the stop that its runtime asked for when it was stopped last."""
-        lifecycle_of(self.consumer).stop.clear()
-        if _should_stop(self.consumer):
-            try:
-                self.consumer.should_stop = False
-            except Exception:  # a user's read-only `should_stop`: theirs to clear
-                pass
 
 
 class Supervisor:
@@ -216,7 +52,8 @@ class Supervisor:
     Attributes:
         failed: The consumers that were given up before a stop was asked for.
         exhausted: Those of them that used up their restarts.
-        changed: Set whenever a consumer has ended and it was decided what becomes of it.
+        changed: Set whenever a consumer went to another state, or has ended and it was decided what
+            becomes of it.
         closed: Draining, or past it: nothing is started any more.
     """
 
@@ -224,7 +61,7 @@ class Supervisor:
         self,
         policy: RestartPolicy,
         stop: StopSignal,
-        links: Any,
+        links: LinkPool,
         rungs: Rungs | None = None,
         defaults: dict[str, Any] | None = None,
     ) -> None:
@@ -281,7 +118,9 @@ class Supervisor:
                 return
             wait(self._wake, Deadline(self._until_due()), self._stop)
 
-    def drain(self, timeout: float, cancel_timeout: float) -> tuple[int, int]:
+    def drain(
+        self, timeout: float, cancel_timeout: float, announce: bool = True
+    ) -> tuple[int, int]:
         """Stop every consumer; kill those that still run soon after both timeouts, or the kill rung.
 
         Each consumer drains its own handlers, up to the same deadlines unless it has others of its own. What
@@ -290,6 +129,7 @@ class Supervisor:
         Args:
             timeout: Seconds that handlers have to end by themselves.
             cancel_timeout: Seconds that they have after they were cancelled.
+            announce: Emit `DrainStarted`, if a stop was asked for.
 
         Returns:
             How many ended by themselves, and how many were killed.
@@ -305,7 +145,7 @@ class Supervisor:
         self._settle_ended()
         running = len(self._live)
         self._drained = tuple(self._live)
-        if self._stop.is_set():
+        if announce and self._stop.is_set():
             emit(DrainStarted(running, reason, timeout))
         for child in self._drained:
             child.stop(reason)
@@ -364,6 +204,7 @@ class Supervisor:
         greenlet = child.make(self._links)
         lifecycle = lifecycle_of(greenlet.consumer)
         lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
+        lifecycle.on_enter = self.changed.set
         try:  # now, for it would else be found out when it has connected
             settings_of(greenlet.consumer)
         except InvalidConsumerError:
@@ -434,11 +275,3 @@ class Supervisor:
 
     def _until_due(self) -> float | None:
         return max(0.0, self._due[0][0] - monotonic()) if self._due else None
-
-
-def _should_stop(consumer: Any) -> bool:
-    """Read a flag that a class may have put in the place of the mixin's: it is no signal then."""
-    try:
-        return bool(getattr(consumer, "should_stop", False))
-    except Exception:  # a user's property; what is wrong with it must not end the supervisor
-        return False

@@ -26,6 +26,7 @@ PACKAGE = Path(greenconsume.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC = {
     "Batch",
+    "Child",
     "ConsumerGreenlet",
     "ConsumerMixin",
     "ConsumerProducerMixin",

@@ -30,9 +30,9 @@ from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.pool import shielded
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
+from greenconsume.runtime.child import Child
 from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
 from greenconsume.runtime.runtime import Runtime
-from greenconsume.runtime.supervisor import Child
 from tests import frames
 from tests.peer import Peer
 from tests.unit.fakes import of_type

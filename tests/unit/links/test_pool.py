@@ -318,6 +318,21 @@ def test_a_refusal_is_told_as_one(pool, connections, make_peer, answers):
     assert [failure.refused for failure in of_type(events, ConnectFailed)] == [True]
 
 
+@pytest.mark.parametrize("publishing", [False, True])
+@pytest.mark.usefixtures("short_delays")
+def test_a_refusal_is_told_to_the_owner_of_the_pool(make_pool, connections, make_peer, publishing):
+    """Once a dialer, with the address; not that of who publishes, for whom nobody waits with the start."""
+    peer, told = make_peer(answers=REFUSES_PASSWORD), []
+    pool = make_pool(on_refused=lambda uri, error: not told.append((uri, str(error))))
+    with recording() as events:
+        connecting(pool, connections(peer.url), max_retries=0, publishing=publishing).get(
+            timeout=30
+        )
+    assert len(told) == (0 if publishing else 1)
+    assert all("guest:**@" in uri and "ACCESS_REFUSED" in error for uri, error in told)
+    assert [failure.raised for failure in of_type(events, ConnectFailed)] == [not publishing]
+
+
 @pytest.mark.parametrize("max_retries", [0, 1, 3])
 @pytest.mark.usefixtures("short_delays")
 def test_retries_are_counted(pool, connections, max_retries):

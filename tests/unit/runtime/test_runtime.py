@@ -14,8 +14,10 @@ import gevent
 import kombu
 import kombu.mixins
 import pytest
+from amqp.exceptions import AccessRefused
 from gevent import monkey
 from gevent.event import Event
+from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 
 import greenconsume
 from greenconsume.errors import (
@@ -25,6 +27,7 @@ from greenconsume.errors import (
     InvalidConsumerError,
     NotPatchedError,
     RestartLimitError,
+    StoppedError,
     UnsupportedTransportError,
 )
 from greenconsume.events import (
@@ -39,10 +42,12 @@ from greenconsume.events import Event as AnyEvent
 from greenconsume.failures.policies import Requeue
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
+from greenconsume.runtime import run as run_module
 from greenconsume.runtime import runtime as runtime_module
 from greenconsume.runtime import supervisor as supervisor_module
+from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.runtime.runtime import Runtime
-from greenconsume.runtime.supervisor import RestartPolicy
+from greenconsume.transports import memory
 from tests.unit.fakes import (
     Connecting,
     Idle,
@@ -51,11 +56,66 @@ from tests.unit.fakes import (
     failing,
     of_type,
     recording,
+    run,
 )
 from tests.waiting import wait_until
 
 ONCE = RestartPolicy(max_restarts=0)
 SHARED = kombu.Connection("memory://localhost")
+
+
+class Later(Event):
+    """An answer that is given when the test sets it."""
+
+    def __init__(self, answer: BaseException) -> None:
+        super().__init__()
+        self.answer = answer
+        self.waiting = False
+
+
+class Door(memory.Transport):
+    """A broker that answers each login as the test says, by host and password."""
+
+    answers: dict[tuple[str, str | None], BaseException | Later]
+    calls: list[tuple[str, str | None]]
+
+    def establish_connection(self) -> memory.Transport:
+        who = (self.client.hostname, self.client.password)
+        self.calls.append(who)
+        answer = self.answers.get(who)
+        if isinstance(answer, Later):
+            answer.waiting = True
+            answer.wait()
+            answer = answer.answer
+        if answer is not None:
+            raise answer
+        return super().establish_connection()
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> type[Door]:
+    monkeypatch.setitem(TRANSPORT_ALIASES, "door", "door:Door")
+    monkeypatch.setitem(_transport_cache, "door", Door)
+    Door.answers, Door.calls = {}, []
+    monkeypatch.setattr(Door, "connection_errors", (*Door.connection_errors, OSError))
+    return Door
+
+
+class Calling(Idle):
+    """Connects over the links of its runtime, then consumes."""
+
+    def run(self) -> None:
+        lifecycle_of(self).enter(ConsumerState.CONNECTING)
+        with self.connection.clone() as connection:
+            try:
+                self.dial(connection)
+            except StoppedError:
+                return
+            super().run()
+
+    def dial(self, connection: kombu.Connection) -> None:
+        life = lifecycle_of(self)
+        life.links.connect(connection, life.stop)
 
 
 class Counting(ConsumerMixin):
@@ -349,26 +409,43 @@ def test_a_start_that_failed_after_it_was_stopped_and_joined_leaves_no_stop_behi
     assert runtime.children[0].running
 
 
-def test_a_broker_that_refuses_fails_the_start(runtime: Runtime):
+def test_a_broker_that_refuses_fails_the_start(door: type[Door]):
     """Wrong credentials do not come right by waiting: the error names the broker and its words."""
-    runtime.spawn(Connecting)
-    error = PermissionError("ACCESS_REFUSED - Login was refused")
-    starting = gevent.spawn(runtime.start)
-    gevent.idle()
-    emit(ConnectFailed(runtime.connection.as_uri(), error, 1, 1.0, refused=True))
+    runtime = Runtime("door://localhost//")
+    runtime.spawn(Calling)
+    error = door.answers["localhost", None] = AccessRefused("ACCESS_REFUSED - Login was refused")
+    starting = run(runtime.start)
     starting.join(30)
-    assert isinstance(starting.exception, BrokerRefusedError)
-    assert "ACCESS_REFUSED" in str(starting.exception)
-    assert starting.exception.uri == runtime.connection.as_uri()
-    assert starting.exception.__cause__ is error
+    assert isinstance(starting.value, BrokerRefusedError)
+    assert "ACCESS_REFUSED" in str(starting.value)
+    assert starting.value.uri == runtime.connection.as_uri()
+    assert starting.value.__cause__ is error
     assert runtime.children[0].running is False
 
 
+def test_a_refusal_that_fails_the_start_is_raised_and_not_logged(
+    door: type[Door], events: list[AnyEvent], caplog: pytest.LogCaptureFixture
+):
+    """One error is told in one place; observers see it, and that it is raised."""
+    door.answers["localhost", None] = AccessRefused("no")
+    runtime = Runtime("door://localhost//")
+    runtime.spawn(Calling, replicas=3)
+    with caplog.at_level("INFO"), pytest.raises(BrokerRefusedError):
+        runtime.start()
+    assert caplog.text == ""
+    assert {failure.raised for failure in of_type(events, ConnectFailed)} == {True}
+
+
 @pytest.mark.parametrize(
-    ("uri", "refused"), [("memory://elsewhere//", True), ("memory://:**@localhost//", False)]
+    ("uri", "refused"),
+    [
+        ("memory://elsewhere//", True),
+        ("memory://localhost//", True),
+        ("memory://:**@localhost//", False),
+    ],
 )
 def test_a_broker_that_is_away_or_not_ours_is_waited_for(uri: str, refused: bool, runtime: Runtime):
-    """Only this runtime's own broker ends its start, and only if it refuses."""
+    """Only this runtime's own links end its start, whatever is told of others, be it of the same broker."""
     runtime.spawn(Connecting)
     starting = gevent.spawn(runtime.start)
     gevent.idle()
@@ -379,20 +456,56 @@ def test_a_broker_that_is_away_or_not_ours_is_waited_for(uri: str, refused: bool
     starting.get(timeout=30)
 
 
-@pytest.mark.parametrize("other", ["memory://a:2@two", "memory://a:2@one"])
-def test_all_brokers_of_a_failover_url_must_refuse_before_the_start_fails(other: str):
-    """One alternative that refuses leaves the others to be tried, be it but another password."""
-    runtime = Runtime(f"memory://a:1@one;{other}")
-    runtime.spawn(Connecting)
-    starting = gevent.spawn(runtime.start)
+@pytest.mark.parametrize("publishing", [True, False])
+def test_a_broker_that_refuses_only_to_be_published_to_fails_no_start(
+    publishing: bool, door: type[Door]
+):
+    """A consumer's producer connects on its own, and its failure is its handler's."""
+    door.answers["localhost", None] = AccessRefused("no")
+
+    class Publishing(Calling):
+        def dial(self, connection: kombu.Connection) -> None:
+            life = lifecycle_of(self)
+            life.links.connect(connection, life.stop, publishing=publishing)
+
+    runtime = Runtime("door://localhost//")
+    runtime.spawn(Publishing)
+    starting = run(runtime.start)
+    wait_until(lambda: door.calls)
     gevent.idle()
-    for _ in range(2):  # two links may dial it
-        emit(ConnectFailed("memory://a:**@one//", OSError(), 1, 0.0, refused=True))
+    assert starting.ready() is not publishing
+    runtime.stop()
+    starting.get(timeout=30)
+
+
+@pytest.mark.parametrize("other", ["door://a:2@two", "door://a:2@one"])
+def test_all_brokers_of_a_failover_url_must_refuse_before_the_start_fails(
+    other: str, door: type[Door]
+):
+    """One alternative that refuses leaves the others to be tried, be it but another password."""
+    door.answers["one", "1"] = AccessRefused("no")
+    door.answers[other[-3:], "2"] = answer = Later(AccessRefused("no"))
+    runtime = Runtime(f"door://a:1@one;{other}")
+    runtime.spawn(Calling, replicas=2)
+    starting = run(runtime.start)
+    wait_until(lambda: answer.waiting)
     gevent.idle()
     assert not starting.ready()
-    emit(ConnectFailed(f"memory://a:**@{other[-3:]}//", OSError(), 2, 1.0, refused=True))
-    with pytest.raises(BrokerRefusedError):
-        starting.get(timeout=30)
+    answer.set()
+    assert isinstance(starting.get(timeout=30), BrokerRefusedError)
+
+
+def test_a_refusal_and_an_absence_in_turn_are_waited_for(door: type[Door]):
+    """A broker that is away may let this user in when it is back."""
+    door.answers["one", "1"] = AccessRefused("no")
+    door.answers["two", "2"] = ConnectionRefusedError("away")
+    runtime = Runtime("door://a:1@one;door://a:2@two")
+    runtime.spawn(Calling)
+    starting = run(runtime.start)
+    wait_until(lambda: len(door.calls) >= 3)
+    assert not starting.ready()
+    runtime.stop()
+    assert starting.get(timeout=30) is None
 
 
 def test_a_start_that_is_interrupted_leaves_nothing_running(runtime: Runtime):
@@ -706,12 +819,12 @@ def test_the_links_are_closed_at_the_end(
     closed: list[tuple[float | None, bool]] = []
 
     class Links:
-        def __init__(self, links: int) -> None: ...
+        def __init__(self, links: int, on_refused: object) -> None: ...
 
         def close(self, timeout: float | None = None) -> None:
             closed.append((timeout, child.running))
 
-    monkeypatch.setattr(runtime_module, "LinkPool", Links)
+    monkeypatch.setattr(run_module, "LinkPool", Links)
     (child,) = runtime.spawn(Idle)
     runtime.start()
     getattr(runtime, end)()

@@ -1,0 +1,141 @@
+"""Owns one consumer of a runtime through all its restarts: what makes it, runs it now and ended it last.
+
+It must never decide whether a consumer is started again: that is `supervisor`, which calls it. Users
+get it from `Runtime.spawn` and read it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from greenconsume.events import ConsumerState
+from greenconsume.lifecycle import lifecycle_of
+from greenconsume.links.pool import LinkPool
+from greenconsume.runtime.greenlet import ConsumerGreenlet
+from greenconsume.runtime.restart_policy import RestartPolicy
+
+
+class Child:
+    """One consumer of a runtime, through all its restarts.
+
+    Attributes:
+        name: What logs and events call it, whichever instance runs.
+        consumer: The instance that runs, or ran last; `None` before the first start.
+        greenlet: The greenlet that it runs in, or ran in last; `None` before the first start.
+        error: What ended it last.
+        restart_count: How often it was started again since its runtime started.
+        given_up: It ended with an error, or once too often, and is not started again.
+        ended: It has ended and is not started again, for whatever reason.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name = name
+        self.consumer: Any = None
+        self.greenlet: ConsumerGreenlet | None = None
+        self.error: BaseException | None = None
+        self.restart_count = 0
+        self.given_up = False
+        self.ended = False
+        self._make = make
+        # A consumer made hours later, by the supervisor, has its spawner's context variables.
+        self._context = contextvars.copy_context()
+        self._restarts: list[float] = []
+        self._asked = False
+
+    @property
+    def state(self) -> ConsumerState:
+        """Where the consumer is in its life; `failed` while it waits for a restart, too."""
+        if self.given_up or self.error is not None:
+            return ConsumerState.FAILED
+        return ConsumerState.STARTING if self.greenlet is None else self.greenlet.state
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for, by its runtime or by itself."""
+        if self.consumer is None:
+            return self._asked
+        stopped = lifecycle_of(self.consumer).stop.is_set()
+        return self._asked or stopped or _should_stop(self.consumer)
+
+    @property
+    def running(self) -> bool:
+        """Whether its greenlet has yet to finish."""
+        return self.greenlet is not None and not self.greenlet.ready()
+
+    @property
+    def started(self) -> bool:
+        """Whether it need not be waited for: it consumes, or has ended for good."""
+        return self.ended or (self.greenlet is not None and self.greenlet.ready.is_set())
+
+    def reset(self) -> None:
+        """Forget the restarts and errors of a former start of the runtime."""
+        self.error, self.restart_count = None, 0
+        self.given_up = self.ended = False
+        self._restarts.clear()
+
+    def make(self, links: LinkPool) -> ConsumerGreenlet:
+        """Make the consumer, or take the same instance again, and a greenlet for it: not started.
+
+        Raises:
+            InvalidConsumerError: What was made is no consumer.
+            AlreadyRunningError: It has a greenlet already.
+            Exception: Whatever its class or factory raised.
+
+        Switches: if the class or factory does.
+        """
+        context = self._context.copy()
+        consumer = context.run(self._make)
+        greenlet = ConsumerGreenlet(consumer, context)
+        self._prepare(greenlet, links)
+        self.consumer, self.greenlet, self.error = greenlet.consumer, greenlet, None
+        return greenlet
+
+    def stop(self, reason: str) -> None:
+        """Ask the consumer to stop, for good; called by the supervisor. Switches: never."""
+        self._asked = True
+        if self.greenlet is not None:
+            try:
+                self.greenlet.stop(reason)
+            except Exception:  # a user's read-only `should_stop`; the signal is set all the same
+                pass
+
+    def next_delay(self, policy: RestartPolicy) -> float | None:
+        """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
+        now = monotonic()
+        while self._restarts and now - self._restarts[0] >= policy.period:
+            del self._restarts[0]
+        if len(self._restarts) >= policy.max_restarts:
+            return None
+        self._restarts.append(now)
+        self.restart_count += 1
+        return policy.delay(len(self._restarts))
+
+    def _prepare(self, greenlet: ConsumerGreenlet, links: LinkPool) -> None:
+        lifecycle = lifecycle_of(greenlet.consumer)
+        lifecycle.name = greenlet.name = self.name
+        lifecycle.links = links
+        greenlet.supervised = True
+        if self._asked and greenlet.consumer is self.consumer:
+            self._revive()
+        self._asked = False
+        lifecycle.enter(ConsumerState.STARTING)
+
+    def _revive(self) -> None:
+        """Take back the stop that its runtime asked for when it was stopped last."""
+        lifecycle_of(self.consumer).stop.clear()
+        if _should_stop(self.consumer):
+            try:
+                self.consumer.should_stop = False
+            except Exception:  # a user's read-only `should_stop`: theirs to clear
+                pass
+
+
+def _should_stop(consumer: Any) -> bool:
+    """Read a flag that a class may have put in the place of the mixin's: it is no signal then."""
+    try:
+        return bool(getattr(consumer, "should_stop", False))
+    except Exception:  # a user's property; what is wrong with it must not end the supervisor
+        return False
