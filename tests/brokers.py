@@ -1,7 +1,8 @@
 """Owns the RabbitMQ that integration and fault tests run against.
 
-`RabbitMQ` is a private node from the installed server: own ports on loopback, own folder, own
-Erlang port mapper, so that nothing on the machine is shared, read or left over.
+`RabbitMQ` is a private node: own ports on loopback, own folder, own Erlang port mapper, so that
+nothing on the machine is shared, read or left over. It is the installed server, or where
+GREENCONSUME_TEST_RABBITMQ says 4.0, the one that `tests.newer_servers` has fetched.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from typing import Any, NamedTuple
 from kombu.utils.url import parse_url
 
 from tests.erlang import ErlangShell
-from tests.servers import HOST, end, find_program, free_port, launch
+from tests.servers import HOST, end, find_newer_program, find_program, free_port, launch
 from tests.waiting import wait_until
 
 # Debian's rabbitmq-server on PATH changes user and home first; the script beside it does not.
 DEBIAN_FOLDER = "/usr/lib/rabbitmq/bin"
+
+RELEASE_VARIABLE = "GREENCONSUME_TEST_RABBITMQ"
+INSTALLED, NEWER = "installed", "4.0"
 
 PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 
@@ -62,14 +66,25 @@ class RabbitMQ:
     Killed or stopped, it keeps what is durable, and comes back on the same ports. Where a method
     takes the address of a virtual host, it is an URL such as the fixture ``amqp_url`` gives.
     Every method but the properties and addresses switches.
+
+    Args:
+        folder: An empty folder for all that it writes.
+        release: `INSTALLED` or `NEWER`.
+
+    Attributes:
+        version: ``(3, 10, 8)``, say; from the first start on.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, release: str = INSTALLED) -> None:
         self.folder = folder
+        self.version: tuple[int, ...] = ()
         self.port, self.tls_port = free_port(), free_port()
         self.ca_path = folder / "ca.pem"
-        self._program = find_program("rabbitmq-server", DEBIAN_FOLDER)
+        self._find = _FINDERS[release]
+        self._program = self._find("rabbitmq-server")
         self._env = _environment(folder, free_port(), free_port())
+        # RabbitMQ's scripts take the first Erlang on the path.
+        self._env["PATH"] = f"{Path(self._find('erl')).parent}{os.pathsep}{self._env['PATH']}"
         self._epmd: subprocess.Popen[bytes] | None = None
         self._node: subprocess.Popen[bytes] | None = None
         self._shell: ErlangShell | None = None
@@ -101,12 +116,14 @@ class RabbitMQ:
         assert not self.running, "the broker runs already"
         log = self.folder / "node.out"
         if self._epmd is None:
-            self._epmd = launch(find_program("epmd"), log=self.folder / "epmd.out", env=self._env)
+            self._epmd = launch(self._find("epmd"), log=self.folder / "epmd.out", env=self._env)
         self._node = launch(self._program, log=log, env=self._env, stdin=True)
         assert self._node.stdin is not None
         self._shell = ErlangShell(self._node.stdin, log)
         self._paused = False
         self.wait_ready(within)
+        told = self.eval("rabbit_misc:version()")
+        self.version = tuple(map(int, re.findall(r"\d+", told)[:3]))
 
     def wait_ready(self, within: float = 60.0) -> None:
         """Wait until an AMQP handshake is answered, and the TLS port accepts."""
@@ -174,9 +191,8 @@ class RabbitMQ:
 
     def rabbitmqctl(self, *args: str) -> str:
         """Run rabbitmqctl and return what it printed. About 1 s: `eval` is the quick way."""
-        program = find_program("rabbitmqctl", DEBIAN_FOLDER)
         done = subprocess.run(
-            [program, "-n", self._env["RABBITMQ_NODENAME"], *args],
+            [self._find("rabbitmqctl"), "-n", self._env["RABBITMQ_NODENAME"], *args],
             env=self._env,
             capture_output=True,
             text=True,
@@ -234,6 +250,18 @@ class RabbitMQ:
         self._paused = False
 
 
+def chosen_release() -> str:
+    """Return which RabbitMQ this run is to use, by the environment.
+
+    Raises:
+        ValueError: There is none by that name.
+    """
+    release = os.environ.get(RELEASE_VARIABLE) or INSTALLED
+    if release not in _FINDERS:
+        raise ValueError(f"{RELEASE_VARIABLE} is one of {', '.join(_FINDERS)}, not {release!r}")
+    return release
+
+
 @contextmanager
 def fresh_vhost(broker: RabbitMQ) -> Iterator[str]:
     """Lend a virtual host; afterwards the broker is recovered, and the virtual host deleted."""
@@ -257,6 +285,13 @@ def client_tls(broker: RabbitMQ) -> dict[str, Any]:
         "cert_reqs": ssl.CERT_REQUIRED,
         "server_hostname": "localhost",
     }
+
+
+def _find_installed(name: str) -> str:
+    return find_program(name, DEBIAN_FOLDER)
+
+
+_FINDERS = {INSTALLED: _find_installed, NEWER: find_newer_program}
 
 
 def _connections(url: str) -> str:

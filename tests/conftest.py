@@ -16,11 +16,11 @@ from uuid import uuid4
 import pytest
 from gevent import monkey
 
-from tests.brokers import RabbitMQ, fresh_vhost, vhost_of
+from tests.brokers import RELEASE_VARIABLE, RabbitMQ, chosen_release, fresh_vhost, vhost_of
 from tests.leaks import LeakWatch
 from tests.peer import Peer
 from tests.proxy import Proxy
-from tests.redis_server import RedisServer
+from tests.redis_server import INSTALLED, PROGRAMS, RedisServer, RedisServers
 from tests.servers import HOST, MissingServerError, missing, need_patched
 
 AMQP_URL_VARIABLE = "GREENCONSUME_TEST_AMQP_URL"
@@ -30,8 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaks_ok(reason): what outlives this test is not checked")
 
 
-def pytest_report_header() -> str:
-    return f"gevent: {'patched' if monkey.is_module_patched('socket') else 'not patched'}"
+def pytest_report_header() -> list[str]:
+    patched = "patched" if monkey.is_module_patched("socket") else "not patched"
+    return [f"gevent: {patched}", f"RabbitMQ: {chosen_release()} (see {RELEASE_VARIABLE})"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = metafunc.definition.get_closest_marker("every_redis")
+    if marked and "redis_server" in metafunc.fixturenames:
+        metafunc.parametrize("redis_server", list(PROGRAMS), indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = getattr(item, "fixturenames", ())
         if "private_rabbitmq" in names:
             item.add_marker("rabbitmq")
-        if "redis_server" in names:
+        if "redis_servers" in names:
             item.add_marker("redis")
 
 
@@ -62,7 +69,7 @@ def private_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rabbi
         yield None
         return
     try:
-        broker = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+        broker = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"), chosen_release())
     except MissingServerError as exc:
         missing(exc)
     with closing(broker):
@@ -109,15 +116,20 @@ def queue_name() -> str:
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """The private Redis of this run. Use `redis_url` for its address."""
+def redis_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServers]:
+    """The private Redis servers of this run. Use `redis_url` for an address."""
     need_patched()
+    with closing(RedisServers(tmp_path_factory.mktemp)) as servers:
+        yield servers
+
+
+@pytest.fixture
+def redis_server(request: pytest.FixtureRequest, redis_servers: RedisServers) -> RedisServer:
+    """The installed Redis; with the marker ``every_redis`` once each: it, Redis 8 and Valkey 8."""
     try:
-        server = RedisServer(tmp_path_factory.mktemp("redis"))
+        return redis_servers.get(getattr(request, "param", INSTALLED))
     except MissingServerError as exc:
         missing(exc)
-    with closing(server):
-        yield server
 
 
 @pytest.fixture

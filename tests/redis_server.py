@@ -1,35 +1,65 @@
-"""Owns the private Redis that integration and fault tests run against."""
+"""Owns the private Redis servers that integration and fault tests run against.
+
+The installed Redis, and those of the kind that `tests.newer_servers` fetches: each started when
+the first test asks for it, and kept for the whole run.
+"""
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from tests.servers import HOST, end, find_program, free_port, launch
+from tests.servers import HOST, end, find_newer_program, find_program, free_port, launch
 from tests.waiting import wait_until
 
 DATABASE_COUNT = 256
 
+INSTALLED = "redis"
+# By kind: what finds its program, and the program's name.
+PROGRAMS: dict[str, tuple[Callable[[str], str], str]] = {
+    INSTALLED: (find_program, "redis-server"),
+    "redis8": (find_newer_program, "redis-server"),
+    "valkey8": (find_newer_program, "valkey-server"),
+}
+
 
 class RedisServer:
-    """A Redis that keeps nothing on disk. Every method but `url` switches."""
+    """A Redis, or a Valkey, that keeps nothing on disk. Every method but `url` switches.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: A folder for what it prints.
+        kind: One of `PROGRAMS`.
+    """
+
+    def __init__(self, folder: Path, kind: str = INSTALLED) -> None:
+        self.kind = kind
         self.port = free_port()
         self._numbers = count()
+        find, name = PROGRAMS[kind]
         self._process = launch(
-            find_program("redis-server"),
+            find(name),
             *("--port", str(self.port), "--bind", HOST, "--dir", folder),
             *("--save", "", "--appendonly", "no", "--databases", str(DATABASE_COUNT)),
             log=folder / "redis.out",
         )
-        wait_until(self.ready, message="redis-server is ready")
+        wait_until(self.ready, message=f"{name} is ready")
 
     @property
     def pid(self) -> int:
         """The process id of the server."""
         return self._process.pid
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The version by its own name: ``(7, 0, 15)``, say."""
+        told = self._ask("INFO server").decode()
+        name = "valkey" if "valkey_version" in told else "redis"
+        found = re.search(rf"{name}_version:(\d+)\.(\d+)\.(\d+)", told)
+        assert found is not None, told
+        return tuple(map(int, found.groups()))
 
     def url(self, database: int = 0) -> str:
         """The address of a database."""
@@ -62,3 +92,26 @@ class RedisServer:
         if b"-ERR" in answer:
             raise AssertionError(answer.decode())
         return answer
+
+
+class RedisServers:
+    """The servers of a run by their kind, each started when it is first asked for."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._servers: dict[str, RedisServer] = {}
+
+    def get(self, kind: str) -> RedisServer:
+        """Return the server of a kind.
+
+        Raises:
+            MissingServerError: Its program is not there.
+        """
+        if kind not in self._servers:
+            self._servers[kind] = RedisServer(self._make_folder(kind), kind)
+        return self._servers[kind]
+
+    def close(self) -> None:
+        """End them all."""
+        for server in self._servers.values():
+            server.close()

@@ -17,6 +17,8 @@ from typing import IO, NoReturn
 import pytest
 from gevent import monkey
 
+from tests import newer_servers
+
 HOST = "127.0.0.1"
 
 # Below the range from which Linux takes the port of an outgoing connection: a client that retries
@@ -39,6 +41,19 @@ def find_program(name: str, *folders: str) -> str:
         if found:
             return found
     raise MissingServerError(f"{name} is not installed: apt-get install {name}")
+
+
+def find_newer_program(name: str) -> str:
+    """Return the path of a program of RabbitMQ 4, Redis 8 or Valkey 8, which `tests/run` fetches.
+
+    Raises:
+        MissingServerError: It was not fetched.
+    """
+    found = newer_servers.program(name)
+    if found is None:
+        how = "tests/run fetches it, or says why it cannot"
+        raise MissingServerError(f"{name} of Debian 13 is not in {newer_servers.FOLDER}: {how}")
+    return str(found)
 
 
 def missing(exc: MissingServerError) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from time import monotonic
 
 import amqp
@@ -10,7 +10,7 @@ import psutil
 import pytest
 import redis
 
-from tests.brokers import QueueCounts, client_tls, vhost_of
+from tests.brokers import INSTALLED, QueueCounts, chosen_release, client_tls, vhost_of
 from tests.erlang import ErlangError
 from tests.messages import declare, delete_queue, publish, queue_depth, stock_connection
 from tests.servers import HOST
@@ -160,6 +160,22 @@ def test_two_databases_of_redis_are_apart_and_empty(redis_server, redis_url):
         assert (one.dbsize(), two.dbsize()) == (0, 0)
         one.set("key", "one")
         assert two.get("key") is None
+
+
+@pytest.mark.every_redis
+def test_every_redis_serves_and_tells_its_version(redis_server, redis_url):
+    assert (
+        redis_server.version
+        >= {"redis": (6,), "redis8": (8, 0), "valkey8": (8, 1)}[redis_server.kind]
+    )
+    with closing(redis.Redis.from_url(redis_url)) as client:
+        client.set("key", redis_server.kind)
+        assert client.get("key") == redis_server.kind.encode()
+
+
+def test_the_broker_that_was_asked_for_tells_its_version(rabbitmq):
+    assert len(rabbitmq.version) == 3
+    assert chosen_release() == INSTALLED or rabbitmq.version[:2] == (4, 0)
 
 
 def test_servers_listen_on_loopback_only(rabbitmq, redis_server):

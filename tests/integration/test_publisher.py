@@ -342,9 +342,9 @@ def test_a_large_body_does_not_hold_up_the_links_other_channels(proxy, amqp_url,
         with Publisher(connection_to(proxy.url), links=links) as small:
             large.publish(0, queue_name)
             small.publish(0, queue_name)
-            proxy.latency(0.005)  # for each 64 KB
+            proxy.latency(0.0125)  # for each 64 KB
             began = monotonic()
-            big = large.publish_nowait(bytes(40 << 20), queue_name, serializer="raw")
+            big = large.publish_nowait(bytes(16_000_000), queue_name, serializer="raw")
             small.publish(1, queue_name)
             took = monotonic() - began
             big.wait()
