@@ -149,7 +149,10 @@ class RabbitMQ:
         self._end_node(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the node where it stands: kill -9."""
+        """Kill the node where it stands: kill -9. The queues that were declared by now are kept."""
+        if self.running and not self._paused:
+            # Mnesia answers a declare before it has handed the queue to the kernel.
+            self.eval("mnesia:sync_log()")
         self._end_node(signal.SIGKILL)
 
     def restart(self) -> None:
