@@ -23,6 +23,7 @@ Where it is written. A package imports only what stands below it, and says what 
     lifecycle    one consumer's name, state, readiness and stop signal
     logs         structured logging, the first observer of the events
     events       what happens, as frozen values, and the one seam that observers hang on
+    hub          what keeps gevent's hub waiting while only a thread or a signal could wake it
     stopping     StopSignal and Deadline: what ends every wait
     patching     patch_all, require_patched: gevent's patching and its check
     errors       every exception, under GreenconsumeError

@@ -6,13 +6,13 @@ It must never decide when to stop, nor log: it tells observers. Called by `runti
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
 import gevent
 
+from greenconsume import hub
 from greenconsume.errors import RestartLimitError
 from greenconsume.events import DrainFinished, emit
 from greenconsume.links.pool import LinkPool
@@ -117,7 +117,7 @@ class Run:
         return True
 
     def _serve(self) -> None:
-        with _hub_kept_waiting(), watched_hub(self._block_warning):
+        with hub.kept_waiting(), watched_hub(self._block_warning):
             try:
                 self.supervisor.run()
             finally:
@@ -137,18 +137,3 @@ class Run:
         if started or self.abandoned:
             numbers = (found.finished, found.given_back, found.cancelled, found.killed)
             emit(DrainFinished(drained, killed, *numbers, seconds))
-
-
-@contextmanager
-def _hub_kept_waiting() -> Iterator[None]:
-    """Keep the hub waiting where nothing but a foreign thread or a signal could wake anybody.
-
-    It would raise `LoopExit`; a watcher that never fires keeps it from that.
-    """
-    watcher = gevent.get_hub().loop.async_()
-    watcher.start(int)
-    try:
-        yield
-    finally:
-        watcher.stop()
-        watcher.close()

@@ -11,25 +11,16 @@ and `auto_delete` have no effect. Unlike kombu's:
 - several consumers of one connection may have the same queue, and several greenlets may drain it;
 - headers are copied on their way, so that neither side sees what the other makes of its own.
 
-How a message finds a greenlet. A subscription (one consumer of one queue) is *in line* for its queue
-when it has seen it empty, and otherwise *ready*: to be looked at by whoever drains its connection. A put
-takes subscriptions from the head of the line until one wakes a drainer; those whose drainers are busy
-or whose prefetch is used up become ready instead, and join the line again when they next find the queue
-empty. So a put is one wake-up and, spread over all puts, a constant cost, with one consumer or 10,000.
-The woken drainer owes the queue a look: if it leaves without taking a message of that queue (stopped,
-killed, cancelled, served by another queue), it passes the wake-up on. Nothing switches between taking a
-message and calling back with it. Called by kombu.
+How a message finds a greenlet is told in `memory_queues`. Called by kombu.
 """
 
 from __future__ import annotations
 
 import socket
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from math import inf
 from queue import Empty
 from time import monotonic
 from typing import Any
@@ -41,56 +32,14 @@ from kombu.transport import memory as kombu_memory
 from kombu.transport import virtual
 from kombu.utils.uuid import uuid
 
+from greenconsume.hub import kept_waiting
 from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.transports import memory_queues as queues
+from greenconsume.transports.memory_queues import Payload, Queue, Subscription
+from greenconsume.transports.memory_unsettled import UnsettledMessages
 
 #: Seconds for which draining that never has to wait may keep the hub from everybody else.
 MAX_RUN = 0.002
-
-Payload = dict[str, Any]
-
-
-class _QoS(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
-    """What a channel has delivered and has yet to see settled, by delivery tag.
-
-    A tag that is not there (settled already, or its channel is closed) is settled without effect.
-    """
-
-    _dirty = ()  # kombu's keeps settled tags until the next delivery; here they are gone at once
-
-    def __init__(self, channel: Channel, prefetch_count: int = 0) -> None:
-        # Without kombu's __init__: it registers a finalizer with multiprocessing, which keeps every
-        # QoS, and by it every channel, until the process ends.
-        self.channel = channel
-        self.prefetch_count = prefetch_count or 0
-        self._delivered: OrderedDict[int, virtual.Message] = OrderedDict()
-
-    def append(self, message: virtual.Message, delivery_tag: int) -> None:
-        """Keep a message until it is settled."""
-        self._delivered[delivery_tag] = message
-
-    def ack(self, delivery_tag: int, multiple: bool = False) -> None:
-        """Forget a message; with `multiple`, all that came before it too. With tag 0 that is all."""
-        earlier = [tag for tag in self._delivered if multiple and tag < (delivery_tag or inf)]
-        for tag in (*earlier, delivery_tag):
-            self._delivered.pop(tag, None)
-        self.channel.offer()
-
-    def reject(self, delivery_tag: int, requeue: bool = False) -> None:
-        """Forget a message, or put it back into its queue."""
-        message = self._delivered.pop(delivery_tag, None)
-        if requeue and message is not None:
-            self.channel._restore(message)
-        self.channel.offer()
-
-    def restore_unacked(self) -> list[Any]:
-        """Put everything back, in its order; return kombu's list of failures, which is empty."""
-        while self._delivered:
-            _, message = self._delivered.popitem()  # the latest first: each goes before the others
-            self.channel._restore(message)
-        self.channel.offer()
-        return []
-
-    restore_unacked_once = restore_unacked  # kombu's name for it when a channel closes
 
 
 class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -99,13 +48,13 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
     Switches: never. From any greenlet of the hub.
     """
 
-    QoS = _QoS
+    QoS = UnsettledMessages
     body_encoding = None  # a body that goes nowhere needs no base64
 
     def __init__(self, connection: Transport, **kwargs: Any) -> None:
-        self._ready: OrderedDict[_Subscription, None] = OrderedDict()
+        self._ready: OrderedDict[Subscription, None] = OrderedDict()
         super().__init__(connection, **kwargs)
-        self._consumers: dict[str, _Subscription] = {}  # kombu's is a set of the tags
+        self._consumers: dict[str, Subscription] = {}  # kombu's is a set of the tags
 
     def queue_delete(
         self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any
@@ -122,7 +71,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
     def basic_publish(self, message: Payload, *args: Any, **kwargs: Any) -> None:
         """Put a message into every queue that it is routed to; each wakes one consumer."""
         self._require_open()
-        own = {name: _copied(message.get(name) or {}) for name in ("headers", "properties")}
+        own = {name: queues.copied(message.get(name) or {}) for name in ("headers", "properties")}
         super().basic_publish({**message, **own}, *args, **kwargs)
 
     def basic_consume(
@@ -137,7 +86,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         self._require_open()
         self.basic_cancel(consumer_tag)
         tag = consumer_tag or f"amq.ctag-{uuid()}"
-        subscription = _Subscription(self, queue, tag, no_ack, callback)
+        subscription = Subscription(self, queue, tag, no_ack, callback)
         self._consumers[tag] = subscription
         self.make_ready(subscription)
         return tag
@@ -147,7 +96,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         subscription = self._consumers.pop(consumer_tag, None)
         if subscription is not None:
             self._ready.pop(subscription, None)
-            _leave_line(subscription)
+            queues.leave_line(subscription)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> virtual.Message | None:
         """Take a message if there is one."""
@@ -172,7 +121,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         # Not super(): kombu's memory channel looks at every queue of the process.
         virtual.Channel.close(self)
 
-    def make_ready(self, subscription: _Subscription) -> bool:
+    def make_ready(self, subscription: Subscription) -> bool:
         """Have `subscription` looked at; return whether that woke a drainer."""
         self._ready[subscription] = None
         return self.offer(subscription.queue)
@@ -184,14 +133,14 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         transport: Transport = self.connection
         return transport.offer(self, queue)
 
-    def take(self) -> tuple[_Subscription, virtual.Message] | None:
+    def take(self) -> tuple[Subscription, virtual.Message] | None:
         """Take the next message, from each queue in its turn; None if there is none, or none is allowed."""
         while self._ready and self.qos.can_consume():
             subscription, _ = self._ready.popitem(last=False)
             try:
                 payload = self._get(subscription.queue)
             except Empty:
-                _line_up(subscription)
+                queues.line_up(subscription)
                 continue
             message = self._receive(subscription.queue, payload, subscription.no_ack)
             message.delivery_info["consumer_tag"] = subscription.tag
@@ -199,21 +148,21 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
             return subscription, message
         return None
 
-    def _look_again(self, subscription: _Subscription) -> None:
+    def _look_again(self, subscription: Subscription) -> None:
         """Put a subscription that has had its turn where it belongs: this greenlet may be long away."""
-        if _has_message(subscription.queue):
+        if queues.has_message(subscription.queue):
             self.make_ready(subscription)
         else:
-            _line_up(subscription)
+            queues.line_up(subscription)
             self.offer()
 
     def _receive(self, queue: str, payload: Payload, no_ack: bool) -> virtual.Message:
         # A message that is in several queues is one payload, so a copy is delivered. `origin` is what to
         # put back, and where.
-        properties = _copied(payload["properties"])
+        properties = queues.copied(payload["properties"])
         properties["delivery_tag"] = self._next_delivery_tag()
         properties["delivery_info"]["redelivered"] = payload.get("redelivered", False)
-        headers = _copied(payload.get("headers"))
+        headers = queues.copied(payload.get("headers"))
         message = self.Message(
             {**payload, "properties": properties, "headers": headers}, channel=self
         )
@@ -222,12 +171,14 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
             self.qos.append(message, message.delivery_tag)
         return message
 
-    def _restore(self, message: virtual.Message) -> None:
+    def restore(self, message: virtual.Message) -> None:
         """Put a message back at the head of its queue. One that was deleted took its messages along."""
         queue, payload = message.origin
         if queue in self.queues:
             self._queue_for(queue).queue.appendleft({**payload, "redelivered": True})
-            _call(queue)
+            queues.wake_for(queue)
+
+    _restore = restore  # kombu's name
 
     def _get(self, queue: str, timeout: float | None = None) -> Payload:
         if queue not in self.queues:
@@ -237,11 +188,11 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
     def _new_queue(self, queue: str, **kwargs: Any) -> None:
         self._queue_for(queue)
 
-    def _queue_for(self, queue: str) -> _Queue:
+    def _queue_for(self, queue: str) -> Queue:
         found = self.queues.get(queue)
-        if not isinstance(found, _Queue):
+        if not isinstance(found, Queue):
             # One that kombu's own transport made, before this one took its place, keeps its messages.
-            found = self.queues[queue] = _Queue(queue, deque(found.queue if found else ()))
+            found = self.queues[queue] = Queue(queue, deque(found.queue if found else ()))
         return found
 
     def _next_delivery_tag(self) -> Any:
@@ -339,12 +290,12 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
         owed, drainer.owed = drainer.owed, None
         if self._ready and self._idle:
             self._wake(owed)
-        elif owed is not None and _has_message(owed):
-            _call(owed)
+        elif owed is not None and queues.has_message(owed):
+            queues.wake_for(owed)
 
     def _next(
         self, connection: Any, drainer: _Drainer, deadline: Deadline, stop: StopSignal | None
-    ) -> tuple[_Subscription, virtual.Message]:
+    ) -> tuple[Subscription, virtual.Message]:
         while True:
             if stop is not None:
                 stop.check()
@@ -360,10 +311,10 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
                 raise socket.timeout("timed out")
             self._sleep(drainer, deadline, stop)
 
-    def _take(self) -> tuple[_Subscription, virtual.Message] | None:
+    def _take(self) -> tuple[Subscription, virtual.Message] | None:
         while self._ready:
             channel, _ = self._ready.popitem(last=False)
-            taken: tuple[_Subscription, virtual.Message] | None = channel.take()
+            taken: tuple[Subscription, virtual.Message] | None = channel.take()
             if taken is not None:
                 return taken
         return None
@@ -372,7 +323,7 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
         drainer.event.clear()
         self._idle[drainer] = None
         try:
-            with _vigil():
+            with kept_waiting():
                 wait(drainer.event, deadline, stop)
         finally:
             self._idle.pop(drainer, None)
@@ -386,17 +337,6 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
 
 
 @dataclass(eq=False, slots=True)
-class _Subscription:
-    """One consumer of one queue."""
-
-    channel: Channel
-    queue: str
-    tag: str
-    no_ack: bool
-    callback: Callable[[virtual.Message], object]
-
-
-@dataclass(eq=False, slots=True)
 class _Drainer:
     """A greenlet in `drain_events`; `owed` is the queue that it was woken for."""
 
@@ -404,96 +344,4 @@ class _Drainer:
     owed: str | None = None
 
 
-@dataclass(eq=False, slots=True)
-class _Queue:
-    """A queue's messages; a put calls a consumer. Speaks as much of `queue.Queue` as kombu uses."""
-
-    name: str
-    queue: deque[Payload]
-
-    def put(self, message: Payload) -> None:
-        self.queue.append(message)
-        _call(self.name)
-
-    def get(self, block: bool = False) -> Payload:
-        if not self.queue:
-            raise Empty
-        return self.queue.popleft()
-
-    def qsize(self) -> int:
-        return len(self.queue)
-
-    def empty(self) -> bool:
-        return not self.queue
-
-
-class _Vigil:
-    """Keeps the hub's loop going while drainers sleep, with one watcher for all that never fires.
-
-    gevent ends a loop that has nothing to watch (`LoopExit`); it cannot know of the thread or the signal
-    handler that would have stopped the sleepers.
-    """
-
-    def __init__(self) -> None:
-        self._watcher = gevent.get_hub().loop.async_()
-        self._sleepers = 0
-
-    def __enter__(self) -> None:
-        if not self._sleepers:
-            self._watcher.start(int)
-        self._sleepers += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._sleepers -= 1
-        if not self._sleepers:
-            self._watcher.stop()
-
-
-_vigils: weakref.WeakKeyDictionary[Any, _Vigil] = weakref.WeakKeyDictionary()  # by hub
-# Ordered dicts, here and above, for first in, first out, and out of the middle; their values mean nothing.
-_lines: dict[str, OrderedDict[_Subscription, None]] = {}  # by queue, who found it empty
 _channel_ids = count(1)
-
-
-def _vigil() -> _Vigil:
-    hub = gevent.get_hub()
-    return _vigils.get(hub) or _vigils.setdefault(hub, _Vigil())
-
-
-def _line_up(subscription: _Subscription) -> None:
-    _lines.setdefault(subscription.queue, OrderedDict())[subscription] = None
-
-
-def _leave_line(subscription: _Subscription) -> None:
-    line = _lines.get(subscription.queue)
-    if line is not None:
-        line.pop(subscription, None)
-        if not line:
-            del _lines[subscription.queue]
-
-
-def _call(queue: str) -> None:
-    """Wake a drainer for `queue`: of the first in line that has one asleep and may take a message."""
-    line = _lines.get(queue)
-    if line is None:
-        return
-    while line:
-        subscription, _ = line.popitem(last=False)
-        if subscription.channel.make_ready(subscription):
-            break
-    if not line:
-        _lines.pop(queue, None)
-
-
-def _has_message(queue: str) -> bool:
-    found = Channel.queues.get(queue)
-    return found is not None and not found.empty()
-
-
-def _copied(value: Any) -> Any:
-    """Copy what JSON could hold; other values are shared."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value

@@ -1,0 +1,42 @@
+"""Owns what keeps gevent's hub waiting where nothing but a foreign thread or a signal could wake anybody.
+
+gevent ends a loop that has nothing to watch (`LoopExit`); it cannot know of the thread or the signal handler
+that would have stopped the sleepers. Called by what sleeps without a socket or a timer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import gevent
+
+
+class _Vigil:
+    """Keeps one hub's loop going while anybody is in its block, with one watcher that never fires."""
+
+    def __init__(self, hub: Any) -> None:
+        self._watcher = hub.loop.async_()
+        self._sleepers = 0
+
+    def __enter__(self) -> None:
+        if not self._sleepers:
+            self._watcher.start(int)
+        self._sleepers += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._sleepers -= 1
+        if not self._sleepers:
+            self._watcher.stop()
+
+
+_vigils: weakref.WeakKeyDictionary[Any, _Vigil] = weakref.WeakKeyDictionary()  # by hub
+
+
+def kept_waiting() -> _Vigil:
+    """Return a block, to be entered any number of times, within which this thread's hub does not give up.
+
+    Switches: no. From any greenlet.
+    """
+    hub = gevent.get_hub()
+    return _vigils.get(hub) or _vigils.setdefault(hub, _Vigil(hub))
