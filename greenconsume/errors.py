@@ -47,12 +47,13 @@ class StoppedError(GreenconsumeError):
 
 
 class ForkedError(GreenconsumeError):
-    """A runtime, consumer or link was used in a child process that was forked after it was made."""
+    """A runtime, publisher, consumer or link was used in a child process that was forked after its start."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what} was made in another process and cannot be used across a fork: "
-            "make connections, consumers and the Runtime in the child, after the fork"
+            f"{what} was used in another process before, and cannot be used across a fork: make connections, "
+            "consumers and the Runtime in the child, after the fork; or make them before, but start, consume "
+            "and publish in the child alone"
         )
 
 

@@ -28,12 +28,12 @@ class StopSignal:
     Safe to set from any greenlet and any thread. Clearing it makes it usable again, for a restart.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "reason")
+    __slots__ = ("__weakref__", "_callbacks", "_engaged", "reason")
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._callbacks: dict[Callable[[], object], object] = {}
-        _signals.add(self)
+        self._engaged = False
 
     def set(self, reason: str = "stop") -> None:
         """Stop whatever observes this signal; the first reason is kept.
@@ -48,6 +48,15 @@ class StopSignal:
             # make gevent build a hub for a foreign one.
             loop.run_callback_threadsafe(callback)  # type: ignore[attr-defined]  # gevent's loops are untyped
 
+    def engage(self) -> None:
+        """Bind the signal to this process: in the children that it forks from now on, the copies are set.
+
+        What was only made before a fork is each child's own. Linking engages, too. Idempotent.
+        """
+        if not self._engaged:
+            self._engaged = True
+            _signals.add(self)
+
     def clear(self) -> None:
         """Make the signal usable again, for a consumer that is restarted."""
         self.reason = None
@@ -61,6 +70,7 @@ class StopSignal:
 
         The callback runs in the hub of the greenlet that linked it: it must not switch.
         """
+        self.engage()
         loop = get_hub().loop
         self._callbacks[callback] = loop
         if self.reason is not None:

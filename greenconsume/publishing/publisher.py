@@ -40,7 +40,8 @@ class Publisher:
     Only AMQP has confirms: with another transport a message counts as confirmed once the transport took
     it, and `mandatory` does nothing.
 
-    It belongs to the process and thread that made it. Leaving `with` closes it.
+    It belongs to the process and thread that first publish with it: one that a fork finds only made is each
+    child's own. Leaving `with` closes it.
 
     Attributes:
         uri: The broker's address, without its password.
@@ -98,8 +99,8 @@ class Publisher:
             auto_declare=False,
         )
         self._outbox = Outbox(connection, links or LinkPool(), max_unconfirmed)
-        self._id_prefix, self._id_numbers = uuid4().hex[:20], count(1)
-        self._pid = os.getpid()
+        self._id_prefix, self._id_numbers = "", count(1)
+        self._pid: int | None = None  # of the process that publishes
         self._closed = False
 
     def publish(self, body: Any, routing_key: str | None = None, **options: Any) -> None:
@@ -134,19 +135,26 @@ class Publisher:
             PublishError: One of its properties cannot be encoded.
             kombu.exceptions.EncodeError: The body cannot be serialized.
             StoppedError: The publisher was stopped or closed.
-            ForkedError: The publisher was made in another process.
+            ForkedError: The publisher has published in another process.
 
         Switches: only while `max_unconfirmed` messages are outstanding, the broker blocks its publishers,
         or more is unsent than the link holds.
         """
         if os.getpid() != self._pid:
-            raise ForkedError("this Publisher")
+            self._bind()
         if self._closed:
             raise StoppedError("close")
         self._outbox.stop.check()
         publication = self._serialize(body, routing_key, options)
         self._outbox.put(publication)
         return publication
+
+    def _bind(self) -> None:
+        """Make this process its own; not sooner, for children that are forked later have theirs."""
+        if self._pid is not None:
+            raise ForkedError("this Publisher")
+        self._pid = os.getpid()
+        self._id_prefix = uuid4().hex[:20]
 
     def _serialize(
         self, body: Any, routing_key: str | None, options: dict[str, Any]

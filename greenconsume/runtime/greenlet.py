@@ -86,6 +86,11 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         """Where the consumer is in its life."""
         return self._lifecycle.state
 
+    def start(self) -> None:
+        """Start the greenlet. From here on, the copy that a fork makes of it does not consume."""
+        self._lifecycle.stop.engage()
+        super().start()
+
     def stop(self, reason: str = "stop") -> None:
         """Ask the consumer to stop; before it began, it ends without connecting.
 

@@ -16,6 +16,7 @@ from greenconsume import hub
 from greenconsume.errors import RestartLimitError
 from greenconsume.events import DrainFinished, emit
 from greenconsume.links.pool import LinkPool
+from greenconsume.runtime.bound import DrainBound, hurried
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.hub_watch import watched_hub
 from greenconsume.runtime.restart_policy import RestartPolicy
@@ -56,6 +57,7 @@ class Run:
         self._restart = restart
         self._timeouts = timeouts
         self._block_warning = block_warning
+        self._bound: DrainBound | None = None
         self._pid = os.getpid()
         self._links = LinkPool(link_count, self._on_refused)
         self.supervisor = Supervisor(restart, stop, self._links, self.rungs, dict(defaults))
@@ -86,6 +88,13 @@ class Run:
         if self._starting is not None:
             self._starting.failed = True
         self._stop.set("start failed")
+
+    def limit(self, bound: DrainBound) -> None:
+        """Have its drain end within a bound; the first one counts, and none once it drains.
+
+        Switches: never. From any greenlet, thread or signal handler.
+        """
+        self._bound = self._bound or bound
 
     def join(self, timeout: float | None) -> bool:
         """Wait until it has ended; return whether it has. Switches: yes."""
@@ -129,7 +138,8 @@ class Run:
         began, end = monotonic(), Deadline(sum(self._timeouts))
         # A start that failed is told by its exception: an orderly end of it is no news.
         started = self._starting is None or not self._starting.failed
-        drained, killed = self.supervisor.drain(*self._timeouts, announce=started)
+        with hurried(self.rungs, self._bound, self._timeouts[1]):
+            drained, killed = self.supervisor.drain(*self._timeouts, announce=started)
         goodbye = min(self._timeouts[1], end.remaining or 0.0)
         self._links.close(0.0 if self.rungs.kill.is_set() else goodbye)
         found, seconds = self.supervisor.outcome, monotonic() - began

@@ -19,6 +19,7 @@ from greenconsume.handling.options import check_policy
 from greenconsume.handling.pool import Slots
 from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
+from greenconsume.runtime.bound import DrainBound
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.runtime.run import Run
@@ -34,7 +35,8 @@ class Runtime:
     from any greenlet, thread or signal handler, and any number of times; one that comes before `start`
     makes that return at once. A stop holds until `join` (or `run`, or the end of `with`) has returned.
 
-    It belongs to the process and thread that made it.
+    It belongs to the process and thread that start it first. One that a fork finds only made is each child's
+    own, as where a server loads an application before it forks its workers.
 
     Attributes:
         connection: The kombu `Connection` that classes and factories are called with; never connected.
@@ -94,7 +96,7 @@ class Runtime:
         self._stop = StopSignal()
         self._run: Run | None = None
         self._names: Counter[str] = Counter()
-        self._pid = os.getpid()
+        self._pid: int | None = None  # of the process that started it
 
     def spawn(self, target: Any, replicas: int = 1) -> list[Child]:
         """Add consumers; they start with the runtime, or now if it runs.
@@ -110,7 +112,7 @@ class Runtime:
 
         Raises:
             InvalidConsumerError: `target` is no consumer, and makes none.
-            ForkedError: The runtime was made in another process.
+            ForkedError: The runtime was started in another process.
             Exception: What the class or factory raised, if the runtime runs.
 
         Switches: only if the runtime runs, and the class or factory waits.
@@ -134,7 +136,7 @@ class Runtime:
                 it started. Nothing is left running.
             AlreadyRunningError: The runtime runs, or has not finished stopping.
             NotPatchedError: The process is not patched by gevent.
-            ForkedError: The runtime was made in another process.
+            ForkedError: The runtime was started in another process.
 
         Switches: yes. From any greenlet of this hub, never from a signal handler.
         """
@@ -142,6 +144,8 @@ class Runtime:
         require_patched()
         if self._run is not None and not self._run.ended:
             raise AlreadyRunningError("the runtime runs already: stop() and join() it first")
+        self._pid = os.getpid()
+        self._stop.engage()
         if self._stop.is_set():
             return
         self._run = run = self._new_run()
@@ -153,18 +157,24 @@ class Runtime:
             self._finish(run, None)
             raise
 
-    def stop(self, reason: str = "stop") -> None:
+    def stop(self, reason: str = "stop", within: float | None = None) -> None:
         """Ask every consumer to stop. Idempotent, and legal before `start`; use `join` to wait.
 
         Args:
             reason: What the log says of it.
+            within: Seconds from now until all has ended, where the timeouts of the runtime and of its
+                consumers allow more; the first stop that says so counts.
 
         Raises:
-            ForkedError: The runtime was made in another process.
+            ForkedError: The runtime was started in another process.
 
         Switches: never. From any greenlet, thread or signal handler.
         """
         self._check_process()
+        if within is not None:
+            bound = DrainBound(within)
+            if self._run is not None:
+                self._run.limit(bound)
         self._stop.set(reason)
 
     def join(self, timeout: float | None = None) -> bool:
@@ -180,7 +190,7 @@ class Runtime:
 
         Raises:
             RestartLimitError: Consumers used up their restarts; everything has ended.
-            ForkedError: The runtime was made in another process.
+            ForkedError: The runtime was started in another process.
 
         Switches: yes. From any greenlet of this hub but its consumers', never from a signal handler.
         """
@@ -200,7 +210,7 @@ class Runtime:
         Their messages go back to the broker. Use `join` to wait.
 
         Raises:
-            ForkedError: The runtime was made in another process.
+            ForkedError: The runtime was started in another process.
 
         Switches: never. From any greenlet, thread or signal handler.
         """
@@ -216,7 +226,7 @@ class Runtime:
         What a killed handler had done is left to the broker to redeliver. Use `join` to wait.
 
         Raises:
-            ForkedError: The runtime was made in another process.
+            ForkedError: The runtime was started in another process.
 
         Switches: never. From any greenlet, thread or signal handler.
         """
@@ -308,7 +318,7 @@ class Runtime:
         return f"{name}-{self._names[name]}"
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self._pid is not None and os.getpid() != self._pid:
             raise ForkedError("this Runtime")
 
 

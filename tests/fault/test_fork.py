@@ -13,7 +13,7 @@ import gevent
 import pytest
 from kombu import Connection, Producer
 
-from greenconsume import Runtime, spawn
+from greenconsume import Publisher, Runtime, spawn
 from greenconsume.errors import ForkedError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp
 from tests.brokers import client_tls
@@ -155,6 +155,37 @@ def test_a_runtime_that_is_made_in_the_child_works(amqp_url, queue_name):
         publish(amqp_url, queue_name, 10)
         wait_until(lambda: len(runtime.children[0].consumer.handled) == 10)
     assert queue_depth(amqp_url, f"{queue_name}-child") == 0
+
+
+def test_a_publisher_that_was_only_made_before_the_fork_publishes_in_each_process(
+    amqp_url, queue_name
+):
+    """HAZARDS row 23: it binds to its process with its first message, whose id no other process has."""
+    declare(amqp_url, queue_name)
+    publisher = Publisher(connection_to(amqp_url))
+
+    def publish_one() -> str:
+        with publisher:
+            publication = publisher.publish_nowait(1, queue_name)
+            publication.wait()
+        return str(publication.message_id)
+
+    ids = {in_child(publish_one), in_child(publish_one), publish_one()}
+    assert {len(each) for each in ids} == {32}, ids
+    assert len(ids) == 3
+    assert queue_depth(amqp_url, queue_name) == 3
+
+
+def test_a_publisher_that_has_published_refuses_to_in_a_child(amqp_url, queue_name):
+    """HAZARDS row 23: the remedy is in the message."""
+    declare(amqp_url, queue_name)
+    with Publisher(connection_to(amqp_url)) as publisher:
+        publisher.publish(1, queue_name)
+        said = in_child(lambda: outcome(lambda: publisher.publish(2, queue_name)))
+        assert said.startswith("ForkedError"), said
+        assert "after the fork" in said
+        publisher.publish(3, queue_name)
+    assert queue_depth(amqp_url, queue_name) == 2
 
 
 def test_a_consumer_can_be_spawned_in_a_child_with_the_parents_connection(amqp_url, queue_name):

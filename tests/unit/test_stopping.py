@@ -152,12 +152,25 @@ def test_a_deadline_of_none_never_comes():
     assert Deadline(None).remaining is None
 
 
-def test_a_fork_stops_the_childs_copies_of_all_signals():
+@pytest.mark.parametrize("use", [StopSignal.engage, lambda stop: stop.link(int)])
+def test_a_fork_stops_the_childs_copies_of_all_signals(use):
     """HAZARDS 23: what a fork copied must not go on with the parent's sockets."""
     stop = StopSignal()
+    use(stop)
     pid = os.fork()
     if pid == 0:
         os._exit(0 if stop.reason == "fork" else 1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert not stop.is_set()
+
+
+def test_a_fork_leaves_a_signal_alone_that_was_only_made():
+    """HAZARDS 23: what a server made before it forks its workers is each worker's own."""
+    stop = StopSignal()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(1 if stop.is_set() else 0)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert not stop.is_set()

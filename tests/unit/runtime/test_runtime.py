@@ -794,6 +794,39 @@ def test_what_does_not_stop_in_time_is_killed_and_told(events: list[AnyEvent], i
     assert [(e.drained, e.killed) for e in of_type(events, DrainFinished)] == [(0, 1)]
 
 
+def test_one_stop_can_be_given_less_time_than_the_runtime_allows(
+    events: list[AnyEvent], impatient: None
+):
+    """As a server does whose own patience ends: both rungs come sooner, once."""
+    runtime = Runtime("memory://localhost", drain_timeout=1000.0, cancel_timeout=1000.0)
+    (child,) = runtime.spawn(Stubborn)
+    for _ in range(2):
+        began = monotonic()
+        runtime.start()
+        runtime.stop(within=0.2)
+        runtime.stop(within=1000.0)  # the first counts
+        assert runtime.join(30)
+        assert monotonic() - began < 1.0
+        assert not child.running
+    reasons = [event.reason for event in of_type(events, DrainEscalated)]
+    assert reasons == ["the drain has 0.2 s in all"] * 6
+
+
+def test_a_bound_leaves_a_sooner_drain_alone(events: list[AnyEvent]):
+    """It is no wait."""
+    runtime = Runtime("memory://localhost")
+    runtime.spawn(Idle)
+    runtime.start()
+    runtime.stop(within=1000.0)
+    assert runtime.join(1.0)
+    assert of_type(events, DrainEscalated) == []
+
+
+def test_a_bound_below_zero_is_refused(runtime: Runtime):
+    with pytest.raises(ValueError, match="within must be 0 seconds or more, not -1"):
+        runtime.stop(within=-1)
+
+
 @pytest.mark.parametrize("rung", ["cancel", "kill"])
 def test_cancel_and_kill_skip_the_wait(rung: str, events: list[AnyEvent], impatient: None):
     """Also while the drain is under way, from a foreign thread."""
@@ -1021,6 +1054,23 @@ def _refusals(runtime: Runtime) -> int:
         except ForkedError as exc:
             count += "in the child, after the fork" in str(exc)
     return count
+
+
+@pytest.mark.parametrize("make", [lambda: Idle, Idle], ids=["a class", "an instance"])
+def test_a_runtime_that_was_only_made_before_a_fork_works_in_each_child(make: Callable[[], Any]):
+    """HAZARDS 23: it binds to its process when it first starts."""
+    runtime = Runtime("memory://localhost")
+    (child,) = runtime.spawn(make())
+    pid = os.fork()
+    if pid == 0:
+        runtime.start()
+        consumes = child.state is ConsumerState.CONSUMING
+        runtime.stop()
+        os._exit(0 if consumes and runtime.join(30) else 1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    with runtime:
+        assert child.state is ConsumerState.CONSUMING
 
 
 def test_a_fork_ends_the_childs_copy_of_a_run_without_touching_the_links():
