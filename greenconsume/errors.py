@@ -19,7 +19,7 @@ class UnsupportedTransportError(GreenconsumeError):
 
 
 class InvalidConsumerError(GreenconsumeError, TypeError):
-    """What was to be spawned is no consumer: it has no `get_consumers`, or no connection."""
+    """The object that was to be spawned is no consumer: it has no `get_consumers`, or no connection."""
 
 
 class BrokerRefusedError(GreenconsumeError):
@@ -74,7 +74,7 @@ class RestartLimitError(GreenconsumeError):
 
 
 class Interrupt(BaseException):
-    """What greenconsume raises inside a handler to end it, at its next switch.
+    """Raised by greenconsume inside a handler, at its next switch, to end it.
 
     No `Exception`, so that `except Exception` in a handler does not swallow it: catch it to clean up, and
     raise it again. A handler that goes on is killed at the next deadline.

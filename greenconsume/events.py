@@ -16,7 +16,7 @@ logger = logging.getLogger("greenconsume.events")
 
 
 class ConsumerState(str, enum.Enum):
-    """Where a consumer is in its life."""
+    """The states of a consumer, in the order of its life."""
 
     STARTING = "starting"
     CONNECTING = "connecting"
@@ -252,7 +252,7 @@ class DrainFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a drain made of the messages in hand; no event, but what events tell.
+    """The numbers of a drain: what became of the messages in hand. Not an event, but a part of some.
 
     Attributes:
         finished: Handlers that ended by themselves.
@@ -268,7 +268,7 @@ class Outcome:
 
     @property
     def abandoned(self) -> int:
-        """How many handlers could not do their work."""
+        """The number of handlers that could not do their work."""
         return self.cancelled + self.killed
 
     def __add__(self, other: Outcome) -> Outcome:
@@ -284,7 +284,7 @@ class Outcome:
 
 
 class Hook(Protocol):
-    """What observes events: a callable that takes one, does not switch and does not raise."""
+    """An observer of events: a callable that takes one, does not switch and does not raise."""
 
     def __call__(self, event: Event, /) -> None:
         """Observe `event`."""

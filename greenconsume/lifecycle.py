@@ -52,13 +52,13 @@ class Lifecycle:
 
     @property
     def leave(self) -> StopSignal:
-        """What ends consuming: the stop signal, or the kill switch's, which a stop sets, too."""
+        """The signal that ends consuming: the stop signal, or the kill switch's, which a stop sets, too."""
         leave: StopSignal = self.stop if self.switch is None else self.switch.leave
         return leave
 
     @property
     def rungs(self) -> Rungs:
-        """What hurries its drain; a runtime's consumers share one."""
+        """The signals that hurry its drain; a runtime's consumers share them."""
         if self._rungs is None:
             self._rungs = Rungs()
         return self._rungs

@@ -49,7 +49,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message", 
 
 
 class Line(NamedTuple):
-    """What an event becomes: its logger, level and words, and the traceback or stack that is shown."""
+    """The log record of an event: its logger, level and words, and the traceback or stack that is shown."""
 
     module: str
     level: int

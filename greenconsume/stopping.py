@@ -62,7 +62,7 @@ class StopSignal:
         self.reason = None
 
     def is_set(self) -> bool:
-        """Whether a stop was asked for."""
+        """Return whether a stop was asked for."""
         return self.reason is not None
 
     def link(self, callback: Callable[[], object]) -> None:
@@ -99,7 +99,7 @@ class StopSignal:
 
 
 class Rungs:
-    """What hurries a drain: skip the wait for running handlers, or the wait for cancelled ones, too."""
+    """Two signals that hurry a drain: end the wait for running handlers, and the wait for cancelled ones."""
 
     __slots__ = ("cancel", "kill")
 
@@ -123,7 +123,7 @@ class Deadline:
 
     @property
     def expired(self) -> bool:
-        """Whether it has come."""
+        """True once it has come."""
         return self._at is not None and monotonic() >= self._at
 
     def __repr__(self) -> str:
@@ -160,7 +160,7 @@ def wait(event: _Waitable, deadline: Deadline, stop: StopSignal | None = None) -
 
 
 def wait_open(gate: Event, deadline: Deadline, stop: StopSignal | None = None) -> bool:
-    """Wait as `wait` does, for an event that others wait for, too: the stop signal does not set it.
+    """Wait as `wait` does, for an event that others wait for as well: the stop signal does not set it.
 
     Returns:
         Whether `gate` is set.

@@ -90,7 +90,7 @@ def _import(module: str) -> Any:
 
 
 def _is_factory(target: Any) -> bool:
-    """Whether it is to be called for what it makes: no class, no consumer, and it needs no arguments."""
+    """Return whether `target` is to be called for what it makes: no class or consumer, without arguments."""
     if isinstance(target, (type, Runtime)) or hasattr(target, "get_consumers"):
         return False
     try:

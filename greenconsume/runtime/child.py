@@ -47,14 +47,14 @@ class Child:
 
     @property
     def state(self) -> ConsumerState:
-        """Where the consumer is in its life; `failed` while it waits for a restart, too."""
+        """The state of the consumer; `failed` while it waits for a restart, too."""
         if self.given_up or self.error is not None:
             return ConsumerState.FAILED
         return ConsumerState.STARTING if self.greenlet is None else self.greenlet.state
 
     @property
     def stopping(self) -> bool:
-        """Whether a stop was asked for, by its runtime or by itself."""
+        """True if a stop was asked for, by its runtime or by itself."""
         if self.consumer is None:
             return self._asked
         stopped = lifecycle_of(self.consumer).stop.is_set()
@@ -62,12 +62,12 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether its greenlet has yet to finish."""
+        """True while its greenlet has yet to finish."""
         return self.greenlet is not None and not self.greenlet.ready()
 
     @property
     def started(self) -> bool:
-        """Whether it need not be waited for: it consumes, or has ended for good."""
+        """True if a start need not wait for it: it consumes, or has ended for good."""
         return self.ended or (self.greenlet is not None and self.greenlet.ready.is_set())
 
     def reset(self) -> None:

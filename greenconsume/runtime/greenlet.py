@@ -83,7 +83,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
 
     @property
     def state(self) -> ConsumerState:
-        """Where the consumer is in its life."""
+        """The state of the consumer."""
         return self._lifecycle.state
 
     def start(self) -> None:
@@ -131,12 +131,12 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
 
     @property
     def killed(self) -> bool:
-        """Whether it was killed, before it began or since; tells a kill from a `GreenletExit` of its own."""
+        """True if it was killed, before it began or since; a `GreenletExit` of its own is no kill."""
         return self._killed or (not self._began and self.ready())
 
     @property
     def exception(self) -> BaseException | None:
-        """What ended the consumer; `None` while it runs, if it returned and if it was killed."""
+        """The error that ended the consumer; `None` while it runs, if it returned and if it was killed."""
         return self._error or super().exception
 
     @property
@@ -146,7 +146,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         return (type(error), error, error.__traceback__) if error else super().exc_info
 
     def successful(self) -> bool:
-        """Whether it has finished, and without an error."""
+        """Return whether it has finished without an error."""
         return self._error is None and bool(super().successful())
 
     def _raise_exception(self) -> None:
@@ -185,7 +185,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
 
 
 class Readiness:
-    """Whether a consumer consumes, as an event; and, called, whether its greenlet has finished.
+    """An event that is set while a consumer consumes; called, it tells whether its greenlet has finished.
 
     gevent calls its greenlets' `ready()`, and this package has events of that name: this is both.
     """
@@ -200,7 +200,7 @@ class Readiness:
         return bool(gevent.Greenlet.ready(self._greenlet))
 
     def is_set(self) -> bool:
-        """Whether the consumer consumes now."""
+        """Return whether the consumer consumes now."""
         return bool(self._event.is_set())
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When a consumer that ended is started again, and when it is given up.
+    """The rule by which a consumer that ended is started again, or given up.
 
     A consumer that was asked to stop is never started again. One that is given up is `failed`; the others
     live on, and `Runtime.join` and `Runtime.run` tell of it.
@@ -49,7 +49,7 @@ class RestartPolicy:
             raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
 
     def restarts(self, error: BaseException | None) -> bool:
-        """Whether a consumer that ended with `error`, or returned, is one to start again."""
+        """Return whether a consumer that ended with `error`, or returned, is to be started again."""
         return self.kind == "permanent" or (self.kind == "transient" and error is not None)
 
     def delay(self, attempt: int) -> float:

@@ -67,7 +67,7 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether all of it has ended, its links too."""
+        """True once all of it has ended, its links too."""
         return bool(self._greenlet.ready())
 
     def start(self, children: list[Child]) -> None:

@@ -40,7 +40,7 @@ def rungs_on_signals(runtime: Any) -> Iterator[None]:
 
 
 class _Ladder:
-    """What a signal does: each further one goes a rung down."""
+    """The steps that signals take: each further one goes a rung down."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime

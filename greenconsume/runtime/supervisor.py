@@ -177,7 +177,7 @@ class Supervisor:
 
     @property
     def outcome(self) -> Outcome:
-        """What became of the messages that its consumers held when the drain began."""
+        """The sum of what became of the messages that its consumers held when the drain began."""
         return sum((each.outcome for each in self._drains), self._ended_before)
 
     @property

@@ -142,3 +142,22 @@ def function_lengths(path: Path) -> Iterator[tuple[str, int]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
+
+
+#: Their docstrings are still to be gone over.
+_UNCHECKED = ("amqp/", "failures/", "handling/", "links/", "mixins.py", "publishing/")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_docstring_begins_with_what_it_does(path: Path) -> None:
+    """A verb, or for a class or property a noun: never a question that the reader has to finish."""
+    if str(path.relative_to(PACKAGE)).startswith(_UNCHECKED):
+        pytest.skip("still to be gone over")
+    questions = [
+        f"{node.name}: {doc.splitlines()[0]}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and (doc := ast.get_docstring(node))
+        and re.match(r"(What|Whether|How|Who|Where)\b", doc)
+    ]
+    assert questions == []
