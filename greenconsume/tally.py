@@ -1,0 +1,229 @@
+"""Owns the numbers of one consumer: what it received, what became of it, and how long handlers took.
+
+The one home of each of them (law 13): who does something counts it here, and the log, the metrics, the admin
+page and the commands read it here. A `Tally` lives as long as its consumer's name, through all restarts. It
+must never take a lock, nor cost more than an addition for each message while nobody looks: times are kept
+only from `watch` on. Called by whatever handles messages; read by `runtime`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+
+_STEPS = (1, 1.25, 1.6, 2, 2.5, 3.2, 4, 5, 6.3, 8)
+#: Upper bounds of the buckets in seconds: ten a decade, from 0.1 ms to 1,000 s.
+BOUNDS: tuple[float, ...] = (
+    *(float(f"{step}e{power}") for power in range(-4, 3) for step in _STEPS),
+    1000.0,
+)
+#: Seconds that rates and quantiles look back.
+WINDOW = 60.0
+#: Seconds of the steps in which the window moves.
+_STEP = 10.0
+#: How many classes of errors are told apart; further ones are counted as this.
+MAX_ERRORS, OTHER_ERRORS = 100, "other"
+
+
+class Timings:
+    """Counts durations in buckets, since it was made and for the last minute.
+
+    Attributes:
+        total: The sum of all durations, in seconds.
+        began: When it was made (`time.monotonic`).
+    """
+
+    __slots__ = ("_counts", "_next", "_past", "began", "total")
+
+    def __init__(self, now: float | None = None) -> None:
+        self.began = monotonic() if now is None else now
+        self.total = 0.0
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self._next = self.began + _STEP
+        # (when, what had been counted by then), for each step in which something was counted.
+        self._past: deque[tuple[float, tuple[int, ...]]] = deque(maxlen=int(WINDOW / _STEP) + 2)
+        self._past.append((self.began, tuple(self._counts)))
+
+    def note(self, now: float, seconds: float) -> None:
+        """Count a duration that ended `now`. Never switches."""
+        if now >= self._next:
+            self._turn(now)
+        self._counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += seconds
+
+    def _turn(self, now: float) -> None:
+        # No timer moves the window: what was counted until the end of the last step holds until now.
+        self._past.append((self._next, tuple(self._counts)))
+        self._next = now - (now - self.began) % _STEP + _STEP
+
+    @property
+    def count(self) -> int:
+        """The number of durations."""
+        return sum(self._counts)
+
+    def cumulative(self, bounds: Sequence[float]) -> list[int]:
+        """Return how many durations were no longer than each of `bounds`, which are some of `BOUNDS`."""
+        sums, running, wanted = [], 0, iter(bounds)
+        bound = next(wanted, None)
+        for upper, number in zip(BOUNDS, self._counts, strict=False):
+            running += number
+            if upper == bound:
+                sums.append(running)
+                bound = next(wanted, None)
+        return sums
+
+    def last_minute(self, now: float | None = None) -> LastMinute:
+        """Return what was counted in the last minute, or since it began."""
+        now = monotonic() if now is None else now
+        past = [
+            *self._past,
+            (self._next, tuple(self._counts)),
+        ]  # the last holds from the step's end on
+        since, before = past[0]
+        for at, counts in past:
+            if at <= now - WINDOW:
+                since, before = max(at, now - WINDOW - _STEP), counts
+        new = [all_ - old for all_, old in zip(self._counts, before, strict=True)]
+        return LastMinute(new, max(now - since, 1e-9))
+
+
+class LastMinute:
+    """The durations of the last minute.
+
+    Attributes:
+        count: How many.
+    """
+
+    __slots__ = ("_counts", "_seconds", "count")
+
+    def __init__(self, counts: list[int], seconds: float) -> None:
+        self._counts, self._seconds = counts, seconds
+        self.count = sum(counts)
+
+    @property
+    def rate(self) -> float:
+        """How many a second."""
+        return self.count / self._seconds
+
+    def quantile(self, share: float) -> float | None:
+        """Return the duration that `share` of all did not exceed, to a quarter; None if there are none."""
+        if not self.count:
+            return None
+        rank = share * self.count
+        for index, number in enumerate(self._counts):
+            if number and rank <= number:
+                return _inside(index, rank / number)
+            rank -= number
+        return BOUNDS[-1]
+
+
+def _inside(index: int, share: float) -> float:
+    lower = BOUNDS[index - 1] if index else 0.0
+    upper = BOUNDS[index] if index < len(BOUNDS) else BOUNDS[-1]
+    return lower + (upper - lower) * share
+
+
+class Tally:
+    """Counts what becomes of one consumer's messages.
+
+    Attributes:
+        received: Messages that reached the consumer's boundary.
+        ok: Handlers that returned.
+        failed: Handlers that raised.
+        timed_out: Handlers that `handler_timeout` ended.
+        cancelled: Handlers that a drain ended by `Shutdown`.
+        killed: Handlers that were killed.
+        given_back: Messages that went back before a handler had started.
+        stale_settles: Messages that were settled after their channel was gone.
+        retries: Messages that are tried again later.
+        dead_letters: Messages that were put where failed ones are kept.
+        errors: Failed handlers by the name of the exception's class.
+        timings: How long handlers took; None while nobody watches.
+    """
+
+    __slots__ = (
+        "cancelled",
+        "dead_letters",
+        "errors",
+        "failed",
+        "given_back",
+        "killed",
+        "ok",
+        "received",
+        "retries",
+        "stale_settles",
+        "timed_out",
+        "timings",
+    )
+
+    def __init__(self) -> None:
+        self.received = self.ok = self.failed = self.timed_out = self.cancelled = self.killed = 0
+        self.given_back = self.stale_settles = self.retries = self.dead_letters = 0
+        self.errors: dict[str, int] = {}
+        self.timings: Timings | None = None
+
+    def watch(self) -> None:
+        """Keep times, from now on. Idempotent."""
+        if self.timings is None:
+            self.timings = Timings()
+
+    def count_error(self, error: BaseException) -> None:
+        """Count a handler's error by its class."""
+        name = type(error).__name__
+        if name not in self.errors and len(self.errors) >= MAX_ERRORS:
+            name = OTHER_ERRORS
+        self.errors[name] = self.errors.get(name, 0) + 1
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """How many handlers ended in which way."""
+        return {
+            "ok": self.ok,
+            "failed": self.failed,
+            "timed_out": self.timed_out,
+            "cancelled": self.cancelled,
+            "killed": self.killed,
+        }
+
+
+class PublishTally:
+    """Counts what became of messages that were published to one broker.
+
+    Attributes:
+        uri: The broker's address, without its password.
+        outcomes: How many messages ended in which way: `confirmed`, or the name of the error's class.
+        timings: How long confirms took; None while nobody watches.
+    """
+
+    __slots__ = ("outcomes", "timings", "uri")
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.outcomes: dict[str, int] = {}
+        self.timings: Timings | None = None
+
+    def count(self, outcome: str, number: int = 1) -> None:
+        """Count messages that ended in one way. Never switches."""
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + number
+
+    def shown(self) -> dict[str, object]:
+        """Return what is shown of it."""
+        return {"uri": self.uri, "outcomes": dict(self.outcomes)}
+
+
+_published: dict[str, PublishTally] = {}
+
+
+def published_to(uri: str) -> PublishTally:
+    """Return the tally of what this process publishes to a broker; its publishers share it."""
+    found = _published.get(uri)
+    if found is None:
+        found = _published[uri] = PublishTally(uri)
+    return found
+
+
+def all_published() -> tuple[PublishTally, ...]:
+    """Return the tallies of all brokers that this process has published to."""
+    return tuple(_published.values())
