@@ -13,6 +13,7 @@ Where it is written. A package imports only what stands below it, and says what 
 
     cli          the command line: `greenconsume run MODULE:TARGET`, `greenconsume dead-letters`
     runtime      Runtime, spawn: many consumers, what restarts them and what stops them
+    admin        how a process is seen and steered: health, metrics, a live page, commands
     mixins       ConsumerMixin, ConsumerProducerMixin: kombu's interface, which users subclass
     handling     the callbacks of a consumer: how many run at once, their timeouts, their drain
     failures     what becomes of a message whose callback failed: Requeue, Reject, Retry, dead letters
@@ -21,6 +22,7 @@ Where it is written. A package imports only what stands below it, and says what 
     transports   which kombu transports are green, polled or refused; memory
     amqp         the green AMQP client: a link, its sessions, its channels
     lifecycle    one consumer's name, state, readiness and stop signal
+    tally        the numbers of one consumer, and what its handlers took in the last minute
     logs         structured logging, the first observer of the events
     events       what happens, as frozen values, and the one seam that observers hang on
     hub          what keeps gevent's hub waiting while only a thread or a signal could wake it

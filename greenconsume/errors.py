@@ -73,6 +73,22 @@ class RestartLimitError(GreenconsumeError):
         self.consumers = consumers
 
 
+class UnknownConsumerError(GreenconsumeError, LookupError):
+    """There is no consumer, or nothing that was spawned, of that name.
+
+    Attributes:
+        name: The name that was asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no consumer {name!r}")
+        self.name = name
+
+
+class ControlError(GreenconsumeError):
+    """What was asked of a consumer cannot be done now; the message says why, and what can."""
+
+
 class Interrupt(BaseException):
     """Raised by greenconsume inside a handler, at its next switch, to end it.
 

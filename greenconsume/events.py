@@ -21,6 +21,7 @@ class ConsumerState(str, enum.Enum):
     STARTING = "starting"
     CONNECTING = "connecting"
     CONSUMING = "consuming"
+    PAUSED = "paused"
     DRAINING = "draining"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -248,6 +249,31 @@ class DrainFinished(Event):
     cancelled_handlers: int
     killed_handlers: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdminListening(Event):
+    """The admin answers at `address`."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdminAsked(Event):
+    """An operator gave a command: `command` and what it was about."""
+
+    command: str
+    subject: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdminRefused(Event):
+    """The admin refused requests: the last one's method, path and reason, and how many since it told last."""
+
+    method: str
+    path: str
+    reason: str
+    count: int
 
 
 @dataclass(frozen=True, slots=True)

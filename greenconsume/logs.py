@@ -16,6 +16,9 @@ from functools import cache, singledispatch
 from typing import Any, Literal, NamedTuple
 
 from greenconsume.events import (
+    AdminAsked,
+    AdminListening,
+    AdminRefused,
     ConnectFailed,
     ConsumerChanged,
     ConsumerDrained,
@@ -310,6 +313,24 @@ def _(event: PrefetchTooSmall) -> Line:
         why += f", each with a batch of {event.batch_size}"
     text = "consumer %s: a prefetch of %d %s; set none, or a larger one"
     return Line("handling", logging.WARNING, text, (event.consumer, event.prefetch, why))
+
+
+@describe.register
+def _(event: AdminListening) -> Line:
+    return Line("admin", logging.INFO, "the admin listens on %s", (event.address,))
+
+
+@describe.register
+def _(event: AdminAsked) -> Line:
+    args = (event.command, event.subject)
+    return Line("admin", logging.INFO, "the admin was asked to %s %s", args)
+
+
+@describe.register
+def _(event: AdminRefused) -> Line:
+    text = "the admin refused %d requests; the last, %s %r: %s"
+    args = (event.count, event.method, event.path, event.reason)
+    return Line("admin", logging.WARNING, text, args)
 
 
 @cache

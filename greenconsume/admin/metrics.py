@@ -1,0 +1,224 @@
+"""Owns the metrics: their names, labels and kinds, and the text that Prometheus reads.
+
+Names as FastStream has them where it has one, else by Prometheus' conventions. Labels are the consumer, its
+queues, a broker: never what a publisher chooses. All numbers come from a `ProcessStatus`; nothing is counted
+here. `prometheus` hands the same families to prometheus_client; this text needs no library, and is ten
+times as fast. Called by `app`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from greenconsume.admin.status import ConsumerStatus, LinkStatus, ProcessStatus
+from greenconsume.tally import Timings
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: Bounds of the histograms, in seconds; some of `tally.BOUNDS`.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0)
+
+Kind = Literal["counter", "gauge", "histogram"]
+#: Name and value of each label.
+Labels = tuple[tuple[str, str], ...]
+_Labelled = list[tuple[Labels, ConsumerStatus]]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: its name without `_total`, and a row for each set of labels.
+
+    Attributes:
+        rows: What a counter or gauge says.
+        timings: What a histogram says.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    rows: list[tuple[Labels, float]] = field(default_factory=list)
+    timings: list[tuple[Labels, Timings]] = field(default_factory=list)
+
+
+def families(status: ProcessStatus) -> list[Family]:
+    """Return all metrics of a process. Never switches."""
+    labelled: _Labelled = [
+        ((("consumer", each.name), ("queue", ",".join(each.queues))), each)
+        for each in status.consumers
+    ]
+    return [
+        *_plain_families(labelled),
+        *_detailed_families(labelled),
+        *_link_families(status),
+        *_process_families(status),
+    ]
+
+
+def exposition(status: ProcessStatus) -> bytes:
+    """Return all metrics as Prometheus' text. Never switches."""
+    return "".join(_text(families(status))).encode()
+
+
+#: Name, kind, what it is, and the attribute of a `ConsumerStatus`.
+_OF_CONSUMERS: tuple[tuple[str, Kind, str, str], ...] = (
+    ("received_messages", "counter", "Messages that reached the consumer", "received"),
+    ("received_messages_in_process", "gauge", "Handlers that run", "in_progress"),
+    ("waiting_messages", "gauge", "Deliveries that wait in the consumer's inbox", "waiting"),
+    ("unsettled_messages", "gauge", "Deliveries that are not settled", "unsettled"),
+    (
+        "oldest_unsettled_seconds",
+        "gauge",
+        "Age of the oldest unsettled delivery",
+        "oldest_unsettled",
+    ),
+    (
+        "given_back_messages",
+        "counter",
+        "Messages that went back before a handler had started",
+        "given_back",
+    ),
+    (
+        "stale_settles",
+        "counter",
+        "Messages that were settled after their channel was gone",
+        "stale_settles",
+    ),
+    ("retried_messages", "counter", "Failed messages that are tried again later", "retries"),
+    (
+        "dead_lettered_messages",
+        "counter",
+        "Failed messages that were put where such are kept",
+        "dead_letters",
+    ),
+    ("consumer_restarts", "counter", "How often the consumer was started again", "restarts"),
+    ("consumer_switched_off", "gauge", "Its kill switch has tripped", "switched_off"),
+)
+
+
+def _plain_families(labelled: _Labelled) -> Iterator[Family]:
+    for name, kind, words, attribute in _OF_CONSUMERS:
+        rows = [(labels, float(getattr(each, attribute) or 0)) for labels, each in labelled]
+        yield Family(f"greenconsume_{name}", kind, words, rows)
+    up = [(labels, float(each.state == "consuming")) for labels, each in labelled]
+    yield Family("greenconsume_consumer_consuming", "gauge", "The consumer consumes", up)
+
+
+def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
+    yield Family(
+        "greenconsume_received_processed_messages",
+        "counter",
+        "Handlers that ended, by how",
+        [
+            ((*labels, ("status", how)), float(number))
+            for labels, each in labelled
+            for how, number in (each.outcomes or {}).items()
+        ],
+    )
+    yield Family(
+        "greenconsume_received_processed_messages_exceptions",
+        "counter",
+        "Handlers that failed, by the exception's class",
+        [
+            ((*labels, ("exception_type", error)), float(number))
+            for labels, each in labelled
+            for error, number in (each.errors or {}).items()
+        ],
+    )
+    yield Family(
+        "greenconsume_received_processed_messages_duration_seconds",
+        "histogram",
+        "Seconds that handlers took",
+        timings=[(labels, each.timings) for labels, each in labelled if each.timings is not None],
+    )
+
+
+def _link_families(status: ProcessStatus) -> Iterator[Family]:
+    labelled: list[tuple[Labels, LinkStatus]] = [
+        ((("link", str(number)), ("broker", link.uri)), link)
+        for number, link in enumerate(status.links, 1)
+    ]
+    for name, kind, words, attribute in (
+        ("link_up", "gauge", "The link is connected", "up"),
+        ("link_blocked", "gauge", "The broker blocks the link's publishers", "blocked"),
+        ("link_sessions", "gauge", "Consumers and publishers that use the link", "sessions"),
+        ("link_reconnects", "counter", "How often the link was connected again", "reconnects"),
+    ):
+        rows = [(labels, float(getattr(link, attribute))) for labels, link in labelled]
+        yield Family(
+            f"greenconsume_{name}", "counter" if kind == "counter" else "gauge", words, rows
+        )
+
+
+def _process_families(status: ProcessStatus) -> Iterator[Family]:
+    published: list[tuple[Labels, float]] = [
+        ((("broker", each.uri), ("status", how)), float(number))
+        for each in status.published
+        for how, number in each.outcomes.items()
+    ]
+    yield Family(
+        "greenconsume_published_messages", "counter", "Messages published, by how", published
+    )
+    confirms: list[tuple[Labels, Timings]] = [
+        ((("broker", each.uri),), each.timings)
+        for each in status.published
+        if each.timings is not None
+    ]
+    yield Family(
+        "greenconsume_published_messages_duration_seconds",
+        "histogram",
+        "Seconds until a message was confirmed",
+        timings=confirms,
+    )
+    timings = status.lag.timings
+    lag: list[tuple[Labels, Timings]] = [((), timings)] if timings is not None else []
+    yield Family("greenconsume_hub_lag_seconds", "histogram", "How late the hub was", timings=lag)
+    yield Family("greenconsume_greenlets", "gauge", "Greenlets", [((), float(status.greenlets))])
+    info: Labels = (("version", status.version), ("state", status.state))
+    yield Family("greenconsume_process", "gauge", "The process, by its state", [(info, 1.0)])
+
+
+# -- as text -----------------------------------------------------------------------------------------
+
+
+def _text(found: Iterable[Family]) -> Iterator[str]:
+    escaped: dict[Labels, str] = {}
+    for family in found:
+        name = f"{family.name}_total" if family.kind == "counter" else family.name
+        yield f"# HELP {name} {family.help}.\n# TYPE {name} {family.kind}\n"
+        for labels, value in family.rows:
+            yield f"{name}{_braced(labels, escaped)} {_number(value)}\n"
+        for labels, timings in family.timings:
+            yield from _histogram(name, _inner(labels, escaped), timings)
+
+
+def _histogram(name: str, inner: str, timings: Timings) -> Iterator[str]:
+    comma = "," if inner else ""
+    for bound, number in zip(BUCKETS, timings.cumulative(BUCKETS), strict=True):
+        yield f'{name}_bucket{{{inner}{comma}le="{bound}"}} {number}\n'
+    braced = f"{{{inner}}}" if inner else ""
+    yield (
+        f'{name}_bucket{{{inner}{comma}le="+Inf"}} {timings.count}\n'
+        f"{name}_count{braced} {timings.count}\n{name}_sum{braced} {timings.total}\n"
+    )
+
+
+def _braced(labels: Labels, escaped: dict[Labels, str]) -> str:
+    inner = _inner(labels, escaped)
+    return f"{{{inner}}}" if inner else ""
+
+
+def _inner(labels: Labels, escaped: dict[Labels, str]) -> str:
+    # Most rows have the labels of another row: one consumer has a score of them.
+    found = escaped.get(labels)
+    if found is None:
+        found = escaped[labels] = ",".join(f'{name}="{_escape(value)}"' for name, value in labels)
+    return found
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)

@@ -1,0 +1,146 @@
+"""Owns the admin's server: its socket, how many connections it holds, and for how long.
+
+It runs in the process's own hub, so its cost is bounded: each connection has a deadline that nothing extends,
+and serves one request; where there are too many, the oldest goes. It must never raise into the process
+that it shows. Called by whoever runs consumers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.pywsgi import WSGIHandler, WSGIServer
+
+from greenconsume.admin import address as addresses
+from greenconsume.admin.app import App
+from greenconsume.admin.gate import Gate
+from greenconsume.admin.status import Process
+from greenconsume.events import AdminListening, emit
+
+#: Seconds that a connection has, from its acceptance to the end of its answer.
+CONNECTION_SECONDS = 5.0
+#: Connections that are held at once; a further one takes the place of the oldest.
+MAX_CONNECTIONS = 64
+
+_logger = logging.getLogger("greenconsume.admin")
+
+
+class Server:
+    """Serves the admin of one process, from `start` to `stop`.
+
+    Args:
+        process: What is shown.
+        where: As `address.parse` takes it.
+        token: What strangers must show; see `gate`.
+        stall_after: Seconds after which a handler counts as stalled; None: never.
+
+    Raises:
+        AddressError: `where` says no address, or one that needs a token.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        where: str,
+        token: str | None = None,
+        stall_after: float | None = None,
+    ) -> None:
+        self.address = addresses.parse(where)
+        addresses.check(self.address, token)
+        self._process, self._token, self._stall_after = process, token, stall_after
+        self._server: _Server | None = None
+        self._pid = 0
+
+    def start(self) -> None:
+        """Listen, and answer from now on.
+
+        Raises:
+            AddressError: The address cannot be had.
+
+        Switches: only where a host name is looked up.
+        """
+        listener = addresses.listen(self.address)
+        if not self.address.is_unix:  # port 0 is any that is free
+            self.address = addresses.Address(self.address.host, listener.getsockname()[1])
+        app = App(self._process, Gate(self.address, self._token), self._stall_after)
+        self._server = _Server(listener, app)
+        self._server.start()
+        self._pid = os.getpid()
+        emit(AdminListening(str(self.address)))
+
+    def stop(self) -> None:
+        """Listen no more, and drop what is open. Idempotent. Never switches."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        server.drop_all()
+        if self.address.is_unix and os.getpid() == self._pid:  # a fork's is its parent's
+            try:
+                os.unlink(self.address.path)
+            except OSError:
+                pass  # somebody was faster
+
+
+class _Server(WSGIServer):  # type: ignore[misc]  # gevent is untyped
+    """gevent's, with a bound on the connections and one on the time of each."""
+
+    def __init__(self, listener: socket.socket, app: Callable[..., Any]) -> None:
+        # The name is said, as pywsgi would ask the resolver for it.
+        environ = {"SERVER_NAME": "greenconsume", "SERVER_PORT": "0"}
+        super().__init__(
+            listener, app, log=None, error_log=_logger, handler_class=_Handler, environ=environ
+        )
+        self._open: dict[Any, None] = {}
+
+    def handle(self, sock: Any, address: Any) -> None:
+        """Serve one connection, within its deadline. Runs in a greenlet of its own."""
+        gevent.getcurrent().name = "greenconsume admin"
+        if len(self._open) >= MAX_CONNECTIONS:
+            _drop(next(iter(self._open)))
+        self._open[sock] = None
+        timer = gevent.get_hub().loop.timer(CONNECTION_SECONDS)
+        timer.start(_drop, sock)  # its reads and writes then end by themselves: nobody is killed
+        try:
+            super().handle(sock, address)
+        finally:
+            timer.stop()
+            timer.close()
+            self._open.pop(sock, None)
+
+    def drop_all(self) -> None:
+        """End all connections. Never switches."""
+        for sock in list(self._open):
+            _drop(sock)
+
+
+class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent is untyped
+    """Serves one request of a connection."""
+
+    def read_request(self, raw_requestline: str) -> bool:
+        """Read the request's head; the connection ends with its answer."""
+        found = bool(super().read_request(raw_requestline))
+        self.close_connection = True
+        return found
+
+    def handle_error(self, t: Any, v: Any, tb: Any) -> None:
+        """Answer 500, and log a defect; a connection that ended early is none."""
+        if not isinstance(v, OSError):
+            _logger.error("the admin failed on a request", exc_info=(t, v, tb))
+        self._send_error_response_if_possible(500)
+
+    def log_error(self, msg: str, *args: Any) -> None:
+        """Log what a client did wrong at DEBUG: it is not this process's trouble."""
+        _logger.debug(msg, *args)
+
+
+def _drop(sock: Any) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is gone already

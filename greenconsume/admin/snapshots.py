@@ -1,0 +1,40 @@
+"""Owns the bound on what looking costs: what was made is shown again for a while that follows from its cost.
+
+Whatever number of pages and scrapers ask, at most one part in `REUSE` of the time goes into answers. It must
+never outlive a command: who steers sees what he did. Called by `app`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from time import monotonic
+from typing import Any
+
+#: For so many times as long as it took to make it an answer is given again.
+REUSE = 50.0
+#: Answers that are kept at once.
+_MAX_KEPT = 64
+
+
+class Snapshots:
+    """Keeps answers for as long as they may be given again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[float, Any]] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned lately for `key`, or returns now. Switches: as `make` does."""
+        until, value = self._kept.get(key, (0.0, None))
+        began = monotonic()
+        if began < until:
+            return value
+        value = make()
+        ended = monotonic()
+        if len(self._kept) >= _MAX_KEPT:
+            self._kept.clear()
+        self._kept[key] = (ended + REUSE * (ended - began), value)
+        return value
+
+    def clear(self) -> None:
+        """Forget all: something was changed. Never switches."""
+        self._kept.clear()

@@ -1,0 +1,214 @@
+"""Owns what a process tells of itself, as values, and what may be asked of it: every surface shows these.
+
+It must never hold a message's body, headers, routing key or id. Made by whoever runs consumers (`runtime`);
+shown by the page, the metrics, the health answers and the commands.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from greenconsume.tally import PublishTally, Timings
+
+
+@dataclass(frozen=True, slots=True)
+class RunningHandler:
+    """A handler at work: the delivery tag of its message (a batch's first), and for how many seconds."""
+
+    message: str
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerStatus:
+    """One consumer of a process.
+
+    Attributes:
+        name: Its name, through all restarts.
+        group: What it was spawned from, with its replicas: what can be scaled.
+        state: A `ConsumerState`.
+        queues: The names of the queues that it consumes from.
+        concurrency: How many handlers run at once; None: inline, one.
+        prefetch: What the broker may send ahead; 0: without a limit.
+        in_progress: How many handlers run.
+        idle: How many more could start now: 0 also where a bound that it shares with others is used up.
+        waiting: Deliveries that wait in its inbox.
+        unsettled: Deliveries that are not settled.
+        oldest_unsettled: The age of the oldest of these, in seconds.
+        received: Messages that reached it, since the process began, as all that follow.
+        outcomes: How many of its handlers ended in which way.
+        errors: How many failed, by the name of the exception's class.
+        given_back: Messages that went back before a handler had started.
+        stale_settles: Messages that were settled after their channel was gone.
+        retries: Messages that are tried again later.
+        dead_letters: Messages that were put where failed ones are kept.
+        restarts: How often it was started again.
+        switched_off: Its kill switch has tripped.
+        held: Something lets it take less than it could: its rate, or a hub that lags behind.
+        error: What ended it last, in words.
+        rate: Handled messages a second, in the last minute; None while nobody has looked before.
+        p50: The median of the seconds that its handlers took in the last minute.
+        p99: What 99 of 100 of them did not exceed.
+        running: The handlers that have run for longest, some of them.
+        timings: What the rate and the quantiles come from; no part of the JSON.
+    """
+
+    name: str
+    group: str
+    state: str
+    queues: tuple[str, ...] = ()
+    concurrency: int | None = None
+    prefetch: int = 0
+    in_progress: int = 0
+    idle: int = 0
+    waiting: int = 0
+    unsettled: int = 0
+    oldest_unsettled: float | None = None
+    received: int = 0
+    outcomes: dict[str, int] | None = None
+    errors: dict[str, int] | None = None
+    given_back: int = 0
+    stale_settles: int = 0
+    retries: int = 0
+    dead_letters: int = 0
+    restarts: int = 0
+    switched_off: bool = False
+    held: bool = False
+    error: str = ""
+    rate: float | None = None
+    p50: float | None = None
+    p99: float | None = None
+    running: tuple[RunningHandler, ...] = ()
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """A link to a broker.
+
+    Attributes:
+        uri: The broker's address, without its password.
+        up: It is connected.
+        blocked: The broker blocks its publishers.
+        sessions: How many consumers and publishers use it.
+        reconnects: How often it was connected again.
+        silent: Seconds since its reader last read something; None if nothing is to be expected.
+        heartbeat: The seconds of its heartbeat; 0: none.
+    """
+
+    uri: str
+    up: bool
+    blocked: bool = False
+    sessions: int = 0
+    reconnects: int = 0
+    silent: float | None = None
+    heartbeat: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LagStatus:
+    """How late the hub was, in the last minute, in seconds."""
+
+    p50: float | None = None
+    p99: float | None = None
+    longest: float = 0.0
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """A process: its consumers, its links, its hub.
+
+    Attributes:
+        state: `starting`, `running`, `draining` or `stopped`.
+        started: When it started, in seconds since the epoch.
+        uptime: For how many seconds it has been running.
+    """
+
+    name: str
+    pid: int
+    version: str
+    state: str
+    started: float
+    uptime: float
+    consumers: tuple[ConsumerStatus, ...] = ()
+    links: tuple[LinkStatus, ...] = ()
+    lag: LagStatus = LagStatus()
+    greenlets: int = 0
+    published: tuple[PublishTally, ...] = ()
+
+
+class Process(Protocol):
+    """What the admin sees and steers. Nothing of it waits, but where it says so."""
+
+    def status(self) -> ProcessStatus:
+        """Return what is so now. Never switches."""
+
+    def watch(self) -> None:
+        """Keep times from now on, for somebody looks. Idempotent; never switches."""
+
+    def handlers_of(self, consumer: str) -> tuple[RunningHandler, ...]:
+        """Return all handlers of one consumer that run.
+
+        Raises:
+            UnknownConsumerError: There is none of that name.
+        """
+
+    def pause(self, consumer: str) -> None:
+        """Have a consumer take no more messages until `resume`; what runs ends. Only signals.
+
+        Raises:
+            UnknownConsumerError: There is none of that name.
+            ControlError: It cannot be paused.
+        """
+
+    def resume(self, consumer: str) -> None:
+        """Have a consumer that was paused consume again. Only signals. Raises as `pause`."""
+
+    def stop_consumer(self, consumer: str) -> None:
+        """Drain a consumer, for good. Only signals. Raises as `pause`."""
+
+    def restart_consumer(self, consumer: str) -> None:
+        """Drain a consumer, and start it again. Only signals. Raises as `pause`."""
+
+    def scale(self, group: str, replicas: int) -> None:
+        """Have so many replicas of what was spawned: add some, or drain the last. Only signals.
+
+        Raises:
+            UnknownConsumerError: Nothing of that name was spawned.
+            ControlError: It cannot have so many.
+        """
+
+    def stop(self, reason: str = "stop") -> None:
+        """Drain all. Only signals."""
+
+
+def to_json(status: ProcessStatus, **more: Any) -> bytes:
+    """Return a status as one JSON object, with `more` keys. Never switches."""
+    shown = _plain(status)
+    shown["consumers"] = [_plain(each) for each in status.consumers]
+    for consumer in shown["consumers"]:
+        consumer["running"] = [_plain(each) for each in consumer["running"]]
+    shown["links"] = [_plain(each) for each in status.links]
+    shown["lag"] = _plain(status.lag)
+    shown["published"] = [each.shown() for each in status.published]
+    return json.dumps({**shown, **more}, separators=(",", ":"), default=str).encode()
+
+
+_names: dict[type, tuple[str, ...]] = {}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    # Not `dataclasses.asdict`, which copies all that is below: ten times as long.
+    kind = type(value)
+    names = _names.get(kind)
+    if names is None:
+        shown = (field.name for field in fields(kind) if field.name != "timings")
+        names = _names[kind] = tuple(shown)
+    return {name: _rounded(getattr(value, name)) for name in names}
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if type(value) is float else value
