@@ -10,12 +10,13 @@ import weakref
 from typing import Any
 
 import gevent
+import gevent.hub
 
 
 class _Vigil:
     """Keeps one hub's loop going while anybody is in its block, with one watcher that never fires."""
 
-    def __init__(self, hub: Any) -> None:
+    def __init__(self, hub: gevent.hub.Hub) -> None:
         self._watcher = hub.loop.async_()
         self._sleepers = 0
 

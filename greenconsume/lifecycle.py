@@ -80,7 +80,7 @@ class Lifecycle:
             emit(ConsumerChanged(self.name, old, state))
 
 
-def lifecycle_of(consumer: Any) -> Lifecycle:
+def lifecycle_of(consumer: object) -> Lifecycle:
     """Return the consumer's lifecycle, making it on first use: users' `__init__` need not call ours."""
     found = vars(consumer).get(_ATTRIBUTE)
     if found is None:

@@ -345,7 +345,7 @@ def _fields(event: Event) -> dict[str, Any]:
     return {"event": type(event).__name__, **shown}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, BaseException):
         return _words(value)
     return redact(str(value)) if isinstance(value, str) else value

@@ -14,7 +14,7 @@ from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
 
 
-def adapt(consumer: Any) -> Any:
+def adapt(consumer: object) -> Any:
     """Make a plain `kombu.mixins` instance behave as ours, in place; return it.
 
     What its class took from kombu is replaced, what it defines itself stays.

@@ -133,7 +133,7 @@ class Child:
                 pass
 
 
-def _should_stop(consumer: Any) -> bool:
+def _should_stop(consumer: object) -> bool:
     """Read a flag that a class may have put in the place of the mixin's: it is no signal then."""
     try:
         return bool(getattr(consumer, "should_stop", False))

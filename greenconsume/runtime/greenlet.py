@@ -27,7 +27,7 @@ from greenconsume.transports import registry
 _ENDED = (ConsumerState.STOPPED, ConsumerState.FAILED)
 
 
-def spawn(consumer: Any) -> ConsumerGreenlet:
+def spawn(consumer: object) -> ConsumerGreenlet:
     """Start `consumer` in a greenlet of its own, over a link of its own.
 
     Args:
@@ -59,7 +59,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         supervised: Somebody else logs the error that ends it.
     """
 
-    def __init__(self, consumer: Any, context: contextvars.Context | None = None) -> None:
+    def __init__(self, consumer: object, context: contextvars.Context | None = None) -> None:
         require_patched()
         # Now, as the caller may use the same `Connection`: it keeps the transport that it first finds.
         registry.register()
@@ -124,7 +124,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         self._mark_killed()
         super().kill(exception, block, timeout)
 
-    def throw(self, *args: Any) -> None:
+    def throw(self, *args: object) -> None:
         """Raise an exception in the greenlet, as `gevent.Greenlet.throw`: every kill comes through here."""
         self._mark_killed()
         super().throw(*args)

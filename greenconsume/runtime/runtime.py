@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from types import TracebackType
-from typing import Any
 
 import kombu
 
@@ -98,7 +97,7 @@ class Runtime:
         self._names: Counter[str] = Counter()
         self._pid: int | None = None  # of the process that started it
 
-    def spawn(self, target: Any, replicas: int = 1) -> list[Child]:
+    def spawn(self, target: object, replicas: int = 1) -> list[Child]:
         """Add consumers; they start with the runtime, or now if it runs.
 
         Args:
@@ -312,7 +311,7 @@ class Runtime:
             self.children = [c for c in self.children if c.greenlet is not None or c not in added]
             raise
 
-    def _name(self, target: Any) -> str:
+    def _name(self, target: object) -> str:
         name = getattr(target, "__name__", None) or type(target).__name__
         self._names[name] += 1
         return f"{name}-{self._names[name]}"

@@ -6,9 +6,9 @@ Called by `runtime`; afterwards the process hears signals as it did before.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import gevent
 
@@ -18,7 +18,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def rungs_on_signals(runtime: Any) -> Iterator[None]:
+def rungs_on_signals(runtime: Drainable) -> Iterator[None]:
     """Have SIGTERM and SIGINT stop a runtime, within the block; each further one goes a rung down.
 
     In another thread than the main one they are left alone.
@@ -39,10 +39,35 @@ def rungs_on_signals(runtime: Any) -> Iterator[None]:
                 signal.signal(signum, handler)
 
 
+class Drainable(Protocol):
+    """A runtime, as a signal sees it."""
+
+    @property
+    def children(self) -> Sequence[Running]:
+        """Its consumers."""
+
+    def stop(self, reason: str) -> None:
+        """Drain."""
+
+    def cancel(self, reason: str) -> None:
+        """Cancel what still runs."""
+
+    def kill(self, reason: str) -> None:
+        """Kill what still runs."""
+
+
+class Running(Protocol):
+    """A consumer, as a signal sees it."""
+
+    @property
+    def running(self) -> bool:
+        """True while its greenlet has yet to finish."""
+
+
 class _Ladder:
     """The steps that signals take: each further one goes a rung down."""
 
-    def __init__(self, runtime: Any) -> None:
+    def __init__(self, runtime: Drainable) -> None:
         self._runtime = runtime
         self._rungs = iter((runtime.stop, runtime.cancel, runtime.kill))
 

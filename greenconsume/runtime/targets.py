@@ -18,7 +18,7 @@ from greenconsume.mixins import ConsumerMixin
 from greenconsume.transports import registry
 
 
-def maker_of(target: Any, connection: kombu.Connection, replicas: Any) -> Callable[[], Any]:
+def maker_of(target: object, connection: kombu.Connection, replicas: object) -> Callable[[], Any]:
     """Return what makes the consumer of `target`, the same one each time if it is an instance."""
     if not isinstance(replicas, int) or replicas < 1:
         raise ValueError(f"replicas must be 1 or more, not {replicas!r}")
@@ -47,14 +47,14 @@ def maker_of(target: Any, connection: kombu.Connection, replicas: Any) -> Callab
     return partial(target, connection)
 
 
-def _require_get_consumers(target: Any, name: str) -> None:
+def _require_get_consumers(target: object, name: str) -> None:
     """Refuse a class that has the mixins' own `get_consumers` alone, which only raises."""
     inherited = (ConsumerMixin.get_consumers, kombu_mixins.ConsumerMixin.get_consumers)
     if getattr(target, "get_consumers", None) in inherited:
         raise InvalidConsumerError(f"{name} has no get_consumers: define it")
 
 
-def _adopt(instance: Any, connection: kombu.Connection, replicas: int) -> None:
+def _adopt(instance: Any, connection: kombu.Connection, replicas: object) -> None:
     """Check an instance, and give it the runtime's connection if it has none."""
     name = type(instance).__name__
     _require_get_consumers(type(instance), name)

@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from itertools import count
 from queue import Empty
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 import gevent
 from amqp.exceptions import RecoverableConnectionError
 from gevent.event import Event
+from kombu import Connection
 from kombu.transport import memory as kombu_memory
 from kombu.transport import virtual
 from kombu.utils.uuid import uuid
@@ -51,13 +52,13 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
     QoS = UnsettledMessages
     body_encoding = None  # a body that goes nowhere needs no base64
 
-    def __init__(self, connection: Transport, **kwargs: Any) -> None:
+    def __init__(self, connection: Transport, **kwargs: object) -> None:
         self._ready: OrderedDict[Subscription, None] = OrderedDict()
         super().__init__(connection, **kwargs)
         self._consumers: dict[str, Subscription] = {}  # kombu's is a set of the tags
 
     def queue_delete(
-        self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any
+        self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: object
     ) -> None:
         """Delete a queue and its bindings; kombu's leaves it in the tables of its exchanges."""
         if if_empty and self._size(queue):
@@ -68,7 +69,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         self.state.queue_bindings_delete(queue)
         self.queues.pop(queue, None)
 
-    def basic_publish(self, message: Payload, *args: Any, **kwargs: Any) -> None:
+    def basic_publish(self, message: Payload, *args: object, **kwargs: object) -> None:
         """Put a message into every queue that it is routed to; each wakes one consumer."""
         self._require_open()
         own = {name: queues.copied(message.get(name) or {}) for name in ("headers", "properties")}
@@ -80,7 +81,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         no_ack: bool,
         callback: Callable[[virtual.Message], object],
         consumer_tag: str = "",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """Subscribe to a queue; return the consumer's tag."""
         self._require_open()
@@ -91,14 +92,16 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         self.make_ready(subscription)
         return tag
 
-    def basic_cancel(self, consumer_tag: str, **kwargs: Any) -> None:
+    def basic_cancel(self, consumer_tag: str, **kwargs: object) -> None:
         """End a subscription; what it has delivered stays to be settled."""
         subscription = self._consumers.pop(consumer_tag, None)
         if subscription is not None:
             self._ready.pop(subscription, None)
             queues.leave_line(subscription)
 
-    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> virtual.Message | None:
+    def basic_get(
+        self, queue: str, no_ack: bool = False, **kwargs: object
+    ) -> virtual.Message | None:
         """Take a message if there is one."""
         self._require_open()
         try:
@@ -111,7 +114,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         """Settle a message, or all up to it."""
         self.qos.ack(delivery_tag, multiple)
 
-    def basic_qos(self, *args: Any, **kwargs: Any) -> None:
+    def basic_qos(self, *args: object, **kwargs: object) -> None:
         """Bound what this channel has delivered and not settled; no bound if it is 0."""
         super().basic_qos(*args, **kwargs)
         self.offer()
@@ -185,7 +188,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
             raise Empty  # kombu's brings a deleted queue back by looking
         return self._queue_for(queue).get(block=False)
 
-    def _new_queue(self, queue: str, **kwargs: Any) -> None:
+    def _new_queue(self, queue: str, **kwargs: object) -> None:
         self._queue_for(queue)
 
     def _queue_for(self, queue: str) -> Queue:
@@ -206,6 +209,9 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
             raise RecoverableConnectionError("the channel is closed")
 
 
+_Channel: TypeAlias = Channel  # within Transport, kombu has an attribute of that name
+
+
 class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyped
     """kombu's memory transport, with a `drain_events` that parks its greenlet and can be stopped."""
 
@@ -214,9 +220,9 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
     #: Its `drain_events` waits without polling and takes a `stop`.
     wakes = True
 
-    def __init__(self, client: Any, **kwargs: Any) -> None:
+    def __init__(self, client: Connection, **kwargs: object) -> None:
         super().__init__(client, **kwargs)
-        self._ready: OrderedDict[Any, None] = OrderedDict()
+        self._ready: OrderedDict[_Channel, None] = OrderedDict()
         self._idle: OrderedDict[_Drainer, None] = OrderedDict()
         self._closed = False
         self._last_turn = monotonic()
@@ -228,7 +234,10 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
         return self
 
     def drain_events(
-        self, connection: Any, timeout: float | None = None, stop: StopSignal | None = None
+        self,
+        connection: Transport | None,
+        timeout: float | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         """Deliver one message, waiting for it; messages of several channels and queues take turns.
 
@@ -258,23 +267,23 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
             self._pass_on(drainer)
         subscription.callback(message)
 
-    def close_channel(self, channel: Any) -> None:
+    def close_channel(self, channel: _Channel) -> None:
         """Forget a channel that closes."""
         self._ready.pop(channel, None)
         super().close_channel(channel)
 
-    def close_connection(self, connection: Any) -> None:
+    def close_connection(self, connection: Transport | None) -> None:
         """Close every channel; greenlets that drain the connection are told by an error."""
         self._closed = True
         super().close_connection(connection)
         while self._idle:
             self._wake(None)
 
-    def _collect(self, connection: Any) -> None:
+    def _collect(self, connection: Transport | None) -> None:
         # Without it, kombu's Connection.collect changes the socket timeout of the whole process.
         self.close_connection(connection)
 
-    def offer(self, channel: Any, queue: str | None) -> bool:
+    def offer(self, channel: _Channel, queue: str | None) -> bool:
         """Have `channel` looked at; return whether that woke a drainer, who then owes `queue` a look."""
         self._ready[channel] = None
         return bool(self._idle) and self._wake(queue)
@@ -294,7 +303,11 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
             queues.wake_for(owed)
 
     def _next(
-        self, connection: Any, drainer: _Drainer, deadline: Deadline, stop: StopSignal | None
+        self,
+        connection: Transport | None,
+        drainer: _Drainer,
+        deadline: Deadline,
+        stop: StopSignal | None,
     ) -> tuple[Subscription, virtual.Message]:
         while True:
             if stop is not None:

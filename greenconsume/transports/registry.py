@@ -8,7 +8,7 @@ does, called by `links` before it connects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from greenconsume.events import PollingTransport, emit
 
 if TYPE_CHECKING:
     import kombu
+
+#: A transport as kombu names it: an alias, a path, or the class itself.
+TransportName = str | type[Any]
 
 #: Seconds after which a polled transport without an interval of its own looks whether it is to stop.
 SAFETY_INTERVAL = 1.0
@@ -107,14 +110,14 @@ def require_known(url: str) -> None:
         _usable(name)
 
 
-def _schemes(urls: Any) -> Iterator[str]:
+def _schemes(urls: Iterable[str] | None) -> Iterator[str]:
     for url in urls or ():
         scheme, found, _ = url.partition("://")
         if found:
             yield scheme.partition("+")[0]  # sqla+postgresql:// is sqla
 
 
-def _usable(name: Any) -> Any:
+def _usable(name: TransportName) -> Any:
     """Return the class that a name, a path or a class stands for; refuse what waits in C."""
     path = TRANSPORT_ALIASES.get(name, name) if isinstance(name, str) else ""
     _refuse_blocking(name, str(path).partition(":")[0])
@@ -124,7 +127,7 @@ def _usable(name: Any) -> Any:
     return cls
 
 
-def _refuse_blocking(name: Any, module: str) -> None:
+def _refuse_blocking(name: TransportName, module: str) -> None:
     if module in _BLOCKING:
         library, remedy = _BLOCKING[module]
         raise UnsupportedTransportError(
@@ -133,7 +136,7 @@ def _refuse_blocking(name: Any, module: str) -> None:
         )
 
 
-def _resolved(name: Any) -> Any:
+def _resolved(name: TransportName) -> Any:
     try:
         return get_transport_cls(name)
     except KeyError as exc:
@@ -169,7 +172,7 @@ def _unknown(name: str) -> str:
     )
 
 
-def _not_installed(name: Any, exc: Exception) -> str:
+def _not_installed(name: TransportName, exc: Exception) -> str:
     path = str(TRANSPORT_ALIASES.get(name, "")) if isinstance(name, str) else ""
     module = path.partition(":")[0].removesuffix(".Transport")
     if module.startswith("kombu."):
@@ -180,7 +183,7 @@ def _not_installed(name: Any, exc: Exception) -> str:
     return f"the transport {_display(name)!r} lacks a library ({_line(exc)}): {remedy}"
 
 
-def _announce(name: Any, cls: Any, options: dict[str, Any]) -> None:
+def _announce(name: TransportName, cls: Any, options: dict[str, Any]) -> None:
     shown = _display(name)
     if shown in _announced:
         return
@@ -190,7 +193,7 @@ def _announce(name: Any, cls: Any, options: dict[str, Any]) -> None:
     emit(PollingTransport(shown, float(interval)))
 
 
-def _display(name: Any) -> str:
+def _display(name: TransportName) -> str:
     return name if isinstance(name, str) else f"{name.__module__}:{name.__qualname__}"
 
 
