@@ -10,12 +10,12 @@ from time import monotonic, sleep
 
 from kombu import Connection, Queue
 
-from greenconsume import ConsumerMixin, spawn
+from greenconsume import ConsumerMixin, ConsumerOptions, spawn
 
 
 class Pages(ConsumerMixin):
-    concurrency = 50
-    auto_settle = True  # a message whose callback returns is acknowledged
+    # With auto_settle a message whose callback returns is acknowledged.
+    options = ConsumerOptions(concurrency=50, auto_settle=True)
     fetched = 0
 
     def get_consumers(self, Consumer, channel):

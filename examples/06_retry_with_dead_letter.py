@@ -9,11 +9,11 @@ import os
 
 from kombu import Connection, Queue
 
-from greenconsume import ConsumerMixin, Retry, spawn
+from greenconsume import ConsumerMixin, ConsumerOptions, Retry, spawn
 
 
 class Payments(ConsumerMixin):
-    on_error = Retry(delays=[0.1, 0.5])  # then it goes to payments.dead
+    options = ConsumerOptions(on_error=Retry(delays=[0.1, 0.5]))  # then it goes to payments.dead
 
     def get_consumers(self, Consumer, channel):
         return [Consumer([Queue("payments")], callbacks=[self.on_payment])]

@@ -11,13 +11,12 @@ from time import sleep
 
 from kombu import Connection, Queue
 
-from greenconsume import ConsumerMixin, spawn
+from greenconsume import ConsumerMixin, ConsumerOptions, spawn
 
 
 class Orders(ConsumerMixin):
-    concurrency = 10
-    partition_by = "customer"  # a header; or "routing_key", or a function of the message
-    auto_settle = True
+    # partition_by: a header; or "routing_key", or a function of the message.
+    options = ConsumerOptions(concurrency=10, partition_by="customer", auto_settle=True)
 
     def get_consumers(self, Consumer, channel):
         return [Consumer([Queue("orders", auto_delete=True)], callbacks=[self.on_order])]

@@ -9,14 +9,13 @@ import os
 
 from kombu import Connection, Queue
 
-from greenconsume import ConsumerMixin, spawn
+from greenconsume import ConsumerMixin, ConsumerOptions, spawn
 
 
 class Readings(ConsumerMixin):
     """Given up to 100 readings at once, or what has come in the second after the first."""
 
-    batch_size = 100
-    batch_timeout = 1.0
+    options = ConsumerOptions(batch_size=100, batch_timeout=1.0)
 
     def __init__(self, connection):
         self.connection = connection
@@ -27,7 +26,7 @@ class Readings(ConsumerMixin):
     def on_batch(self, batch):
         print(f"{len(batch)} readings, on average {sum(r for r, _ in batch) / len(batch)}")
         batch.ack()  # or, had it raised, all hundred would be requeued
-        self.should_stop = len(batch) < self.batch_size
+        self.should_stop = len(batch) < 100
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from time import sleep
 
 from kombu import Connection, Queue
 
-from greenconsume import ConsumerMixin, HandlerTimeout, spawn
+from greenconsume import ConsumerMixin, ConsumerOptions, HandlerTimeout, spawn
 
 
 class Reports(ConsumerMixin):
-    handler_timeout = 0.5
+    options = ConsumerOptions(handler_timeout=0.5)
 
     def get_consumers(self, Consumer, channel):
         return [Consumer([Queue("reports", auto_delete=True)], callbacks=[self.on_report])]

@@ -45,6 +45,7 @@ __all__ = [
     "Child",
     "ConsumerGreenlet",
     "ConsumerMixin",
+    "ConsumerOptions",
     "ConsumerProducerMixin",
     "HandlerTimeout",
     "KillSwitch",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from greenconsume.failures.retry import Retry
     from greenconsume.handling.batches import Batch
     from greenconsume.handling.kill_switch import KillSwitch
+    from greenconsume.handling.options import ConsumerOptions
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
     from greenconsume.publishing.publisher import Publisher
@@ -79,6 +81,7 @@ else:
         "Child": "runtime.child",
         "ConsumerGreenlet": "runtime.greenlet",
         "ConsumerMixin": "mixins",
+        "ConsumerOptions": "handling.options",
         "ConsumerProducerMixin": "mixins",
         "HandlerTimeout": "errors",
         "KillSwitch": "handling.kill_switch",

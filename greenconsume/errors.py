@@ -22,6 +22,22 @@ class InvalidConsumerError(GreenconsumeError, TypeError):
     """The object that was to be spawned is no consumer: it has no `get_consumers`, or no connection."""
 
 
+class InvalidOptionsError(InvalidConsumerError, ValueError):
+    """An option of a consumer makes no sense, or two of them together.
+
+    Attributes:
+        field: The option.
+        value: What it was said to be.
+        allowed: What it may be, in words.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str, problem: str = "") -> None:
+        super().__init__(problem or f"{field} must be {allowed}, not {value!r}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
 class BrokerRefusedError(GreenconsumeError):
     """The broker answered and refused: wrong credentials, no such virtual host, no permission.
 

@@ -23,13 +23,14 @@ class Lifecycle:
 
     __slots__ = (
         "_rungs",
-        "defaults",
+        "around",
         "drain",
         "links",
         "name",
         "on_enter",
         "owned",
         "ready",
+        "slots",
         "state",
         "stop",
         "switch",
@@ -42,7 +43,8 @@ class Lifecycle:
         self.ready = Event()  # set while consuming
         self.links: Any = None  # the LinkPool it connects over; None: one of its own
         self.drain: Any = None  # its handlers and how they end, once it connected
-        self.defaults: dict[str, Any] = {}  # what its runtime sets where the consumer does not
+        self.around: tuple[Any, ...] = ()  # the options that its spawn and its runtime say
+        self.slots: Any = None  # the places that a runtime's handlers share
         self.switch: Any = None  # its kill switch, while it runs
         self._rungs: Rungs | None = None
         self.on_enter: Callable[[], object] | None = (

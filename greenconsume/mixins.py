@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -24,12 +24,12 @@ from kombu.utils.limits import TokenBucket
 from greenconsume.amqp.transport import LinkLostError, Session
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState
-from greenconsume.failures.policies import OnError
 from greenconsume.failures.retry import prepared
 from greenconsume.handling.boundary import Handler, Handling
 from greenconsume.handling.drain import Drain, drain_of, seen_off
-from greenconsume.handling.kill_switch import KillSwitch, fit_switch, leaving, switched
-from greenconsume.handling.options import SETTLE_DEADLINE
+from greenconsume.handling.kill_switch import fit_switch, leaving, switched
+from greenconsume.handling.options import ConsumerOptions
+from greenconsume.handling.settings import settings_of
 from greenconsume.handling.shield import shield_channels
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
@@ -57,37 +57,13 @@ class ConsumerMixin:
         connection: A `kombu.Connection`; it is cloned, never used itself.
         connect_max_retries: Failed attempts to connect that are followed by another; None: all.
         should_stop: Assign True, from any greenlet or thread, to stop.
-        on_error: What becomes of a message whose callback raised: a policy, or a mapping from exception
-            classes to policies, of which the most specific counts. Else the runtime's, or `Requeue(1.0)`.
-        concurrency: How many callbacks run at once, each in a greenlet; None: inline, one after the other.
-        partition_by: Messages with the same key run one after the other, in order: the name of a header,
-            "routing_key", or a callable that is given the message. Needs `concurrency`.
-        batch_size: The callbacks are given one argument, a `Batch` of up to so many messages, and failures
-            concern all of it that is not settled. `concurrency` counts batches; None is 1 then. Not
-            with `partition_by` or `on_message`.
-        batch_timeout: Seconds after its first message at which a batch is handed over though it is not full.
-        handler_timeout: Seconds after which `HandlerTimeout` is raised in a callback; None: never.
-        kill_switch: A `KillSwitch`: `run` stops consuming for a while when too many messages fail.
-        auto_settle: Acknowledge a message whose callback returned without settling it.
-        drain_timeout: Seconds that a stop leaves callbacks to end by themselves; None: the runtime's, or 30.
-        cancel_timeout: Seconds that they have after `Shutdown` was raised in them; None: likewise, or 5.
-        settle_deadline: The seconds after which the broker closes a channel with an unsettled message,
-            RabbitMQ's `consumer_timeout`: at four fifths of it there is a warning. 0: never.
+        options: How its messages are handled: `ConsumerOptions(…)`. It counts only where it is one.
     """
 
     connection: Any
     connect_max_retries: int | None = None
-    on_error: OnError | None = None
-    concurrency: int | None = None
-    partition_by: str | Callable[[Any], Hashable] | None = None
-    batch_size: int | None = None
-    batch_timeout: float = 1.0
-    handler_timeout: float | None = None
-    kill_switch: KillSwitch | None = None
-    auto_settle: bool = False
-    drain_timeout: float | None = None
-    cancel_timeout: float | None = None
-    settle_deadline: float | None = SETTLE_DEADLINE
+    # Typed by no more than this, for a class that calls something of its own so.
+    options: Any = ConsumerOptions()
 
     # -- what users define or override ------------------------------------------------------------
 
@@ -118,7 +94,8 @@ class ConsumerMixin:
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Called for a message whose body cannot be decoded; logs and acknowledges it, as kombu does.
 
-        That loses it. With `on_decode_error = None` in its place, such a message meets `on_error`.
+        That loses it. With `on_decode_error = None` in its place, such a message meets the `on_error` of
+        the options.
         """
         error(
             "Can't decode message body: %r (type:%r encoding:%r raw:%r')",
@@ -172,7 +149,8 @@ class ConsumerMixin:
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
         stopping = self._stopping()
         try:
-            with seen_off(self), switched(self) as switch:
+            kill_switch = settings_of(self).kill_switch
+            with seen_off(self), switched(lifecycle_of(self), kill_switch) as switch:
                 while not stopping():
                     try:
                         if restart_limit.can_consume(_tokens):

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import sys
+from dataclasses import replace
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import click
 import kombu
 
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.links.brokers import connection_to
 from greenconsume.runtime.runtime import Runtime
 
@@ -23,7 +25,9 @@ from greenconsume.runtime.runtime import Runtime
 _OURS = {"click", "gevent", "greenconsume", "importlib"}
 
 
-def runtime_of(spec: str, options: dict[str, Any], given: dict[str, Any]) -> Runtime:
+def runtime_of(
+    spec: str, options: dict[str, Any], given: dict[str, Any], handled: ConsumerOptions
+) -> Runtime:
     """Return the runtime that a MODULE:TARGET names, or a new one that runs the consumers it names.
 
     Args:
@@ -31,6 +35,7 @@ def runtime_of(spec: str, options: dict[str, Any], given: dict[str, Any]) -> Run
             called here if it takes no arguments, else by the runtime, with the connection.
         options: `replicas`, and `broker` and whatever else `Runtime` is called with.
         given: Those of the options that the user gave. Only these apply to what has its own.
+        handled: How messages are handled, as far as the user says so.
 
     Raises:
         click.UsageError: There is no such module or name, or an option is not for this target.
@@ -42,9 +47,9 @@ def runtime_of(spec: str, options: dict[str, Any], given: dict[str, Any]) -> Run
         target = target()
     try:
         if isinstance(target, Runtime):
-            _apply(target, **given)
+            _apply(target, handled, **given)
             return target
-        return _made_of(target, given, **options)
+        return _made_of(target, given, handled, **options)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
 
@@ -100,8 +105,10 @@ def _is_factory(target: Any) -> bool:
     return True
 
 
-def _made_of(target: Any, given: dict[str, Any], replicas: int, **options: Any) -> Runtime:
-    runtime = Runtime(**options)
+def _made_of(
+    target: Any, given: dict[str, Any], handled: ConsumerOptions, replicas: int, **options: Any
+) -> Runtime:
+    runtime = Runtime(options=handled, **options)
     own = None if isinstance(target, type) else getattr(target, "connection", None)
     if isinstance(own, kombu.Connection) and "broker" in given:
         _redirect(own, runtime.connection)
@@ -109,7 +116,9 @@ def _made_of(target: Any, given: dict[str, Any], replicas: int, **options: Any) 
     return runtime
 
 
-def _apply(runtime: Runtime, broker: str | None = None, **given: Any) -> None:
+def _apply(
+    runtime: Runtime, handled: ConsumerOptions, broker: str | None = None, **given: Any
+) -> None:
     """Have a runtime that the user made do what the command line says."""
     if "replicas" in given:
         raise click.UsageError(
@@ -117,6 +126,7 @@ def _apply(runtime: Runtime, broker: str | None = None, **given: Any) -> None:
         )
     for name, value in given.items():
         setattr(runtime, name, value)
+    runtime.options = replace(runtime.options, **handled.said())
     if broker is not None:
         _redirect(runtime.connection, connection_to(broker))
 

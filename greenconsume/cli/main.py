@@ -6,10 +6,9 @@ the default. What consuming and stopping is, `runtime` knows. Called by `__main_
 
 from __future__ import annotations
 
-import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from click.core import ParameterSource
 
 from greenconsume import __version__, logs
 from greenconsume.cli.dead_letters import dead_letters
+from greenconsume.cli.flags import consumer_flags, flag
 from greenconsume.cli.loading import runtime_of, users_part
 from greenconsume.errors import (
     BrokerRefusedError,
@@ -25,6 +25,7 @@ from greenconsume.errors import (
     InvalidConsumerError,
     UnsupportedTransportError,
 )
+from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.runtime.runtime import Runtime
 
 if sys.version_info >= (3, 11):
@@ -32,6 +33,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]  # mypy may run on 3.11
 
+#: What a value in the table must be, by the type of the option's default, where it is no number.
+_KINDS: dict[type, tuple[str, Any]] = {str: ("a string", str), bool: ("true or false", bool)}
 _TABLE = "[tool.greenconsume] in pyproject.toml"
 
 
@@ -63,21 +66,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _seconds(value: str | float) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise click.BadParameter(f"{value!r} is no number of seconds, 0 or more")
-    return seconds
-
-
-def _option(flag: str, **details: Any) -> Callable[[Any], Any]:
-    envvar = "GREENCONSUME_" + flag.removeprefix("--").replace("-", "_").upper()
-    return click.option(flag, envvar=envvar, show_envvar=True, show_default=True, **details)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
 @click.version_option(__version__, prog_name="greenconsume")
 @click.pass_context
@@ -97,61 +85,43 @@ def cli(ctx: click.Context) -> None:
 
 @cli.command()
 @click.argument("target", metavar="MODULE:TARGET")
-@_option(
+@flag(
     "--broker",
     metavar="URL",
     default="memory://",
     help="A kombu URL, or several to fail over to, with ';' between.",
 )
-@_option(
+@flag(
     "--replicas",
     type=click.IntRange(min=1),
     default=1,
     help="How many consumers of a class to run.",
 )
-@_option(
+@flag(
     "--links",
     type=click.IntRange(min=1),
     default=1,
     help="Connections to the broker, shared by all consumers.",
 )
-@_option(
-    "--concurrency",
-    type=click.IntRange(min=1),
-    help="Handlers at once of a consumer that sets none itself; without: inline, one by one.",
-)
-@_option(
+@consumer_flags
+@flag(
     "--max-handlers",
     type=click.IntRange(min=1),
     help="Handlers at once of all consumers that have a concurrency; without: no such bound.",
 )
-@_option(
+@flag(
     "--block-warning",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
     help="Warn of a handler that keeps all others waiting for so long, with its stack.",
 )
-@_option(
-    "--drain-timeout",
-    type=_seconds,
-    metavar="SECONDS",
-    default=30.0,
-    help="How long a stop leaves what runs to end by itself.",
-)
-@_option(
-    "--cancel-timeout",
-    type=_seconds,
-    metavar="SECONDS",
-    default=5.0,
-    help="How long what was cancelled then has, and closing the connections.",
-)
-@_option(
+@flag(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
     help="The least that is logged, to stderr.",
 )
-@_option(
+@flag(
     "--log-format",
     type=click.Choice(["text", "json"], case_sensitive=False),
     default="text",
@@ -190,7 +160,9 @@ def run(
         for name, value in options.items()
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
-    _serve(runtime_of(target, options, given))
+    handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
+    others = {name: value for name, value in options.items() if name not in OPTIONS}
+    _serve(runtime_of(target, others, given, handled))
 
 
 cli.add_command(dead_letters)
@@ -253,9 +225,8 @@ def _table() -> dict[str, Any]:
 
 
 def _setting(key: str, value: Any, param: click.Parameter) -> Any:
-    wanted = str if isinstance(param.default, str) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        kind = "a string" if wanted is str else "a number"
+    kind, wanted = _KINDS.get(type(param.default), ("a number", (int, float)))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise click.UsageError(f"{_TABLE}: {key} must be {kind}, not {value!r}")
     try:
         return param.type.convert(str(value), param, None)

@@ -20,8 +20,9 @@ from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import PrefetchTooSmall, emit
 from greenconsume.failures.requeues import is_live, is_settleable
 from greenconsume.handling.boundary import Handling, decode
-from greenconsume.handling.options import MAX_PREFETCH, Settings
+from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.pool import Job
+from greenconsume.handling.settings import Settings
 from greenconsume.lifecycle import Lifecycle
 
 

@@ -26,8 +26,9 @@ from greenconsume.errors import HandlerTimeout, Interrupt, Shutdown, StoppedErro
 from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
 from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
 from greenconsume.failures.retry import retrier_of
-from greenconsume.handling.options import Settings
+from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.pool import ALONE, HandlerPool, Job
+from greenconsume.handling.settings import Settings
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.stopping import FORK
 
@@ -170,7 +171,7 @@ class Handling:
         chosen = self.prefetch_of(consumer)
         if chosen is None:
             # As much again as runs, so that the next message is at hand when a handler ends.
-            consumer.qos(prefetch_count=min(2 * self.pool.size, 65535))
+            consumer.qos(prefetch_count=min(2 * self.pool.size, MAX_PREFETCH))
         elif 0 < chosen < self.pool.size:
             emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))
 

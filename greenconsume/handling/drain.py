@@ -35,7 +35,7 @@ from greenconsume.events import ConsumerDrained, ConsumerState, HandlerInterrupt
 from greenconsume.handling import unsettled_watch
 from greenconsume.handling.batches import Batching
 from greenconsume.handling.boundary import Handling
-from greenconsume.handling.options import settings_of
+from greenconsume.handling.settings import settings_of
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.stopping import Deadline, StopSignal, wait_open
 

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
-from greenconsume.lifecycle import Lifecycle, lifecycle_of
+from greenconsume.lifecycle import Lifecycle
 from greenconsume.stopping import Deadline, StopSignal
 
 #: The share of a pause by which it is longer by chance, so that a fleet does not try in step.
@@ -175,13 +175,12 @@ class NoSwitch:
 
 
 @contextmanager
-def switched(consumer: Any) -> Iterator[Switch | NoSwitch]:
+def switched(life: Lifecycle, settings: KillSwitch | None) -> Iterator[Switch | NoSwitch]:
     """Give a consumer its switch while it runs, if it is to have one."""
-    life = lifecycle_of(consumer)
-    if consumer.kill_switch is None:
+    if settings is None:
         yield NoSwitch()
         return
-    life.switch = switch = Switch(consumer.kill_switch, life)
+    life.switch = switch = Switch(settings, life)
     try:
         yield switch
     finally:

@@ -1,189 +1,156 @@
-"""Owns how a consumer's handlers are to run: what its attributes say, else its runtime, else the defaults.
+"""Owns `ConsumerOptions`: every option of a consumer, declared once, and checked where it is said.
 
-Read anew for each connection, and checked here, where they enter; `supervisor` has them checked before
-the consumer starts. Called by `handlers` as well.
+The command line's flags and the table in docs/reference.md are made from `OPTIONS`. What the options of
+a class, of its `spawn` and of its runtime mean together, `settings` works out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import inspect
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
-from greenconsume.errors import InvalidConsumerError
-from greenconsume.failures.policies import ByError, FailurePolicy, Requeue
-from greenconsume.handling.pool import Slots
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.errors import InvalidOptionsError
+from greenconsume.failures.policies import OnError, Requeue
+from greenconsume.handling.declaring import (
+    UNSET,
+    Count,
+    Declaration,
+    Key,
+    Policy,
+    Seconds,
+    Switching,
+    Unset,
+    YesOrNo,
+    declarations_of,
+    explained,
+    option,
+)
+from greenconsume.handling.kill_switch import KillSwitch
 
-DRAIN_TIMEOUT = 30.0
-CANCEL_TIMEOUT = 5.0
-BATCH_TIMEOUT = 1.0
 #: The largest prefetch that AMQP can say; no more than that can be gathered.
 MAX_PREFETCH = 65535
-#: RabbitMQ's `consumer_timeout`: it closes the channel of a delivery that is unsettled for longer.
-SETTLE_DEADLINE = 1800.0
+
+#: Why two options are refused together.
+APART = (
+    "batch_size and partition_by do not go together: without partition_by and with concurrency=1 batches "
+    "are handled one after the other, in order"
+)
+
+#: The name of a header, "routing_key", or what is called with the message.
+PartitionBy: TypeAlias = str | Callable[..., Hashable]
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a consumer's handlers run; see `ConsumerMixin`.
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ConsumerOptions:
+    """How a consumer's messages are handled: the class attribute `options` of a consumer.
 
-    Attributes:
-        partition: The key of a message, or None where it waits for no other.
-        slots: The places that a runtime's consumers share, if it has `max_handlers`.
-    """
-
-    on_error: FailurePolicy
-    handler_timeout: float | None = None
-    drain_timeout: float = DRAIN_TIMEOUT
-    cancel_timeout: float = CANCEL_TIMEOUT
-    auto_settle: bool = False
-    settle_deadline: float | None = SETTLE_DEADLINE
-    concurrency: int | None = None
-    partition: Callable[[Any], Hashable] | None = None
-    batch_size: int | None = None
-    batch_timeout: float = BATCH_TIMEOUT
-    slots: Slots | None = None
-
-
-def settings_of(consumer: Any) -> Settings:
-    """Return the settings of `consumer`.
+    Every option that is not said here is left to `Runtime.spawn(…, options=…)`, then to
+    `Runtime(options=…)`, then to its default. docs/reference.md has them in a table.
 
     Raises:
-        InvalidConsumerError: An attribute makes no sense; the message says which, and what to write.
+        InvalidOptionsError: A value makes no sense. The message has the option, the value and what is
+            allowed.
     """
-    given = _Given(consumer)
-    concurrency, batch_size = given.count("concurrency"), _batch_size(given)
-    if batch_size is not None:
-        concurrency = concurrency or 1
-    return Settings(
-        on_error=_policy(given),
-        concurrency=concurrency,
-        partition=_partition(given, concurrency),
-        batch_size=batch_size,
-        batch_timeout=given.seconds("batch_timeout", BATCH_TIMEOUT) or 0.0,
-        handler_timeout=given.seconds("handler_timeout", None, positive=True),
-        auto_settle=bool(given.value("auto_settle", False)),
-        drain_timeout=given.seconds("drain_timeout", DRAIN_TIMEOUT) or 0.0,
-        cancel_timeout=given.seconds("cancel_timeout", CANCEL_TIMEOUT) or 0.0,
-        settle_deadline=given.seconds("settle_deadline", SETTLE_DEADLINE) or None,
-        slots=given.defaults.get("slots"),
+
+    concurrency: int | Unset | None = option(
+        Count(none="callbacks that run inline"),
+        None,
+        "How many callbacks run at once, each in a greenlet. Without, they run inline, one after the other. "
+        "The prefetch follows, where the consumer sets none itself.",
+        "inline",
+    )
+    partition_by: PartitionBy | Unset | None = option(
+        Key(),
+        None,
+        "What messages have in common that run one after the other, in order: the name of a header, "
+        "'routing_key', or a callable that is given the message (as a method of the class: the consumer and "
+        "the message). Needs `concurrency`.",
+        "no order",
+    )
+    batch_size: int | Unset | None = option(
+        Count(most=MAX_PREFETCH, none="callbacks that are given one message"),
+        None,
+        "How many messages a callback is given at once, at most. It is given one argument, a `Batch`, and "
+        "failures concern all of it that is not settled. `concurrency` counts batches, and is 1 where it is "
+        "not said. Not with `partition_by` or `on_message`.",
+        "no batches",
+    )
+    batch_timeout: float | Unset = option(
+        Seconds(),
+        1.0,
+        "How long after its first message a batch is handed over though it is not full.",
+    )
+    handler_timeout: float | Unset | None = option(
+        Seconds(above_zero=True, optional=True),
+        None,
+        "How long a callback may take before `HandlerTimeout` is raised in it.",
+        "no limit",
+    )
+    auto_settle: bool | Unset = option(
+        YesOrNo(),
+        False,
+        "Acknowledge a message whose callback returned without settling it.",
+        "no",
+    )
+    on_error: OnError | Unset = option(
+        Policy(),
+        Requeue(),
+        "What becomes of a message whose callback raised. In a mapping the most specific class of exceptions "
+        "counts, and what the mapping lacks meets what the next level says.",
+        "`Requeue(delay=1.0)`",
+    )
+    kill_switch: KillSwitch | Unset | None = option(
+        Switching(),
+        None,
+        "When to stop consuming for a while, because too many messages fail.",
+        "none",
+    )
+    drain_timeout: float | Unset = option(
+        Seconds(), 30.0, "How long a stop leaves callbacks that run to end by themselves."
+    )
+    cancel_timeout: float | Unset = option(
+        Seconds(),
+        5.0,
+        "How long callbacks have, after `Shutdown` was raised in them, before they are killed.",
+    )
+    settle_deadline: float | Unset = option(
+        Seconds(),
+        1800.0,
+        "After how long the broker closes the channel of a message that is not settled. It is RabbitMQ's "
+        "`consumer_timeout`; a warning comes at four fifths of it. 0: no warning.",
     )
 
+    def __post_init__(self) -> None:
+        for name, value in self.said().items():
+            OPTIONS[name].kind.check(name, value)
+        if isinstance(self.batch_size, int) and self.partition_by not in (None, UNSET):
+            raise InvalidOptionsError("batch_size", self.batch_size, "without partition_by", APART)
 
-def check_policy(on_error: Any, whose: str) -> None:
-    """Refuse what can be no `on_error`.
+    def said(self) -> dict[str, Any]:
+        """Return the options that were said, by name."""
+        values = ((name, getattr(self, name)) for name in OPTIONS)
+        return {name: value for name, value in values if value is not UNSET}
 
-    Raises:
-        InvalidConsumerError: It is neither a policy nor a mapping from exception classes to policies.
+    def value_of(self, name: str) -> Any:
+        """Return what was said of one option, or else its default."""
+        value = getattr(self, name)
+        return OPTIONS[name].default if value is UNSET else value
+
+    def __repr__(self) -> str:
+        return f"ConsumerOptions({', '.join(f'{n}={v!r}' for n, v in self.said().items())})"
+
+
+#: Every option, by name.
+OPTIONS: dict[str, Declaration] = declarations_of(ConsumerOptions)
+ConsumerOptions.__doc__ = explained(ConsumerOptions.__doc__ or "", OPTIONS.values())
+
+
+def options_of(consumer: object) -> ConsumerOptions | None:
+    """Return the options of a consumer, or None: what else it calls `options` is its own.
+
+    Nothing of the consumer's is run: a property of that name is no options.
     """
-    if not isinstance(on_error, Mapping):
-        _check_one(on_error, f"{whose}: on_error")
-        return
-    for kind, policy in on_error.items():
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise InvalidConsumerError(
-                f"{whose}: on_error maps {kind!r}, which is no class of exceptions: "
-                "write it as {ValueError: Reject()}"
-            )
-        _check_one(policy, f"{whose}: on_error for {kind.__name__}")
-
-
-def _check_one(policy: Any, what: str) -> None:
-    if isinstance(policy, type):
-        name = policy.__name__
-        raise InvalidConsumerError(f"{what} is the class {name}, not a policy: write {name}()")
-    if not callable(getattr(policy, "apply", None)):
-        raise InvalidConsumerError(
-            f"{what} is {policy!r}, which is no policy: write Requeue(delay=1.0), Reject() or another"
-        )
-
-
-class _Given:
-    """What a consumer's attributes say, and its runtime where they say nothing."""
-
-    def __init__(self, consumer: Any) -> None:
-        life = lifecycle_of(consumer)
-        self.name, self.defaults = life.name, life.defaults
-        self._consumer = consumer
-
-    def own(self, name: str) -> Any:
-        return getattr(self._consumer, name, None)
-
-    def value(self, name: str, default: Any) -> Any:
-        own = self.own(name)
-        return self.defaults.get(name, default) if own is None else own
-
-    def count(self, name: str) -> int | None:
-        value = self.value(name, None)
-        if value is None or (type(value) is int and value >= 1):
-            return value
-        raise InvalidConsumerError(
-            f"{self.name}: {name} must be 1 or more, or None for callbacks that run inline, not {value!r}"
-        )
-
-    def seconds(self, name: str, default: float | None, positive: bool = False) -> float | None:
-        value = self.value(name, default)
-        if value is None:
-            return None
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_number and (value > 0 if positive else value >= 0)):
-            bound = "more than 0 seconds, or None" if positive else "0 seconds or more"
-            raise InvalidConsumerError(f"{self.name}: {name} must be {bound}, not {value!r}")
-        return float(value)
-
-
-def _policy(given: _Given) -> FailurePolicy:
-    policy: FailurePolicy = Requeue()
-    for on_error in (given.defaults.get("on_error"), given.own("on_error")):
-        if on_error is not None:
-            check_policy(on_error, given.name)
-            policy = ByError(on_error, policy) if isinstance(on_error, Mapping) else on_error
-    return policy
-
-
-def _batch_size(given: _Given) -> int | None:
-    size = given.value("batch_size", None)
-    if size is None:
-        return None
-    if not (type(size) is int and 1 <= size <= MAX_PREFETCH):
-        raise InvalidConsumerError(
-            f"{given.name}: batch_size must be from 1 to {MAX_PREFETCH}, or None for callbacks that are "
-            f"given one message, not {size!r}"
-        )
-    if given.value("partition_by", None) is not None:
-        raise InvalidConsumerError(
-            f"{given.name} has batch_size and partition_by, which do not go together: without partition_by "
-            "and with concurrency = 1 batches are handled one after the other, in order"
-        )
-    return size
-
-
-def _partition(given: _Given, concurrency: int | None) -> Callable[[Any], Hashable] | None:
-    by = given.value("partition_by", None)
-    if by is None:
-        return None
-    if concurrency is None:
-        raise InvalidConsumerError(
-            f"{given.name} has partition_by but no concurrency: inline everything is in order anyway"
-        )
-    if callable(by):
-        return _unbound(by)
-    if not isinstance(by, str):
-        raise InvalidConsumerError(
-            f"{given.name}: partition_by must be the name of a header, 'routing_key' or a callable, "
-            f"not {by!r}"
-        )
-    if by == "routing_key":
-        return lambda message: message.delivery_info.get("routing_key")
-    return lambda message: message.headers.get(by)
-
-
-def _unbound(by: Any) -> Callable[[Any], Hashable]:
-    """Return what a class says: a method, or a function that takes the message alone."""
-    function: Any = getattr(by, "__func__", None)
-    code = getattr(function, "__code__", None)
-    takes_message_alone = code is not None and code.co_argcount == 1
-    chosen: Callable[[Any], Hashable] = function if takes_message_alone else by
-    return chosen
+    found = inspect.getattr_static(consumer, "options", None)
+    return found if isinstance(found, ConsumerOptions) else None

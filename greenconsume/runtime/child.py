@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 from greenconsume.events import ConsumerState
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
@@ -23,6 +24,7 @@ class Child:
 
     Attributes:
         name: What logs and events call it, whichever instance runs.
+        options: What its `spawn` said of how its messages are handled.
         consumer: The instance that runs, or ran last; `None` before the first start.
         greenlet: The greenlet that it runs in, or ran in last; `None` before the first start.
         error: What ended it last.
@@ -31,8 +33,11 @@ class Child:
         ended: It has ended and is not started again, for whatever reason.
     """
 
-    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+    def __init__(
+        self, name: str, make: Callable[[], Any], options: ConsumerOptions | None = None
+    ) -> None:
         self.name = name
+        self.options = options
         self.consumer: Any = None
         self.greenlet: ConsumerGreenlet | None = None
         self.error: BaseException | None = None

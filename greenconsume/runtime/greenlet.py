@@ -17,6 +17,7 @@ from gevent.event import Event
 import greenconsume.logs  # noqa: F401  # for its hook: a consumer's errors belong in the log
 from greenconsume.errors import AlreadyRunningError
 from greenconsume.events import ConsumerGivenUp, ConsumerState, emit
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.mixins import request_stop
 from greenconsume.patching import require_patched
@@ -27,11 +28,12 @@ from greenconsume.transports import registry
 _ENDED = (ConsumerState.STOPPED, ConsumerState.FAILED)
 
 
-def spawn(consumer: object) -> ConsumerGreenlet:
+def spawn(consumer: object, options: ConsumerOptions | None = None) -> ConsumerGreenlet:
     """Start `consumer` in a greenlet of its own, over a link of its own.
 
     Args:
         consumer: An instance of a `ConsumerMixin`, greenconsume's or kombu's.
+        options: How its messages are handled, where its own `options` do not say.
 
     Raises:
         NotPatchedError: The process is not patched by gevent.
@@ -41,6 +43,7 @@ def spawn(consumer: object) -> ConsumerGreenlet:
     Switches: never. From any greenlet.
     """
     greenlet = ConsumerGreenlet(consumer)
+    lifecycle_of(greenlet.consumer).around = () if options is None else (options,)
     greenlet.start()
     return greenlet
 

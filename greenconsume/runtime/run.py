@@ -6,15 +6,15 @@ It must never decide when to stop, nor log: it tells observers. Called by `runti
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from time import monotonic
-from typing import Any
 
 import gevent
 
 from greenconsume import hub
 from greenconsume.errors import RestartLimitError
 from greenconsume.events import DrainFinished, emit
+from greenconsume.handling.options import ConsumerOptions
+from greenconsume.handling.pool import Slots
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.bound import DrainBound, hurried
 from greenconsume.runtime.child import Child
@@ -32,8 +32,8 @@ class Run:
         stop: Ends it, in an orderly way.
         restart: By which its consumers are started again.
         link_count: How many links to each broker they share.
-        timeouts: The drain timeout and the cancel timeout, in seconds.
-        defaults: What holds for consumers that do not say otherwise.
+        options: What holds for consumers that do not say otherwise.
+        slots: The places that all their handlers share, if there is a limit.
         block_warning: As `Runtime` has it.
 
     Attributes:
@@ -47,20 +47,20 @@ class Run:
         stop: StopSignal,
         restart: RestartPolicy,
         link_count: int,
-        timeouts: tuple[float, float],
-        defaults: Mapping[str, Any],
+        options: ConsumerOptions,
+        slots: Slots | None,
         block_warning: float | None,
     ) -> None:
         self.rungs = Rungs()
         self.abandoned = False
         self._stop = stop
         self._restart = restart
-        self._timeouts = timeouts
+        self._timeouts = (options.value_of("drain_timeout"), options.value_of("cancel_timeout"))
         self._block_warning = block_warning
         self._bound: DrainBound | None = None
         self._pid = os.getpid()
         self._links = LinkPool(link_count, self._on_refused)
-        self.supervisor = Supervisor(restart, stop, self._links, self.rungs, dict(defaults))
+        self.supervisor = Supervisor(restart, stop, self._links, self.rungs, options, slots)
         self._starting: Starting | None = Starting(self.supervisor)
         self._greenlet = gevent.Greenlet(self._serve)
         self._greenlet.name = "greenconsume supervisor"

@@ -13,8 +13,7 @@ from types import TracebackType
 import kombu
 
 from greenconsume.errors import AlreadyRunningError, ForkedError, RestartLimitError
-from greenconsume.failures.policies import OnError
-from greenconsume.handling.options import check_policy
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.pool import Slots
 from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
@@ -40,7 +39,7 @@ class Runtime:
     Attributes:
         connection: The kombu `Connection` that classes and factories are called with; never connected.
         children: A `Child` for each consumer, in the order of their `spawn`.
-        links: As given, like `drain_timeout`, `cancel_timeout` and `restart`; the next start goes by them.
+        links: As given, like `options` and `restart`; the next start goes by them.
     """
 
     def __init__(
@@ -48,12 +47,9 @@ class Runtime:
         broker: str | kombu.Connection = "memory://",
         *,
         links: int = 1,
-        drain_timeout: float = 30.0,
-        cancel_timeout: float = 5.0,
         restart: RestartPolicy | None = None,
-        concurrency: int | None = None,
+        options: ConsumerOptions | None = None,
         max_handlers: int | None = None,
-        on_error: OnError | None = None,
         block_warning: float | None = None,
     ) -> None:
         """Make a runtime; nothing is connected before `start`.
@@ -61,13 +57,10 @@ class Runtime:
         Args:
             broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
             links: How many connections to the broker all consumers share.
-            drain_timeout: Seconds that a stop leaves running handlers to end by themselves.
-            cancel_timeout: Seconds that they have after `Shutdown` was raised in them; then a kill.
             restart: When a consumer that ended is started again; by default `RestartPolicy()`.
-            concurrency: How many handlers run at once of a consumer that does not say; None: inline.
+            options: How messages are handled where neither a consumer nor its `spawn` says so. The two
+                timeouts of the drain also bound the end of the runtime itself.
             max_handlers: How many handlers run at once in all consumers together that have a concurrency.
-            on_error: What becomes of a failed message where the consumer does not say so itself: a policy, or
-                a mapping from exception classes to policies.
             block_warning: Seconds for which a callback may keep every other greenlet waiting before a warning
                 says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
                 that time.
@@ -75,29 +68,24 @@ class Runtime:
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
             TypeError: `broker` is neither a URL nor a connection.
-            InvalidConsumerError: `on_error` is no policy.
             ValueError: A number is out of its range.
         """
-        _check_counts(links=links, concurrency=concurrency, max_handlers=max_handlers)
-        _check_seconds(drain_timeout, cancel_timeout, block_warning)
-        if on_error is not None:
-            check_policy(on_error, "Runtime")
+        _check(links, max_handlers, block_warning)
         self.connection = connection_to(broker)
         self.children: list[Child] = []
         self.links = links
-        self.drain_timeout = drain_timeout
-        self.cancel_timeout = cancel_timeout
         self.restart = restart or RestartPolicy()
-        self.concurrency = concurrency
+        self.options = options or ConsumerOptions()
         self.max_handlers = max_handlers
-        self.on_error = on_error
         self.block_warning = block_warning
         self._stop = StopSignal()
         self._run: Run | None = None
         self._names: Counter[str] = Counter()
         self._pid: int | None = None  # of the process that started it
 
-    def spawn(self, target: object, replicas: int = 1) -> list[Child]:
+    def spawn(
+        self, target: object, replicas: int = 1, options: ConsumerOptions | None = None
+    ) -> list[Child]:
         """Add consumers; they start with the runtime, or now if it runs.
 
         Args:
@@ -105,6 +93,7 @@ class Runtime:
                 consumer and again for each restart; or an instance, which is run again when it restarts
                 and is given the runtime's connection if it has none.
             replicas: How many; 1 for an instance.
+            options: How their messages are handled, where their own `options` do not say.
 
         Returns:
             A `Child` for each, which tells how it fares.
@@ -118,7 +107,7 @@ class Runtime:
         """
         self._check_process()
         make = maker_of(target, self.connection, replicas)
-        added = [Child(self._name(target), make) for _ in range(replicas)]
+        added = [Child(self._name(target), make, options) for _ in range(replicas)]
         self.children += added
         if self._run is not None and not self._run.ended:
             self._add(self._run, added)
@@ -278,21 +267,8 @@ class Runtime:
 
     def _new_run(self) -> Run:
         limit = self.max_handlers
-        defaults = {
-            "drain_timeout": self.drain_timeout,
-            "cancel_timeout": self.cancel_timeout,
-            "concurrency": self.concurrency,
-            "on_error": self.on_error,
-            "slots": None if limit is None else Slots(limit),
-        }
-        return Run(
-            self._stop,
-            self.restart,
-            self.links,
-            (self.drain_timeout, self.cancel_timeout),
-            {name: value for name, value in defaults.items() if value is not None},
-            self.block_warning,
-        )
+        slots = None if limit is None else Slots(limit)
+        return Run(self._stop, self.restart, self.links, self.options, slots, self.block_warning)
 
     def _finish(self, run: Run, timeout: float | None) -> bool:
         if not run.join(timeout):
@@ -321,22 +297,11 @@ class Runtime:
             raise ForkedError("this Runtime")
 
 
-def _check_counts(links: int, **counts: int | None) -> None:
+def _check(links: int, max_handlers: int | None, block_warning: float | None) -> None:
     if not links >= 1:
         raise ValueError(f"links must be 1 or more, not {links!r}")
-    for name, number in counts.items():
-        if number is not None and not number >= 1:
-            raise ValueError(f"{name} must be 1 or more, or None, not {number!r}")
-
-
-def _check_seconds(
-    drain_timeout: float, cancel_timeout: float, block_warning: float | None
-) -> None:
-    if not (drain_timeout >= 0 and cancel_timeout >= 0):
-        raise ValueError(
-            "drain_timeout and cancel_timeout must be 0 seconds or more, "
-            f"not {drain_timeout!r} and {cancel_timeout!r}"
-        )
+    if max_handlers is not None and not max_handlers >= 1:
+        raise ValueError(f"max_handlers must be 1 or more, or None, not {max_handlers!r}")
     if block_warning is not None and not block_warning > 0:
         raise ValueError(
             f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"

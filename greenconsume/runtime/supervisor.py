@@ -33,7 +33,9 @@ from greenconsume.events import (
     Outcome,
     emit,
 )
-from greenconsume.handling.options import settings_of
+from greenconsume.handling.options import ConsumerOptions
+from greenconsume.handling.pool import Slots
+from greenconsume.handling.settings import settings_of
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.child import Child
@@ -63,7 +65,8 @@ class Supervisor:
         stop: StopSignal,
         links: LinkPool,
         rungs: Rungs | None = None,
-        defaults: dict[str, Any] | None = None,
+        options: ConsumerOptions | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.failed: list[Child] = []
         self.exhausted: list[Child] = []
@@ -73,7 +76,7 @@ class Supervisor:
         self._stop = stop
         self._links = links
         self._rungs = rungs or Rungs()
-        self._defaults = defaults or {}
+        self._options, self._slots = options, slots
         self._live: set[Child] = set()
         self._drained: tuple[Child, ...] = ()
         self._ended_before = Outcome()  # of consumers that ended by themselves
@@ -203,7 +206,9 @@ class Supervisor:
     def _launch(self, child: Child) -> None:
         greenlet = child.make(self._links)
         lifecycle = lifecycle_of(greenlet.consumer)
-        lifecycle.rungs, lifecycle.defaults = self._rungs, self._defaults
+        lifecycle.rungs, lifecycle.slots = self._rungs, self._slots
+        levels = (child.options, self._options)
+        lifecycle.around = tuple(level for level in levels if level is not None)
         lifecycle.on_enter = self.changed.set
         try:  # now, for it would else be found out when it has connected
             settings_of(greenlet.consumer)

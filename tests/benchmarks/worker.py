@@ -54,7 +54,9 @@ def class_of(
             ready()
 
     if options.get("concurrency"):
-        Bench.concurrency = options["concurrency"]
+        from greenconsume import ConsumerOptions
+
+        Bench.options = ConsumerOptions(concurrency=options["concurrency"])
     return Bench
 
 

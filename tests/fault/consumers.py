@@ -20,6 +20,7 @@ from kombu.exceptions import OperationalError
 from greenconsume import ConsumerMixin, events
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.brokers import RabbitMQ
+from tests.options import say
 from tests.waiting import wait_until
 
 #: A close may take this long in tests that measure how fast a stop is.
@@ -49,7 +50,7 @@ class Collector(ConsumerMixin):
         self.handled: Counter[Any] = Counter() if handled is None else handled
         self.prefetch = prefetch
         self.work = work
-        self.concurrency = concurrency
+        say(self, concurrency=concurrency)
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         queues = [self.queue]

@@ -29,6 +29,7 @@ from tests.fault.consumers import (
     stop_and_join,
 )
 from tests.messages import channel, declare, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 
@@ -175,7 +176,7 @@ def test_a_relay_that_loses_its_links_loses_no_message(rabbitmq, proxy, amqp_url
     publish(amqp_url, source, 300)
     relay = Relay(connection_to(proxy.url, confirm_publish=True), source, sink)
     relay.restart_limit = Unlimited()
-    relay.on_error = Requeue(delay=0.05)
+    say(relay, on_error=Requeue(delay=0.05))
     with running(relay):
         for _ in range(8):
             handled = len(relay.handled)

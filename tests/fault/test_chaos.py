@@ -12,6 +12,7 @@ import pytest
 
 from greenconsume import Requeue, RestartPolicy, Runtime
 from greenconsume.events import ConsumerRestarting
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
@@ -29,6 +30,7 @@ from tests.fault.consumers import (
     stop_and_join,
 )
 from tests.messages import declare, publish
+from tests.options import say
 from tests.waiting import wait_until
 
 
@@ -46,7 +48,7 @@ def test_orderly_stops_at_random_moments_under_load_lose_and_repeat_nothing(
         sent += 30
         consumer = Collector(connection_to(amqp_url), queue_name, handled, prefetch=8)
         consumer.work = lambda body: gevent.sleep(0.001) if body % 5 == 0 else None
-        consumer.concurrency = concurrency
+        say(consumer, concurrency=concurrency)
         lifecycle_of(consumer).links = pool
         greenlet = ConsumerGreenlet(consumer)
         greenlet.start()
@@ -65,7 +67,7 @@ class Fragile(Collector):
     """Fails at times: in the handler, of the channel, or as a whole."""
 
     restart_limit = Unlimited()
-    on_error = Requeue(delay=0.05)
+    options = ConsumerOptions(on_error=Requeue(delay=0.05))
 
     def on_task(self, body: Any, message: Any) -> None:
         luck = self.luck.random()

@@ -24,6 +24,7 @@ from kombu import Queue
 import greenconsume
 from greenconsume import Runtime
 from greenconsume.events import DrainFinished
+from greenconsume.handling.options import ConsumerOptions
 from tests.brokers import RabbitMQ
 from tests.fault.consumers import (
     Collector,
@@ -54,7 +55,7 @@ url, queue, path = sys.argv[1:]
 log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 class Worker(greenconsume.ConsumerMixin):
-    concurrency = CONCURRENCY
+    options = ConsumerOptions(concurrency=CONCURRENCY)
 
     def __init__(self, connection):
         self.connection = connection
@@ -180,7 +181,7 @@ def crowd() -> Iterator[Callable[..., Runtime]]:
     runtimes: list[Runtime] = []
 
     def run(url: str, queue: str, handled: Counter[Any], **options: Any) -> Runtime:
-        runtime = Runtime(connection_to(url), **options)
+        runtime = Runtime(connection_to(url), options=ConsumerOptions(**options))
         runtimes.append(runtime)
         runtime.spawn(Crowd(url, queue, handled))
         runtime.start()

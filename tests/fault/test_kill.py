@@ -31,6 +31,7 @@ from tests.fault.consumers import (
     running,
 )
 from tests.messages import channel, declare, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 OWN_GREENLET = pytest.mark.parametrize("start", [spawn, lambda c: gevent.spawn(c.run)])
@@ -83,7 +84,7 @@ def test_a_kill_within_a_handler_gives_its_message_back(
 
     with observing(HandlerFailed) as failures:
         consumer = Collector(connection_to(amqp_url), queue_name, work=work)
-        consumer.concurrency = concurrency
+        say(consumer, concurrency=concurrency)
         greenlet = start(consumer)
         assert begun.wait(30)
         assert kill(greenlet) < CLOSE_TIMEOUT + AT_ONCE
@@ -155,7 +156,7 @@ def test_kills_at_random_moments_under_load_disturb_no_neighbour(
     def sharing() -> Collector:
         consumer = Collector(connection_to(amqp_url), queue_name, handled, prefetch=5)
         consumer.work = lambda body: gevent.sleep(0) if body % 3 else None
-        consumer.concurrency = concurrency
+        say(consumer, concurrency=concurrency)
         lifecycle_of(consumer).links = pool
         return consumer
 

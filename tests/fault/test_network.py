@@ -31,6 +31,7 @@ from tests.fault.consumers import (
     stop_and_join,
 )
 from tests.messages import declare, publish
+from tests.options import say
 from tests.proxy import DIRECTIONS, Proxy
 from tests.waiting import wait_until
 
@@ -99,7 +100,7 @@ def test_a_cut_at_any_byte_loses_nothing(way, amqp_url, queue_name, concurrency,
     count = 100 if way.proxy.url.startswith("amqps") else 300  # a handshake of TLS is cut, too
     handled: Counter[Any] = Counter()
     consumer = Collector(way.connection(), queue_name, handled, PREFETCH)
-    consumer.concurrency = concurrency
+    say(consumer, concurrency=concurrency)
     consumer.restart_limit = Unlimited()
     with running(consumer) as (greenlet,):
         for first in range(0, count, 10):

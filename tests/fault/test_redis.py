@@ -18,6 +18,7 @@ from kombu import Connection, Consumer, Queue
 
 from greenconsume import Requeue, Runtime, spawn
 from greenconsume.events import ConnectFailed, HandlerFailed
+from greenconsume.handling.options import ConsumerOptions
 from tests.fault.consumers import (
     AT_ONCE,
     Collector,
@@ -174,7 +175,7 @@ def test_what_a_handler_raises_is_never_taken_for_the_brokers_error(redis, queue
     """HAZARDS row 11: on Redis an OSError reconnects, and so does even a KeyError."""
 
     class Failing(Collector):
-        on_error = Requeue(delay=0.1)
+        options = ConsumerOptions(on_error=Requeue(delay=0.1))
         connects = 0
 
         def on_connection_revived(self) -> None:

@@ -21,7 +21,7 @@ SCRIPT = """
 import sys, greenconsume
 greenconsume.patch_all()
 import gevent, logging
-from greenconsume import ConsumerMixin, Runtime
+from greenconsume import ConsumerMixin, ConsumerOptions, Runtime
 from kombu import Connection, Queue
 
 url, queue, seconds, drain_timeout = sys.argv[1:]
@@ -47,7 +47,8 @@ class Worker(ConsumerMixin):
 
 logging.basicConfig(level=logging.INFO)
 connection = Connection(url, transport_options={"close_timeout": 0.2})
-runtime = Runtime(connection, drain_timeout=float(drain_timeout), cancel_timeout=1.0)
+options = ConsumerOptions(drain_timeout=float(drain_timeout), cancel_timeout=1.0)
+runtime = Runtime(connection, options=options)
 runtime.spawn(Worker)
 clean = runtime.run()
 say("clean" if clean else "abandoned")

@@ -45,13 +45,13 @@ class Recorder(ConsumerMixin):
         self.connection = broker if isinstance(broker, Connection) else green_connection(broker)
         self.queue = queue if isinstance(queue, Queue) else Queue(queue)
         self.handle = handle
-        self.options = {"prefetch_count": 10, **options}
+        self.consumer_options = {"prefetch_count": 10, **options}
         self.bodies: list[Any] = []
         self.redelivered: list[bool] = []
         self.ready_count = 0
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-        return [Consumer([self.queue], callbacks=[self.on_task], **self.options)]
+        return [Consumer([self.queue], callbacks=[self.on_task], **self.consumer_options)]
 
     def on_consume_ready(self, *args: Any, **kwargs: Any) -> None:
         self.ready_count += 1
@@ -61,7 +61,7 @@ class Recorder(ConsumerMixin):
         if self.handle is not None:
             self.handle(body, message)
         self.bodies.append(body)
-        if not message.acknowledged and not self.options.get("no_ack"):
+        if not message.acknowledged and not self.consumer_options.get("no_ack"):
             message.ack()
 
     def wait_for(self, count: int, within: float = SOON) -> list[Any]:

@@ -16,10 +16,12 @@ from kombu import Connection, Queue
 from greenconsume import Batch, ConsumerMixin, HandlerTimeout, Reject, Requeue, Runtime, Shutdown
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkDown, StaleSettle
 from greenconsume.failures.retry import Retry
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, consuming, green_connection, observed, pause_for
 from tests.messages import declare, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 NEVER = 60.0
@@ -32,24 +34,23 @@ class Gatherer(ConsumerMixin):
         broker: A URL.
         queue: The name of a durable queue, or a `kombu.Queue`.
         handle: Called with each batch before it is acked.
-        **attributes: Of the consumer.
+        **options: Of the consumer.
     """
 
-    batch_size = 10
-    batch_timeout = NEVER
+    options = ConsumerOptions(batch_size=10, batch_timeout=NEVER)
 
     def __init__(
         self,
         broker: str | Connection,
         queue: str | Queue,
         handle: Callable[[Batch], object] | None = None,
-        **attributes: Any,
+        **options: Any,
     ) -> None:
         self.connection = broker if isinstance(broker, Connection) else green_connection(broker)
         self.queue = queue if isinstance(queue, Queue) else Queue(queue)
         self.handle = handle
         self.batches: list[list[Any]] = []
-        vars(self).update(attributes)
+        say(self, **options)
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         return [Consumer([self.queue], callbacks=[self.on_batch])]
@@ -165,7 +166,7 @@ def test_a_batch_takes_one_of_a_runtimes_places(rabbitmq, amqp_url, queue_name):
     most: list[int] = []
 
     class Counted(Gatherer):
-        batch_timeout = 0.02
+        options = ConsumerOptions(batch_timeout=0.02)
 
         def on_batch(self, batch: Batch) -> None:
             inside.add(self.queue.name)
@@ -275,7 +276,7 @@ def test_each_message_of_a_failed_batch_is_retried_and_then_dead_lettered(
             message.ack()
 
     consumer = Gatherer(amqp_url, queue_name, handle, batch_size=4, batch_timeout=0.1)
-    consumer.on_error = Retry(delays=[0.2])
+    say(consumer, on_error=Retry(delays=[0.2]))
     dead = f"{queue_name}.dead"
     with observed(HandlerFailed) as failures, consuming(consumer):
         publish(amqp_url, queue_name, [0, 1, 3, 5])

@@ -20,8 +20,10 @@ from greenconsume.cli.main import main
 from greenconsume.errors import GreenconsumeError
 from greenconsume.failures import message_copy
 from greenconsume.failures.dead_letters import DeadLetters
+from greenconsume.handling.options import ConsumerOptions
 from tests.integration.consumers import SOON, Recorder, consuming, green_connection
 from tests.messages import channel, declare, delete_queue, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 
@@ -53,7 +55,7 @@ class Failing(Recorder):
 
     def __init__(self, url: str, queue: Any, on_error: Any) -> None:
         super().__init__(url, queue, self.fail)
-        self.on_error = on_error
+        say(self, on_error=on_error)
 
     def fail(self, body: Any, _message: Any) -> None:
         raise {"key": KeyError, "value": ValueError}[body](f"{body}:\n\x1b[31mred")
@@ -373,7 +375,7 @@ def test_dead_letters_in_memory_are_replayed(queue_name):
 
     class Orders(ConsumerMixin):
         connection = green_connection("memory://")
-        on_error = Retry(0)
+        options = ConsumerOptions(on_error=Retry(0))
 
         def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
             return [Consumer([Queue(queue_name)], callbacks=[self.fail])]
@@ -412,7 +414,7 @@ def test_dead_letters_on_redis_are_replayed(redis_url, queue_name):
         raise LookupError("no such hat")
 
     consumer.handle = fail
-    consumer.on_error = Retry(delays=[0.1])
+    say(consumer, on_error=Retry(delays=[0.1]))
     with green_connection(redis_url) as connection, consuming(consumer):
         connection.Producer().publish({"hat": 1}, routing_key=queue_name)
         wait_until(lambda: connection.default_channel._size(dead) == 1, SOON)

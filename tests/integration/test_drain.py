@@ -16,9 +16,11 @@ from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, Reject, Runtime, Shutdown
 from greenconsume.events import ConsumerDrained, ConsumerState, DrainFinished, HandlerFailed
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from tests.integration.consumers import SOON, Recorder, consuming, observed
 from tests.messages import channel, declare, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 #: How often a stop at a random moment is tried; the environment may ask for more.
@@ -40,7 +42,7 @@ class Book:
 class Worker(ConsumerMixin):
     """Takes its time for each message, and acks it; for some it takes for ever."""
 
-    concurrency = CONCURRENCY
+    options = ConsumerOptions(concurrency=CONCURRENCY)
 
     def __init__(self, connection: Connection, queue: Queue, book: Book, endless: Any = ()) -> None:
         self.connection = connection
@@ -70,7 +72,8 @@ def make_runtime(amqp_url: str, queue_name: str) -> Iterator[Callable[..., Any]]
     made: list[tuple[Runtime, Any]] = []
 
     def make(book: Book, endless: Any = (), queue: Queue | None = None, **options: Any) -> Any:
-        runtime = Runtime(amqp_url, **{"drain_timeout": 10.0, "cancel_timeout": 10.0, **options})
+        timeouts = {"drain_timeout": 10.0, "cancel_timeout": 10.0, **options}
+        runtime = Runtime(amqp_url, options=ConsumerOptions(**timeouts))
         runtime.spawn(lambda conn: Worker(conn, queue or Queue(queue_name), book, endless))
         running = gevent.spawn(runtime.run)
         wait_until(lambda: runtime.children[0].started, within=SOON)
@@ -177,7 +180,7 @@ def test_handlers_that_swallow_their_shutdown_are_killed_within_the_deadlines(
     release, stuck = Event(), []
 
     class Stubborn(Recorder):
-        concurrency = 10
+        options = ConsumerOptions(concurrency=10)
 
         def on_task(self, body: Any, message: Any) -> None:
             stuck.append(body)
@@ -188,7 +191,7 @@ def test_handlers_that_swallow_their_shutdown_are_killed_within_the_deadlines(
                     continue
 
     publish(amqp_url, queue_name, 5)
-    runtime = Runtime(amqp_url, drain_timeout=0.2, cancel_timeout=0.2)
+    runtime = Runtime(amqp_url, options=ConsumerOptions(drain_timeout=0.2, cancel_timeout=0.2))
     runtime.spawn(Stubborn(amqp_url, queue_name))
     running = gevent.spawn(runtime.run)
     wait_until(lambda: len(stuck) == 5, within=SOON)
@@ -208,7 +211,8 @@ def test_what_is_given_back_reaches_another_consumer_while_handlers_still_run(
     gate = Event()
     leaving = Recorder(amqp_url, queue_name, lambda body, message: gate.wait(30))
     staying = Recorder(amqp_url, queue_name)
-    leaving.concurrency, leaving.options["prefetch_count"] = 10, 30
+    say(leaving, concurrency=10)
+    leaving.consumer_options["prefetch_count"] = 30
     with consuming(leaving) as (greenlet,):
         wait_until(lambda: queue_depth(amqp_url, queue_name) == 0)
         with consuming(staying):
@@ -249,7 +253,7 @@ def test_cancelled_messages_meet_no_policy(amqp_url: str, queue_name: str):
     """They go back as they were: no dead-lettering, no delay."""
     publish(amqp_url, queue_name, 10)
     consumer = Recorder(amqp_url, queue_name, lambda body, message: gevent.sleep(1000))
-    consumer.concurrency, consumer.drain_timeout, consumer.on_error = 10, 0.1, Reject()
+    say(consumer, concurrency=10, drain_timeout=0.1, on_error=Reject())
     with observed(HandlerFailed) as failed, consuming(consumer):
         wait_until(lambda: queue_depth(amqp_url, queue_name) == 0)
     assert failed == []
@@ -272,7 +276,8 @@ def test_a_drain_costs_a_message_of_a_quorum_queue_one_delivery_at_the_most(
     publish(amqp_url, queue_name, 40)
     gate, queue = Event(), Queue(queue_name, no_declare=True)
     consumer = Watched(amqp_url, queue, lambda body, message: gate.wait(30))
-    consumer.concurrency, consumer.options["prefetch_count"] = 10, 40
+    say(consumer, concurrency=10)
+    consumer.consumer_options["prefetch_count"] = 40
     with consuming(consumer) as (greenlet,):
         wait_until(lambda: consumer.session.backlog == 29, within=SOON)  # and one waits for a place
         greenlet.stop()

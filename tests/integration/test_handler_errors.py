@@ -17,6 +17,7 @@ from kombu import Producer, Queue
 
 from greenconsume import Reject, Requeue, Runtime
 from greenconsume.events import ConnectFailed, HandlerFailed, LinkDown, LinkUp, StaleSettle
+from greenconsume.handling.options import ConsumerOptions
 from tests.integration.consumers import (
     SOON,
     Recorder,
@@ -26,6 +27,7 @@ from tests.integration.consumers import (
     pause_for,
 )
 from tests.messages import channel, declare, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 ERRORS = [
@@ -58,7 +60,7 @@ class FailsOnce:
 class Failing(Recorder):
     """Fails once, and has its message again soon."""
 
-    on_error = Requeue(delay=0.1)
+    options = ConsumerOptions(on_error=Requeue(delay=0.1))
 
 
 def put(url: str, queue: str, *bodies: Any) -> None:
@@ -184,7 +186,7 @@ def test_a_rejected_message_goes_to_the_dead_letter_exchange(amqp_url, queue_nam
     queue = Queue(queue_name, queue_arguments=arguments)
 
     class Rejecting(Recorder):
-        on_error = Reject()
+        options = ConsumerOptions(on_error=Reject())
 
     with observed(HandlerFailed) as failures, consuming(Rejecting(amqp_url, queue, failing())):
         publish(amqp_url, queue_name, 3)
@@ -195,7 +197,7 @@ def test_a_rejected_message_goes_to_the_dead_letter_exchange(amqp_url, queue_nam
 
 def test_without_a_delay_the_message_is_back_at_once(amqp_url, queue_name):
     class AtOnce(Recorder):
-        on_error = Requeue(delay=0)
+        options = ConsumerOptions(on_error=Requeue(delay=0))
 
     consumer = AtOnce(amqp_url, queue_name, FailsOnce(OSError))
     with consuming(consumer):
@@ -207,7 +209,7 @@ def test_without_a_delay_the_message_is_back_at_once(amqp_url, queue_name):
 def test_others_are_handled_while_a_failed_message_waits(amqp_url, queue_name):
     handle = FailsOnce(OSError)
     consumer = Recorder(amqp_url, queue_name, handle)
-    consumer.on_error = Requeue(delay=0.3)
+    say(consumer, on_error=Requeue(delay=0.3))
     with consuming(consumer):
         publish(amqp_url, queue_name, 5)
         consumer.wait_for(5)
@@ -217,7 +219,7 @@ def test_others_are_handled_while_a_failed_message_waits(amqp_url, queue_name):
 
 def test_a_stop_gives_a_waiting_message_back_at_once(rabbitmq, amqp_url, queue_name):
     consumer = Recorder(amqp_url, queue_name, failing())
-    consumer.on_error = Requeue(delay=60)
+    say(consumer, on_error=Requeue(delay=60))
     with observed(HandlerFailed) as failures, consuming(consumer) as [greenlet]:
         publish(amqp_url, queue_name, 1)
         wait_until(lambda: failures)
@@ -230,7 +232,7 @@ def test_a_stop_gives_a_waiting_message_back_at_once(rabbitmq, amqp_url, queue_n
 def test_a_message_whose_link_is_lost_while_it_waits_is_left_to_the_broker(proxy, queue_name):
     handle = FailsOnce(OSError)
     consumer = Recorder(proxy.url, queue_name, handle)
-    consumer.on_error = Requeue(delay=0.5)
+    say(consumer, on_error=Requeue(delay=0.5))
     with observed(StaleSettle) as stale, consuming(consumer):
         publish(proxy.url, queue_name, ["again"])
         wait_until(lambda: handle.calls)
@@ -304,7 +306,7 @@ def test_a_message_that_is_not_settled_by_a_handler_that_returns_stays_so(
 
 def test_a_poison_message_does_not_spin(amqp_url, queue_name):
     consumer = Recorder(amqp_url, queue_name, failing(ConnectionResetError))
-    consumer.on_error = Requeue(delay=0.1)
+    say(consumer, on_error=Requeue(delay=0.1))
     with observed(HandlerFailed) as failures, consuming(consumer):
         publish(amqp_url, queue_name, 1)
         began = monotonic()

@@ -24,9 +24,11 @@ from greenconsume.events import (
     UnsettledTooLong,
     subscribe,
 )
+from greenconsume.handling.options import ConsumerOptions
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, Recorder, consuming, observed, pause_for
 from tests.messages import channel, declare, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 ERRORS = [OSError, TimeoutError, ConnectionResetError, KeyError, ValueError]
@@ -35,13 +37,13 @@ ERRORS = [OSError, TimeoutError, ConnectionResetError, KeyError, ValueError]
 class Pooled(Recorder):
     """Handles messages in a pool; its prefetch follows from that."""
 
-    concurrency = 100
+    options = ConsumerOptions(concurrency=100)
 
     def __init__(
         self, broker: str | Connection, queue: str | Queue, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(broker, queue, *args, **kwargs)
-        del self.options["prefetch_count"]
+        del self.consumer_options["prefetch_count"]
 
 
 class Crowd:
@@ -74,7 +76,7 @@ def test_five_thousand_handlers_are_in_flight_at_once(amqp_url: str, queue_name:
     publish(amqp_url, queue_name, count)
     crowd = Crowd(lambda: 6.0)  # long enough for the last to begin before the first ends
     consumer = Pooled(amqp_url, queue_name, crowd)
-    consumer.concurrency = count
+    say(consumer, concurrency=count)
     began = monotonic()
     with consuming(consumer):
         wait_until(lambda: len(consumer.bodies) == count, within=60)
@@ -97,16 +99,16 @@ def test_greenlets_and_messages_in_hand_are_bounded(
         while len(consumer.bodies) < 5000:
             unacked = rabbitmq.queue_counts(amqp_url, queue_name).unacked
             seen.append((greenlet_count() - before, unacked))
-    assert max(greenlets for greenlets, _ in seen) <= consumer.concurrency + 10
-    assert max(unacked for _, unacked in seen) <= 2 * consumer.concurrency
-    assert max(unacked for _, unacked in seen) > consumer.concurrency
+    assert max(greenlets for greenlets, _ in seen) <= consumer.options.concurrency + 10
+    assert max(unacked for _, unacked in seen) <= 2 * consumer.options.concurrency
+    assert max(unacked for _, unacked in seen) > consumer.options.concurrency
 
 
 def test_max_handlers_bounds_many_consumers(amqp_url: str, queue_name: str):
     """Fifty consumers of ten handlers each share forty places, and none is left out."""
     publish(amqp_url, queue_name, 2000)
     crowd = Crowd(lambda: 0.005)
-    runtime = Runtime(amqp_url, concurrency=10, max_handlers=40)
+    runtime = Runtime(amqp_url, options=ConsumerOptions(concurrency=10), max_handlers=40)
     consumers = [Recorder(amqp_url, queue_name, crowd) for _ in range(50)]
     for consumer in consumers:
         runtime.spawn(consumer)
@@ -134,8 +136,8 @@ def test_a_thousand_keys_stay_in_order_and_keep_the_pool_busy(amqp_url: str, que
         handled[body[0]].append(body[1])
 
     consumer = Pooled(amqp_url, queue_name, handle)
-    consumer.concurrency = size
-    consumer.partition_by = lambda message: message.decode()[0]
+    say(consumer, concurrency=size)
+    say(consumer, partition_by=lambda message: message.decode()[0])
     samples: list[int] = []
     with consuming(consumer):
         wait_until(lambda: crowd.peak == size)
@@ -171,7 +173,7 @@ def test_what_a_handler_raises_is_its_own(broker: str, queue_name: str, kind: ty
             raise kind("the handler's own")
 
     consumer = Pooled(broker, queue_name, handle)
-    consumer.concurrency, consumer.on_error = 5, Requeue(0.05)
+    say(consumer, concurrency=5, on_error=Requeue(0.05))
     with observed(HandlerFailed) as events, observed(LinkDown) as lost, consuming(consumer):
         put(broker, queue_name, range(20))
         wait_until(lambda: sorted(consumer.bodies) == list(range(20)), within=SOON)
@@ -185,7 +187,7 @@ def test_many_handlers_that_ack_at_once_go_through_one_place(redis_url: str, que
     """HAZARDS.md row 14: with kombu alone 12 of 50 fail, for want of a connection of its pool."""
     ready = gevent.event.Event()
     consumer = Pooled(redis_url, queue_name, lambda body, message: ready.wait(30))
-    consumer.concurrency = 50
+    say(consumer, concurrency=50)
     with observed(HandlerFailed) as failed, consuming(consumer):
         put(redis_url, queue_name, range(50))
         pool = gevent.spawn_later(0.5, ready.set)
@@ -225,8 +227,8 @@ def test_a_timeout_in_a_handler_that_publishes_leaves_its_link_whole(
     with Connection(amqp_url, transport_options=options) as connection:
         producer = connection.Producer()
         consumer = Relay(amqp_url, queue_name, handle)
-        consumer.concurrency, consumer.handler_timeout = 20, 0.05
-        consumer.on_error = {HandlerTimeout: Reject()}
+        say(consumer, concurrency=20, handler_timeout=0.05)
+        say(consumer, on_error={HandlerTimeout: Reject()})
         with observed(HandlerFailed) as failed, observed(LinkDown) as lost, consuming(consumer):
             wait_until(lambda: len(failed) + len(consumer.bodies) >= count, within=60)
             consumer.publish("still whole")
@@ -246,7 +248,7 @@ def test_handlers_that_settle_after_a_reconnect_ack_nobody_elses_message(
     """HAZARDS.md row 13: with kombu an unknown delivery tag closes the channel, or acks the wrong one."""
     publish(amqp_url, queue_name, 200)
     consumer = Pooled(amqp_url, queue_name, lambda body, message: pause_for(0.3))
-    consumer.concurrency = 50
+    say(consumer, concurrency=50)
     with observed(StaleSettle) as stale, consuming(consumer):
         for _ in range(2):
             wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name).unacked >= 50)
@@ -257,7 +259,7 @@ def test_handlers_that_settle_after_a_reconnect_ack_nobody_elses_message(
         assert rabbitmq.queue_counts(amqp_url, queue_name).ready == 0
     counts = Counter(consumer.bodies)
     duplicates = sum(counts.values()) - 200
-    assert 0 < len(stale) <= duplicates <= 2 * consumer.concurrency
+    assert 0 < len(stale) <= duplicates <= 2 * consumer.options.concurrency
 
 
 @pytest.fixture
@@ -281,8 +283,10 @@ def test_a_message_unsettled_for_too_long_is_told_of_and_costs_its_own_channel_a
     release = gevent.event.Event()
     late = Pooled(amqp_url, queue_name, lambda body, message: release.wait(30))
     other = Pooled(amqp_url, other_queue, lambda body, message: pause_for(1.0))
-    late.concurrency = other.concurrency = 5
-    late.settle_deadline = other.settle_deadline = 2.0
+    say(late, concurrency=5)
+    say(other, concurrency=5)
+    say(late, settle_deadline=2.0)
+    say(other, settle_deadline=2.0)
     runtime = Runtime(amqp_url)
     for consumer in (late, other):
         runtime.spawn(consumer)
@@ -323,7 +327,7 @@ def test_memory_does_not_grow(amqp_url: str, queue_name: str, caplog: pytest.Log
             message.ack()
 
     consumer = Forgetful(amqp_url, queue_name)
-    consumer.on_error, consumer.handler_timeout = Reject(), 0.1
+    say(consumer, on_error=Reject(), handler_timeout=0.1)
     quiet = gevent.spawn(feed, amqp_url, queue_name, count, lambda: seen["all"])
     with consuming(consumer), counted(HandlerFailed) as failures:
         for done in range(step, count + 1, step):

@@ -12,6 +12,7 @@ from greenconsume import KillSwitch, Reject, Requeue, Retry, Runtime
 from greenconsume.events import ConsumerState, KillSwitchReset, KillSwitchTripped
 from tests.integration.consumers import SOON, Recorder, consuming, observed, pause_for
 from tests.messages import publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 WINDOW = 10
@@ -22,8 +23,8 @@ class Dependent(Recorder):
 
     def __init__(self, broker: Any, queue: str, policy: Any, pause: float, **options: Any) -> None:
         super().__init__(broker, queue, self.depend, **options)
-        self.on_error = policy
-        self.kill_switch = KillSwitch(0.5, WINDOW, pause)
+        say(self, on_error=policy)
+        say(self, kill_switch=KillSwitch(0.5, WINDOW, pause))
         self.restart_limit.fill_rate = self.restart_limit.capacity = 1000
         self.up = False
         self.tried = 0
@@ -40,7 +41,7 @@ def test_the_backlog_waits_in_its_queue_and_is_then_handled(
     rabbitmq, amqp_url, queue_name, policy, concurrency
 ):
     consumer = Dependent(amqp_url, queue_name, policy, 0.2, prefetch_count=50)
-    consumer.concurrency = concurrency
+    say(consumer, concurrency=concurrency)
     slack = 2 * (concurrency or 1)
     with observed(KillSwitchTripped) as tripped, observed(KillSwitchReset) as reset:
         with consuming(consumer) as (greenlet,):
@@ -63,7 +64,7 @@ def test_the_backlog_waits_in_its_queue_and_is_then_handled(
 
 def test_prefetched_messages_go_back_although_a_handler_still_runs(rabbitmq, amqp_url, queue_name):
     consumer = Dependent(amqp_url, queue_name, Reject(), 60.0, prefetch_count=100)
-    consumer.concurrency = 2
+    say(consumer, concurrency=2)
     go, slow = Event(), Event()
 
     def depend(body: Any, _message: Any) -> None:

@@ -15,6 +15,7 @@ from greenconsume import Reject, Requeue, Retry, Runtime, spawn
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerDrained, HandlerFailed
 from greenconsume.failures import message_copy, republisher
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from tests.integration.consumers import (
     SOON,
@@ -25,6 +26,7 @@ from tests.integration.consumers import (
     pause_for,
 )
 from tests.messages import channel, declare, delete_queue, publish, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 KINDS = ["classic", "quorum"]
@@ -36,7 +38,7 @@ class Failing(Recorder):
 
     def __init__(self, broker: Any, queue: Any, retry: Any, **options: Any) -> None:
         super().__init__(broker, queue, self.fail, **options)
-        self.on_error = retry
+        say(self, on_error=retry)
         self.times: list[float] = []
         self.headers: list[dict[str, Any]] = []
         self.addresses: list[tuple[str, str]] = []
@@ -93,7 +95,7 @@ def publish_raw(url: str, body: bytes, routing_key: str, exchange: str = "", **p
 @pytest.mark.parametrize("kind", KINDS)
 def test_delays_are_kept_and_attempts_counted(rabbitmq, amqp_url, queue_name, kind, concurrency):
     consumer = Failing(amqp_url, queue_of(queue_name, kind), Retry(delays=[0.3, 0.6, 1]))
-    consumer.concurrency = concurrency
+    say(consumer, concurrency=concurrency)
     with consuming(consumer), observed(HandlerFailed) as failures:
         publish(amqp_url, queue_name, ["bad"])
         waits = consumer.came(4)
@@ -159,7 +161,7 @@ def test_delays_outlast_the_consumer(rabbitmq, amqp_url, queue_name, kind):
 
 def test_nothing_of_a_delayed_message_is_held_in_memory(amqp_url, queue_name):
     consumer = Failing(amqp_url, queue_name, Retry(delays=[30]), prefetch_count=50)
-    consumer.concurrency = 20
+    say(consumer, concurrency=20)
     with consuming(consumer):
         publish(amqp_url, queue_name, ["bad"] * 200)
         consumer.came(200)
@@ -338,7 +340,7 @@ def test_each_error_has_the_policy_that_a_mapping_gives_it(amqp_url, queue_name)
 
 
 def test_a_runtime_has_a_policy_for_all_its_consumers(amqp_url, queue_name):
-    runtime = Runtime(amqp_url, on_error=Retry(delays=[0.05]))
+    runtime = Runtime(amqp_url, options=ConsumerOptions(on_error=Retry(delays=[0.05])))
     runtime.spawn(lambda connection: Failing(connection, queue_name, None), replicas=100)
     began = time()
     with runtime:
@@ -350,7 +352,7 @@ def test_a_runtime_has_a_policy_for_all_its_consumers(amqp_url, queue_name):
 
 
 def test_consumers_publish_over_one_link_that_closes_with_them(rabbitmq, amqp_url, queue_name):
-    runtime = Runtime(amqp_url, on_error=Retry(delays=[30]))
+    runtime = Runtime(amqp_url, options=ConsumerOptions(on_error=Retry(delays=[30])))
     runtime.spawn(lambda connection: Failing(connection, queue_name, None), replicas=5)
     with runtime:
         wait_until(lambda: rabbitmq.connection_count(amqp_url) == 1)
@@ -443,7 +445,7 @@ def test_a_message_that_the_broker_does_not_take_stays_where_it_is(rabbitmq, amq
 def test_lost_links_lose_no_message(proxy, amqp_url, queue_name):
     count = 300
     consumer = Failing(proxy.url, queue_name, Retry(delays=[0.05, 0.05]), prefetch_count=40)
-    consumer.concurrency = 20
+    say(consumer, concurrency=20)
     bodies: set[int] = set()
 
     def fail(body: Any, message: Any) -> None:
@@ -504,7 +506,7 @@ def bodies_in(url: str, queue: str) -> set[int]:
 
 def test_a_handler_that_fails_while_its_consumer_stops_is_retried(amqp_url, queue_name):
     consumer = Failing(amqp_url, queue_name, Retry(delays=[30]))
-    consumer.concurrency = 5
+    say(consumer, concurrency=5)
     started: list[Any] = []
 
     def fail(body: Any, _message: Any) -> None:

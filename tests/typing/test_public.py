@@ -13,6 +13,7 @@ from greenconsume import (
     Batch,
     ConsumerGreenlet,
     ConsumerMixin,
+    ConsumerOptions,
     ConsumerProducerMixin,
     Publisher,
     Reject,
@@ -28,7 +29,7 @@ from greenconsume.links.pool import LinkPool
 
 
 class Orders(ConsumerMixin):
-    on_error = Requeue(delay=5.0)
+    options = ConsumerOptions(on_error=Requeue(delay=5.0))
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -41,8 +42,7 @@ class Orders(ConsumerMixin):
 
 
 class Readings(ConsumerMixin):
-    batch_size = 100
-    batch_timeout = 0.5
+    options = ConsumerOptions(batch_size=100, batch_timeout=0.5)
 
     def get_consumers(self, Consumer: Any, channel: Any) -> Sequence[Any]:
         return [Consumer([Queue("readings")], callbacks=[self.on_batch])]
@@ -59,7 +59,7 @@ class Readings(ConsumerMixin):
 
 
 class Replies(ConsumerProducerMixin):
-    on_error = Reject()
+    options = ConsumerOptions(on_error={ValueError: Reject()})
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -90,7 +90,23 @@ def one_consumer(connection: Connection) -> None:
     greenlet.stop("deploy")
     assert_type(consumer.should_stop, bool)
     consumer.should_stop = True
-    spawn(Replies(connection))
+    spawn(Replies(connection), options=ConsumerOptions(partition_by=key_of, concurrency=2))
+    ConsumerOptions(concurrency="4")  # type: ignore[arg-type]  # a count
+    ConsumerOptions(20)  # type: ignore[call-arg]  # which option?
+    ConsumerOptions(retries=3)  # type: ignore[call-arg]  # there is none of that name
+    ConsumerOptions().concurrency = 5  # type: ignore[misc]  # it is frozen
+
+
+class Legacy(ConsumerMixin):
+    """Has names of its own that are options elsewhere."""
+
+    options: dict[str, int] = {}
+    batch_size = "large"
+    concurrency = 0
+
+
+def key_of(message: Any) -> str:
+    return str(message.headers["customer"])
 
 
 def make_replies(connection: Connection) -> Replies:
@@ -101,11 +117,10 @@ def many_consumers() -> None:
     runtime = Runtime(
         "amqp://",
         links=2,
-        drain_timeout=30.0,
-        cancel_timeout=5.0,
+        options=ConsumerOptions(drain_timeout=30.0, cancel_timeout=5.0),
         restart=RestartPolicy("permanent", max_restarts=3),
     )
-    runtime.spawn(Orders, replicas=20)
+    runtime.spawn(Orders, replicas=20, options=ConsumerOptions(concurrency=5))
     runtime.spawn(make_replies)
     with runtime:
         pass

@@ -23,6 +23,7 @@ import greenconsume.mixins
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerChanged, ConsumerState, HandlerFailed, LinkUp
 from greenconsume.failures.policies import Requeue
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links import polled_stop
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin, request_stop
@@ -66,7 +67,7 @@ def started():
 class Worker(ConsumerMixin):
     """Acks and keeps what it gets."""
 
-    on_error = Requeue(0)
+    options = ConsumerOptions(on_error=Requeue(0))
 
     def __init__(self, url, queue="q", **options):
         self.connection = Connection(url, transport_options={"close_timeout": 2.0, **options})
@@ -939,7 +940,7 @@ def test_a_handler_that_finishes_after_the_stop_may_still_publish(started, peer)
 class KombuWorker(kombu_mixins.ConsumerMixin):
     """As a user of kombu's wrote it."""
 
-    on_error = Requeue(0)
+    options = ConsumerOptions(on_error=Requeue(0))
 
     def __init__(self, url, queue="q"):
         self.connection = Connection(url, transport_options={"close_timeout": 2.0})

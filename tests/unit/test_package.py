@@ -29,6 +29,7 @@ PUBLIC = {
     "Child",
     "ConsumerGreenlet",
     "ConsumerMixin",
+    "ConsumerOptions",
     "ConsumerProducerMixin",
     "HandlerTimeout",
     "KillSwitch",

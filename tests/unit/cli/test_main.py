@@ -6,15 +6,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from greenconsume import Runtime
+from greenconsume import ConsumerOptions, Runtime
 from greenconsume.cli.main import main
 
 SHOP = """
 from kombu import Connection, Queue
-from greenconsume import ConsumerMixin, Runtime
+from greenconsume import ConsumerMixin, ConsumerOptions, Runtime
 
 class Orders(ConsumerMixin):
     def __init__(self, connection):
@@ -41,7 +42,8 @@ class NeedsMore(Orders):
     def __init__(self, connection, shop):
         super().__init__(connection)
 
-runtime = Runtime("memory://theirs//", links=3, drain_timeout=7.0, cancel_timeout=8.0)
+timeouts = ConsumerOptions(drain_timeout=7.0, cancel_timeout=8.0)
+runtime = Runtime("memory://theirs//", links=3, options=timeouts)
 runtime.spawn(Orders, replicas=2)
 unconnected = Brief(None)
 connected = Brief(Connection("memory://theirs//"))
@@ -127,6 +129,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
     return runtimes
 
 
+def timeouts_of(runtime: Runtime) -> tuple[float, float]:
+    options = runtime.options
+    return options.value_of("drain_timeout"), options.value_of("cancel_timeout")
+
+
+def concurrency_of(runtime: Runtime) -> Any:
+    return runtime.options.value_of("concurrency")
+
+
 def the_error(told: Told, code: int = 2) -> str:
     """Return the one line of an error."""
     assert (told[0], told[1]) == (code, "")
@@ -164,7 +175,7 @@ def test_an_option_left_alone_has_its_default(command: Command, ran: list[Runtim
     assert command("run", "shop:Orders")[0] == 0
     (runtime,) = ran
     assert runtime.connection.hostname == "localhost"
-    assert (runtime.links, runtime.drain_timeout, runtime.cancel_timeout) == (1, 30.0, 5.0)
+    assert (runtime.links, *timeouts_of(runtime)) == (1, 30.0, 5.0)
     assert [child.name for child in runtime.children] == ["Orders-1"]
 
 
@@ -175,7 +186,27 @@ def test_how_handlers_run_is_said_for_all_consumers(
     flags = ("--concurrency", "20", "--max-handlers", "50", "--block-warning", "0.5")
     command("run", f"shop:{target}", *flags)
     (runtime,) = ran
-    assert (runtime.concurrency, runtime.max_handlers, runtime.block_warning) == (20, 50, 0.5)
+    assert (concurrency_of(runtime), runtime.max_handlers, runtime.block_warning) == (20, 50, 0.5)
+
+
+def test_every_option_of_a_consumer_that_words_can_say_has_a_flag(
+    command: Command, ran: list[Runtime], folder: Path
+) -> None:
+    (folder / "pyproject.toml").write_text("[tool.greenconsume]\nauto-settle = true\n")
+    numbers = ("--batch-size", "5", "--batch-timeout", "0.5", "--handler-timeout", "7")
+    command("run", "shop:Orders", *numbers, "--settle-deadline", "60", "--concurrency", "2")
+    command("run", "shop:Orders", "--no-auto-settle")
+    assert [runtime.options for runtime in ran] == [
+        ConsumerOptions(
+            concurrency=2,
+            batch_size=5,
+            batch_timeout=0.5,
+            handler_timeout=7.0,
+            auto_settle=True,
+            settle_deadline=60.0,
+        ),
+        ConsumerOptions(auto_settle=False),
+    ]
 
 
 def test_handlers_are_inline_and_not_watched_unless_it_is_said(
@@ -183,7 +214,11 @@ def test_handlers_are_inline_and_not_watched_unless_it_is_said(
 ) -> None:
     command("run", "shop:Orders")
     (runtime,) = ran
-    assert (runtime.concurrency, runtime.max_handlers, runtime.block_warning) == (None, None, None)
+    assert (concurrency_of(runtime), runtime.max_handlers, runtime.block_warning) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_a_flag_goes_before_a_variable_before_the_file(
@@ -196,7 +231,7 @@ def test_a_flag_goes_before_a_variable_before_the_file(
     monkeypatch.setenv("GREENCONSUME_DRAIN_TIMEOUT", "3")
     command("run", "shop:Orders", "--links", "4")
     (runtime,) = ran
-    assert (runtime.links, runtime.drain_timeout, runtime.cancel_timeout) == (4, 3.0, 2.5)
+    assert (runtime.links, *timeouts_of(runtime)) == (4, 3.0, 2.5)
     assert len(runtime.children) == 2
 
 
@@ -207,6 +242,11 @@ def test_a_flag_goes_before_a_variable_before_the_file(
         ("REPLICAS", "3"),
         ("LINKS", "3"),
         ("CONCURRENCY", "3"),
+        ("BATCH_SIZE", "3"),
+        ("BATCH_TIMEOUT", "3"),
+        ("HANDLER_TIMEOUT", "3"),
+        ("AUTO_SETTLE", "yes"),
+        ("SETTLE_DEADLINE", "3"),
         ("MAX_HANDLERS", "3"),
         ("BLOCK_WARNING", "0.5"),
         ("DRAIN_TIMEOUT", "3"),
@@ -240,6 +280,9 @@ def test_the_log_level_and_format_are_set_up(command: Command) -> None:
         ("broker = 5", "broker must be a string, not 5"),
         ("broker = ['amqp://']", "broker must be a string, not ['amqp://']"),
         ("drain-timeout = -1", "drain-timeout: '-1' is no number of seconds"),
+        ("auto-settle = 'yes'", "auto-settle must be true or false, not 'yes'"),
+        ("concurrency = true", "concurrency must be a number, not True"),
+        ("handler-timeout = 0", "handler-timeout: 0.0 is not in the range x>0"),
         ("concurrency = 0", "concurrency: 0 is not in the range x>=1"),
         ("block-warning = 0", "block-warning: 0.0 is not in the range x>0"),
         ("log-level = 'loud'", "log-level: 'loud' is not one of"),
@@ -347,14 +390,14 @@ def test_a_runtime_keeps_what_it_was_made_with(
     assert command("run", f"shop:{target}")[0] == 0
     (runtime,) = ran
     assert runtime.connection.hostname == "theirs"
-    assert (runtime.links, runtime.drain_timeout, runtime.cancel_timeout) == (3, 7.0, 8.0)
+    assert (runtime.links, *timeouts_of(runtime)) == (3, 7.0, 8.0)
     assert len(runtime.children) == 2
 
 
 def test_a_runtime_does_what_the_command_line_says(command: Command, ran: list[Runtime]) -> None:
     command("run", "shop:runtime", "--links", "2", "--drain-timeout", "1", "--cancel-timeout", "0")
     (runtime,) = ran
-    assert (runtime.links, runtime.drain_timeout, runtime.cancel_timeout) == (2, 1.0, 0.0)
+    assert (runtime.links, *timeouts_of(runtime)) == (2, 1.0, 0.0)
 
 
 def test_a_runtime_is_given_another_broker_with_all_that_was_spawned_for_it(

@@ -19,7 +19,9 @@ from greenconsume.failures import message_copy
 from greenconsume.failures.message_copy import Copy, copy_of, keep_wire_form, tail_of
 from greenconsume.failures.requeues import DelayedRequeues
 from greenconsume.failures.retry_queues import delay_queues, lasts
+from greenconsume.handling.options import ConsumerOptions
 from tests.integration.consumers import Recorder, consuming, green_connection
+from tests.options import say
 from tests.waiting import wait_until
 
 # -- what it is given -----------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def taken(connection: Connection, queue: str) -> Any:
 
 def test_attempts_are_counted_and_delays_kept_in_memory(memory, queue_name):
     consumer = Failing("memory://", queue_name)
-    consumer.on_error = Retry(delays=[0.02, 0.04])
+    say(consumer, on_error=Retry(delays=[0.02, 0.04]))
     with consuming(consumer):
         memory.Producer().publish("hat", routing_key=queue_name, headers={"tenant": "acme"})
         wait_until(lambda: len(consumer.seen) == 3)
@@ -330,7 +332,7 @@ def test_a_retry_reaches_no_other_queue_and_keeps_its_address_in_memory(memory, 
     other = Queue(f"{queue_name}-other", exchange, "order.*")
     other(memory.default_channel).declare()
     consumer = Failing("memory://", Queue(queue_name, exchange, "order.*"))
-    consumer.on_error = Retry(delays=[0])
+    say(consumer, on_error=Retry(delays=[0]))
     with consuming(consumer):
         memory.Producer(exchange=exchange).publish(1, routing_key="order.new")
         taken(memory, f"{queue_name}.dead")
@@ -342,7 +344,8 @@ def test_a_retry_reaches_no_other_queue_and_keeps_its_address_in_memory(memory, 
 
 def test_a_restart_of_the_consumer_neither_loses_a_count_nor_a_delay(memory, queue_name):
     first, second = Failing("memory://", queue_name), Failing("memory://", queue_name)
-    first.on_error = second.on_error = Retry(delays=[0.06])
+    say(first, on_error=Retry(delays=[0.06]))
+    say(second, on_error=Retry(delays=[0.06]))
     with consuming(first):
         memory.Producer().publish(1, routing_key=queue_name)
         wait_until(lambda: first.seen)
@@ -355,7 +358,7 @@ def test_a_restart_of_the_consumer_neither_loses_a_count_nor_a_delay(memory, que
 
 def test_a_message_that_says_it_is_due_in_years_is_handled_now(memory, queue_name):
     consumer = Failing("memory://", queue_name)
-    consumer.on_error = Retry(0)
+    say(consumer, on_error=Retry(0))
     headers = {
         message_copy.EXCHANGE: "",
         message_copy.ROUTING_KEY: "",
@@ -368,7 +371,7 @@ def test_a_message_that_says_it_is_due_in_years_is_handled_now(memory, queue_nam
 
 def test_a_compressed_body_stays_as_it_was(memory, queue_name):
     consumer = Failing("memory://", queue_name)
-    consumer.on_error = Retry(0)
+    say(consumer, on_error=Retry(0))
     with consuming(consumer):
         memory.Producer().publish({"a": "x" * 99}, routing_key=queue_name, compression="zlib")
         dead = taken(memory, f"{queue_name}.dead")
@@ -378,7 +381,7 @@ def test_a_compressed_body_stays_as_it_was(memory, queue_name):
 
 def test_each_error_may_have_its_own_policy(memory, queue_name):
     consumer = Failing("memory://", queue_name)
-    consumer.on_error = {LookupError: Retry(0, dead_letter="{queue}.lost"), OSError: Reject()}
+    say(consumer, on_error={LookupError: Retry(0, dead_letter="{queue}.lost"), OSError: Reject()})
     with consuming(consumer):
         memory.Producer().publish(1, routing_key=queue_name)
         assert taken(memory, f"{queue_name}.lost").headers[message_copy.ERROR_TYPE] == "LookupError"
@@ -386,7 +389,7 @@ def test_each_error_may_have_its_own_policy(memory, queue_name):
 
 def test_a_test_double_of_a_connection_needs_no_queues():
     class Doubled(ConsumerMixin):
-        on_error = Retry()
+        options = ConsumerOptions(on_error=Retry())
 
         def create_connection(self) -> Any:
             return _Double()
@@ -420,7 +423,7 @@ class _Double:
 def test_a_header_of_ours_that_somebody_else_wrote_harms_nobody(memory, queue_name):
     """Law 5: whatever a message brings, its consumer lives on."""
     consumer = Failing("memory://", queue_name)
-    consumer.on_error = Retry(0)
+    say(consumer, on_error=Retry(0))
     with consuming(consumer):
         producer = memory.Producer()
         producer.publish("poison", routing_key=queue_name, headers={message_copy.EXCHANGE: ""})
@@ -431,14 +434,14 @@ def test_a_header_of_ours_that_somebody_else_wrote_harms_nobody(memory, queue_na
 def test_a_retry_goes_to_the_queue_of_the_callback_that_failed(tmp_path, queue_name):
     """Also on a polled transport, which does not say from which queue a message comes."""
     folder = str(tmp_path)
-    options = dict.fromkeys(("data_folder_in", "data_folder_out"), folder)
-    options["control_folder"] = str(tmp_path / "control")
+    folders = dict.fromkeys(("data_folder_in", "data_folder_out"), folder)
+    folders["control_folder"] = str(tmp_path / "control")
     exchange, came = Exchange(f"{queue_name}-x"), []
     queues = [Queue(f"{queue_name}-{name}", exchange, "order") for name in ("mail", "bill")]
 
     class Two(ConsumerMixin):
-        on_error = Retry(delays=[0])
-        connection = Connection("filesystem://", transport_options=options)
+        options = ConsumerOptions(on_error=Retry(delays=[0]))
+        connection = Connection("filesystem://", transport_options=folders)
 
         def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
             calls = (self.on_mail, self.on_bill)
@@ -457,7 +460,7 @@ def test_a_retry_goes_to_the_queue_of_the_callback_that_failed(tmp_path, queue_n
                 raise LookupError
             message.ack()
 
-    with consuming(Two()), Connection("filesystem://", transport_options=options) as connection:
+    with consuming(Two()), Connection("filesystem://", transport_options=folders) as connection:
         connection.Producer(exchange=exchange).publish(1, routing_key="order")
         wait_until(lambda: came.count("bill") == 2)
     assert sorted(came) == ["bill", "bill", "mail"]

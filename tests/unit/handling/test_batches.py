@@ -32,10 +32,13 @@ from greenconsume.events import (
     StaleSettle,
 )
 from greenconsume.handling.batches import Batching
+from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.kill_switch import KillSwitch
-from greenconsume.handling.options import settings_of
+from greenconsume.handling.options import ConsumerOptions
+from greenconsume.handling.settings import settings_of
 from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.transports import registry
+from tests.options import say
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
@@ -45,26 +48,24 @@ NEVER = 60.0
 class Gatherer(ConsumerMixin):
     """Keeps the bodies of each batch, and acks it; `handle` is called with the batch before."""
 
-    batch_size = 3
-    batch_timeout = NEVER
-    on_error = Requeue(0.01)
+    options = ConsumerOptions(batch_size=3, batch_timeout=NEVER, on_error=Requeue(0.01))
 
-    def __init__(self, handle=None, **attributes):
+    def __init__(self, handle=None, consumer=None, **options):
         self.connection = Connection("memory://localhost")
         self.queue = Queue(f"q-{uuid4().hex[:10]}")
         self.handle = handle
-        self.options = {}
+        self.consumer_options = consumer or {}
         self.batches = []
-        vars(self).update(attributes)
+        say(self, **options)
 
     def get_consumers(self, Consumer, channel):
-        return [Consumer([self.queue], callbacks=[self.on_batch], **self.options)]
+        return [Consumer([self.queue], callbacks=[self.on_batch], **self.consumer_options)]
 
     def on_batch(self, batch):
         self.batches.append([body for body, _ in batch])
         if self.handle is not None:
             self.handle(batch)
-        if not self.auto_settle:
+        if not self.options.value_of("auto_settle"):
             batch.ack()
 
     def wait_for(self, *batches):
@@ -137,6 +138,13 @@ def raising(error):
         raise error
 
     return handle
+
+
+def refusal(**options):
+    """What options that make no sense say."""
+    with pytest.raises(InvalidConsumerError) as refused:
+        Gatherer(**options)
+    return str(refused.value)
 
 
 def refusal_of(consumer):
@@ -299,7 +307,7 @@ def queued(consumer):
 
 
 def test_a_batch_that_waits_for_a_place_goes_on_filling_up_to_its_size(started, put):
-    consumer = Gatherer(batch_timeout=0.01, options={"prefetch_count": 100})
+    consumer = Gatherer(batch_timeout=0.01, consumer={"prefetch_count": 100})
     gate = consumer.handle = Gate()
     started(consumer)
     put(consumer, 0)
@@ -331,7 +339,7 @@ def test_a_batch_whose_time_is_up_keeps_its_turn(started, put, channel):
 
 
 def test_batches_are_handled_one_after_the_other_unless_told_otherwise(started, put):
-    consumer = Gatherer(options={"prefetch_count": 100})
+    consumer = Gatherer(consumer={"prefetch_count": 100})
     gate = consumer.handle = Gate()
     started(consumer)
     put(consumer, *range(9))
@@ -394,13 +402,13 @@ def test_every_callback_is_given_the_batch(started, put):
 
 def test_a_plain_kombu_mixin_may_have_batches(started, put):
     class Plain(kombu_mixins.ConsumerMixin):
-        batch_size = 2
+        options = ConsumerOptions(batch_size=2)
         get_consumers = Gatherer.get_consumers
 
         def __init__(self):
             self.connection = Connection("memory://localhost")
             self.queue = Queue(f"q-{uuid4().hex[:10]}")
-            self.options, self.batches = {}, []
+            self.consumer_options, self.batches = {}, []
 
         def on_batch(self, batch):
             self.batches.append(len(batch))
@@ -437,7 +445,7 @@ def test_the_prefetch_holds_the_batches_that_run_and_one_more(size, concurrency,
 
 @pytest.mark.parametrize("chosen", [0, 20, 100])
 def test_a_prefetch_of_the_consumers_own_is_kept(chosen):
-    consumer = Gatherer(batch_size=10, concurrency=2, options={"prefetch_count": chosen})
+    consumer = Gatherer(batch_size=10, concurrency=2, consumer={"prefetch_count": chosen})
     assert prefetch_of(consumer) == (chosen, [])
 
 
@@ -449,7 +457,7 @@ def test_a_prefetch_of_the_consumers_own_is_kept(chosen):
     ],
 )
 def test_a_prefetch_that_is_too_small_is_told(caplog, chosen, words):
-    consumer = Gatherer(batch_size=10, concurrency=2, options={"prefetch_count": chosen})
+    consumer = Gatherer(batch_size=10, concurrency=2, consumer={"prefetch_count": chosen})
     _, [event] = prefetch_of(consumer)
     assert (event.prefetch, event.concurrency, event.batch_size) == (chosen, 2, 10)
     [record] = [each for each in caplog.records if "prefetch" in each.getMessage()]
@@ -462,20 +470,20 @@ def test_a_prefetch_that_is_too_small_is_told(caplog, chosen, words):
 
 @pytest.mark.parametrize("size", [0, -1, 65536, 2.5, "10", True])
 def test_a_size_that_is_none_is_refused(size):
-    said = refusal_of(Gatherer(batch_size=size))
+    said = refusal(batch_size=size)
     assert "batch_size must be from 1 to 65535" in said
     assert said.endswith(f"not {size!r}")
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "1", True])
 def test_a_timeout_that_is_none_is_refused(timeout):
-    said = refusal_of(Gatherer(batch_timeout=timeout))
+    said = refusal(batch_timeout=timeout)
     assert "batch_timeout must be 0 seconds or more" in said
 
 
 def test_a_batch_may_wait_for_ever_to_be_full():
     assert settings_of(Gatherer(batch_timeout=float("inf"))).batch_timeout == float("inf")
-    assert settings_of(Gatherer(batch_timeout=None)).batch_timeout == 1.0
+    assert settings_of(Gatherer(batch_timeout=UNSET)).batch_timeout == 1.0
 
 
 def test_on_message_is_refused_with_what_to_write_instead():
@@ -487,9 +495,9 @@ def test_on_message_is_refused_with_what_to_write_instead():
 
 
 def test_partition_by_is_refused_with_what_to_do_instead():
-    said = refusal_of(Gatherer(partition_by="routing_key", concurrency=2))
-    assert "batch_size and partition_by, which do not go together" in said
-    assert "concurrency = 1" in said
+    said = refusal(partition_by="routing_key", concurrency=2)
+    assert "batch_size and partition_by do not go together" in said
+    assert "concurrency=1" in said
 
 
 # -- failures -----------------------------------------------------------------------------------------
@@ -573,7 +581,7 @@ def test_without_callbacks_a_batch_fails(started, put):
 
 
 def test_a_failed_batch_without_acks_is_told_to_be_lost(started, put):
-    consumer = Gatherer(raising(ValueError("bad")), options={"no_ack": True})
+    consumer = Gatherer(raising(ValueError("bad")), consumer={"no_ack": True})
     started(consumer)
     with recording() as events:
         put(consumer, 1, 2, 3)
@@ -609,7 +617,7 @@ def test_without_auto_settle_a_batch_may_be_settled_later(started, put):
 
 def test_a_kill_switch_tries_a_batch_of_one(started, put):
     consumer = Gatherer(raising(LookupError()), on_error=Requeue(0), batch_timeout=0.03)
-    consumer.kill_switch = KillSwitch(window=2, pause=0.03)
+    say(consumer, kill_switch=KillSwitch(window=2, pause=0.03))
     consumer.restart_limit = TokenBucket(1000, 1000)
     with recording() as events:
         started(consumer)
@@ -661,7 +669,8 @@ def test_an_error_in_on_decode_error_concerns_its_message_alone(started, put):
             raise LookupError
         message.ack()
 
-    consumer = Gatherer(on_decode_error=on_decode_error)
+    consumer = Gatherer()
+    consumer.on_decode_error = on_decode_error
     started(consumer)
     with recording() as events:
         put(consumer, 1)
@@ -676,7 +685,7 @@ def test_an_error_in_on_decode_error_concerns_its_message_alone(started, put):
 
 def test_what_a_consumer_does_not_accept_is_in_no_batch(started, put):
     seen = []
-    consumer = Gatherer(options={"accept": ["json"]})
+    consumer = Gatherer(consumer={"accept": ["json"]})
     consumer.on_decode_error = lambda message, exc: (seen.append(exc), message.ack())
     started(consumer)
     put(consumer, "a", serializer="pickle")
@@ -697,7 +706,7 @@ def test_nothing_is_decoded_twice(started, put):
 
     serialization.register("counting", str, decode, "application/x-counting", "utf-8")
     try:
-        consumer = Gatherer(options={"accept": ["counting"]})
+        consumer = Gatherer(consumer={"accept": ["counting"]})
         seen = []
         consumer.on_decode_error = lambda message, exc: (seen.append(exc), message.ack())
         started(consumer)
@@ -772,7 +781,7 @@ def test_a_stopped_consumer_leaves_no_timer_behind(put):
 
 
 def test_a_stop_gives_back_what_waits_for_a_place_and_waits_for_what_runs(started, put, depth):
-    consumer = Gatherer(batch_timeout=0.01, options={"prefetch_count": 100})
+    consumer = Gatherer(batch_timeout=0.01, consumer={"prefetch_count": 100})
     gate = consumer.handle = Gate()
     greenlet = started(consumer)
     put(consumer, 0)
@@ -842,7 +851,7 @@ def test_what_ends_by_itself_handles_what_it_has_gathered(put, options, error):
 
 
 def test_what_ends_by_itself_waits_for_a_place_for_what_it_has_gathered(put):
-    consumer = Gatherer(batch_timeout=0.01, options={"prefetch_count": 100})
+    consumer = Gatherer(batch_timeout=0.01, consumer={"prefetch_count": 100})
     gate = consumer.handle = Gate()
     consumer.queue(consumer.connection.channel()).declare()
     put(consumer, *range(4))
@@ -870,7 +879,7 @@ def test_a_loop_that_is_left_gives_back_what_was_gathered(put):
 
 
 def test_what_was_given_back_does_not_start_after_all(put):
-    consumer = Gatherer(batch_timeout=0.01, options={"prefetch_count": 100})
+    consumer = Gatherer(batch_timeout=0.01, consumer={"prefetch_count": 100})
     gate = consumer.handle = Gate()
     consumer.queue(consumer.connection.channel()).declare()
     put(consumer, *range(4))

@@ -26,6 +26,7 @@ from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime.greenlet import spawn
 from greenconsume.transports import registry
+from tests.options import say
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
@@ -36,14 +37,12 @@ NO_ERRORS = [GreenletExit, SystemExit, gevent.Timeout]
 class Desk(ConsumerMixin):
     """A consumer over memory that is driven one message at a time."""
 
-    def __init__(self, *callbacks, owned=True, consumer=None, **attributes):
+    def __init__(self, *callbacks, owned=True, consumer=None, **options):
         self.connection = Connection("memory://")
         self.queue = Queue(f"q-{uuid4().hex[:8]}")
         self.callbacks = list(callbacks)
         self.consumer_options = consumer or {}
-        self.on_error = Requeue(0.01)
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        say(self, **{"on_error": Requeue(0.01), **options})
         self.life = lifecycle_of(self)
         self.life.owned = owned
         self._loop = self.consume(timeout=1)

@@ -27,6 +27,7 @@ from greenconsume.events import Event as AnyEvent
 from greenconsume.failures.policies import Reject, Requeue
 from greenconsume.handling import boundary, drain
 from greenconsume.handling.kill_switch import KillSwitch
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.pool import shielded
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
@@ -34,6 +35,7 @@ from greenconsume.runtime.child import Child
 from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
 from greenconsume.runtime.runtime import Runtime
 from tests import frames
+from tests.options import say
 from tests.peer import Peer
 from tests.unit.fakes import of_type
 from tests.waiting import wait_until
@@ -45,21 +47,28 @@ PLACES = [None, 3]
 
 
 class Worker(ConsumerMixin):
-    """Calls a function for each message of its queue; attributes of the mixin may be given."""
+    """Calls a function for each message of its queue; options of the mixin may be given."""
 
     def __init__(
-        self, queue: str, handle: Handle, url: str = "memory://", **attributes: Any
+        self,
+        queue: str,
+        handle: Handle,
+        url: str = "memory://",
+        consumer: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        options = {"close_timeout": 0.2} if url.startswith("amqp") else {}
-        self.connection = Connection(url, transport_options=options)
+        bounded = {"close_timeout": 0.2} if url.startswith("amqp") else {}
+        self.connection = Connection(url, transport_options=bounded)
         self.queue = Queue(queue)
         self.handle = handle
-        self.options: dict[str, Any] = {}
+        self.consumer_options = consumer or {}
         self.consumers: list[Any] = []
-        vars(self).update(attributes)
+        self.options = ConsumerOptions(**options)
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-        self.consumers = [Consumer([self.queue], callbacks=[self.on_message], **self.options)]
+        self.consumers = [
+            Consumer([self.queue], callbacks=[self.on_message], **self.consumer_options)
+        ]
         return self.consumers
 
     def on_message(self, body: Any, message: Any) -> None:
@@ -73,7 +82,7 @@ class Desk:
         own = {"drain_timeout": 1.0, "cancel_timeout": 1.0}
         timeouts = {name: attributes.pop(name, seconds) for name, seconds in own.items()}
         given = {name: attributes.pop(name) for name in ("max_handlers",) if name in attributes}
-        self.runtime = Runtime("memory://", **timeouts, **given)
+        self.runtime = Runtime("memory://", options=ConsumerOptions(**timeouts), **given)
         self.worker = Worker(queue, handle, **attributes)
         self.child: Child = self.runtime.spawn(self.worker)[0]
         self.connection = Connection("memory://")
@@ -210,7 +219,7 @@ def test_a_concurrency_of_one_is_in_order_and_off_the_consumers_greenlet(make_de
 
 
 def test_the_runtime_gives_a_concurrency_to_those_that_have_none(queue_name: str):
-    runtime = Runtime("memory://", concurrency=4)
+    runtime = Runtime("memory://", options=ConsumerOptions(concurrency=4))
     runtime.spawn(Worker(queue_name, Gate()))
     runtime.spawn(Worker(queue_name, Gate(), concurrency=2))
     with runtime:
@@ -250,7 +259,7 @@ def test_the_prefetch_follows_the_concurrency(make_desk: Callable[..., Desk]):
 def test_a_prefetch_of_the_consumers_own_stays_and_a_smaller_one_is_told(
     make_desk, events: list[AnyEvent], prefetch: int, warned: list[int]
 ):
-    desk = make_desk(Gate(), concurrency=10, options={"prefetch_count": prefetch})
+    desk = make_desk(Gate(), concurrency=10, consumer={"prefetch_count": prefetch})
     with desk.runtime:
         assert desk.worker.consumers[0].channel.qos.prefetch_count == prefetch
     told = of_type(events, PrefetchTooSmall)
@@ -391,8 +400,9 @@ def test_a_body_that_cannot_be_decoded_is_acked_as_by_kombu_or_meets_the_policy(
     make_desk, events: list[AnyEvent], kept: bool, acked: int
 ):
     """With `on_decode_error = None` a poisoned body is not lost."""
-    attributes = {"on_decode_error": None} if kept else {}
-    desk = make_desk(Gate(), concurrency=2, on_error=Requeue(60), **attributes)
+    desk = make_desk(Gate(), concurrency=2, on_error=Requeue(60))
+    if kept:
+        desk.worker.on_decode_error = None
     desk.put("{nonsense", content_type="application/json", content_encoding="utf-8")
     with desk.runtime:
         wait_until(lambda: desk.depth == 0)
@@ -780,7 +790,7 @@ def test_a_timeout_of_the_consumers_own_goes_before_the_runtimes(make_desk):
     """Longer than the runtime's, too."""
     gate = Gate()
     desk = make_desk(gate, concurrency=1, drain_timeout=0.0, cancel_timeout=0.0)
-    desk.worker.drain_timeout = 1000.0
+    say(desk.worker, drain_timeout=1000.0)
     desk.put(1)
     running = desk.run()
     gate.wait(1)
@@ -1064,7 +1074,7 @@ def test_a_stop_while_the_kill_switch_drains_cancels_a_handler_once(make_desk, e
     desk = make_desk(
         handle, concurrency=2, kill_switch=switch, on_error=Reject(), drain_timeout=0.05
     )
-    desk.worker.drain_timeout = 0.05
+    say(desk.worker, drain_timeout=0.05)
     desk.put("long", "bad")
     desk.run()
     wait_until(lambda: interrupts)
@@ -1115,7 +1125,7 @@ def test_a_kill_does_not_hide_the_timeout_that_waits_for_a_write(make_desk, even
     desk = make_desk(
         handle, concurrency=place, handler_timeout=0.02, cancel_timeout=0.02, on_error=policy
     )
-    desk.worker.cancel_timeout = 0.02
+    say(desk.worker, cancel_timeout=0.02)
     desk.put("x")
     with desk.runtime:
         wait_until(lambda: of_type(events, HandlerFailed))
@@ -1151,7 +1161,7 @@ def test_a_handler_that_drains_by_itself_is_not_interrupted_in_what_it_runs(make
 def test_a_give_back_that_fails_does_not_end_the_drain(make_desk):
     gate = Gate()
     desk = make_desk(gate, concurrency=3, partition_by=lambda message: "same", drain_timeout=30)
-    desk.worker.drain_timeout = 30
+    say(desk.worker, drain_timeout=30)
     desk.put(1, 2)
     desk.run()
     gate.wait(1)
@@ -1192,7 +1202,7 @@ def test_a_consumer_that_stopped_itself_counts_in_the_runtimes_outcome(make_desk
                 gevent.sleep(30)
 
     desk = make_desk(handle, concurrency=1)
-    desk.worker.drain_timeout = desk.worker.cancel_timeout = 0.02
+    say(desk.worker, drain_timeout=0.02, cancel_timeout=0.02)
     desk.put(1)
     assert desk.runtime.run() is False
     (finished,) = of_type(events, DrainFinished)
@@ -1202,10 +1212,10 @@ def test_a_consumer_that_stopped_itself_counts_in_the_runtimes_outcome(make_desk
 def test_an_instance_whose_setting_was_mended_can_be_started(make_desk):
     gate = Gate()
     gate.opened.set()
-    desk = make_desk(gate, concurrency=0)
+    desk = make_desk(gate, partition_by="customer")
     desk.put(1)
     with pytest.raises(InvalidConsumerError):
         desk.runtime.start()
-    desk.worker.concurrency = 2
+    say(desk.worker, concurrency=2)
     with desk.runtime:
         wait_until(lambda: gate.ended == [1])

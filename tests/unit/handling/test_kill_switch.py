@@ -13,6 +13,7 @@ from greenconsume.events import ConsumerState, KillSwitchReset, KillSwitchTrippe
 from greenconsume.handling.kill_switch import Switch, fit_switch
 from greenconsume.lifecycle import Lifecycle
 from tests.integration.consumers import Recorder, consuming, green_connection, observed
+from tests.options import say
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
@@ -154,7 +155,7 @@ def consumer(queue_name: str) -> Any:
         assert body == "good"
 
     made = Recorder("memory://", queue_name, handle)
-    made.on_error = Reject()
+    say(made, on_error=Reject())
     made.restart_limit.fill_rate = made.restart_limit.capacity = 1000  # a token is no part of this
     return made
 
@@ -166,7 +167,7 @@ def publish(queue: str, *bodies: str) -> None:
 
 
 def test_the_backlog_stays_in_its_queue(consumer, queue_name):
-    consumer.kill_switch = KillSwitch(0.5, 4, pause=60.0)
+    say(consumer, kill_switch=KillSwitch(0.5, 4, pause=60.0))
     with observed(KillSwitchTripped) as tripped, consuming(consumer) as (greenlet,):
         publish(queue_name, *["bad"] * 10)
         wait_until(lambda: tripped)
@@ -183,8 +184,9 @@ def test_what_waits_for_a_place_in_the_pool_is_given_back(consumer, queue_name):
         gate.wait()
         raise ValueError(body)
 
-    consumer.handle, consumer.concurrency = handle, 2
-    consumer.kill_switch = KillSwitch(0.5, 2, pause=60.0)
+    consumer.handle = handle
+    say(consumer, concurrency=2)
+    say(consumer, kill_switch=KillSwitch(0.5, 2, pause=60.0))
     with consuming(consumer) as (greenlet,):
         publish(queue_name, *["bad"] * 10)
         wait_until(lambda: len(begun) == 2)
@@ -196,7 +198,7 @@ def test_what_waits_for_a_place_in_the_pool_is_given_back(consumer, queue_name):
 
 
 def test_it_consumes_again_after_one_message_was_handled(consumer, queue_name):
-    consumer.kill_switch = KillSwitch(0.5, 4, pause=0.01)
+    say(consumer, kill_switch=KillSwitch(0.5, 4, pause=0.01))
     with observed(KillSwitchTripped) as tripped, observed(KillSwitchReset) as reset:
         with consuming(consumer):
             publish(queue_name, *["bad"] * 6, *["good"] * 10)
@@ -206,7 +208,7 @@ def test_it_consumes_again_after_one_message_was_handled(consumer, queue_name):
 
 
 def test_a_stop_ends_the_pause_at_once(consumer, queue_name):
-    consumer.kill_switch = KillSwitch(0.5, 1, pause=60.0)
+    say(consumer, kill_switch=KillSwitch(0.5, 1, pause=60.0))
     with observed(KillSwitchTripped) as tripped, consuming(consumer) as (greenlet,):
         publish(queue_name, "bad")
         wait_until(lambda: tripped)
@@ -221,7 +223,7 @@ def test_a_consumer_that_shadows_should_stop_is_not_deaf_in_the_pause(consumer, 
         should_stop = False
 
     consumer.__class__ = Shadowing
-    consumer.kill_switch = KillSwitch(0.5, 1, pause=60.0)
+    say(consumer, kill_switch=KillSwitch(0.5, 1, pause=60.0))
     with observed(KillSwitchTripped) as tripped, consuming(consumer) as (greenlet,):
         publish(queue_name, "bad")
         wait_until(lambda: tripped)

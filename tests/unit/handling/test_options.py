@@ -1,27 +1,30 @@
-"""How a consumer's handlers run: what its attributes say, else its runtime, else the defaults; checked."""
+"""How a consumer's handlers run: what its options say, else its runtime's, else the defaults; checked."""
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError, fields
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from greenconsume.errors import HandlerTimeout, InvalidConsumerError
+from greenconsume.errors import HandlerTimeout, InvalidConsumerError, InvalidOptionsError
 from greenconsume.failures.policies import ByError, FailurePolicy, Reject, Requeue, each_policy
-from greenconsume.handling.options import Settings, settings_of
+from greenconsume.handling.declaring import UNSET
+from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.handling.pool import Slots
+from greenconsume.handling.settings import Settings, resolve, settings_of
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 
 
-def consumer(defaults: dict[str, Any] | None = None, **attributes: Any) -> Any:
-    """An instance of a class that has these attributes, in a runtime that has these defaults."""
-    kind = type("Orders", (ConsumerMixin,), attributes)
+def consumer(around: dict[str, Any] | None = None, **options: Any) -> Any:
+    """An instance of a class that has these options, in a runtime that has others."""
+    kind = type("Orders", (ConsumerMixin,), {"options": ConsumerOptions(**options)})
     made = kind()
     life = lifecycle_of(made)
     life.name = "orders"
-    life.defaults = defaults or {}
+    life.around = (ConsumerOptions(**(around or {})),)
     return made
 
 
@@ -37,15 +40,37 @@ def test_the_defaults_are_kombus_where_kombu_has_them():
 
 def test_a_consumer_goes_before_its_runtime_and_that_before_the_defaults():
     slots = Slots(5)
-    defaults = {"concurrency": 10, "drain_timeout": 1.0, "on_error": Reject(), "slots": slots}
-    found = settings_of(consumer(defaults, concurrency=3))
+    made = consumer({"concurrency": 10, "drain_timeout": 1.0, "on_error": Reject()}, concurrency=3)
+    lifecycle_of(made).slots = slots
+    found = settings_of(made)
     assert (found.concurrency, found.drain_timeout, found.cancel_timeout) == (3, 1.0, 5.0)
     assert (found.on_error, found.slots) == (Reject(), slots)
 
 
+def test_a_spawn_goes_before_its_runtime_and_after_the_class():
+    class Orders:
+        options = ConsumerOptions(concurrency=3)
+
+    spawn = ConsumerOptions(concurrency=4, drain_timeout=2.0, on_error={KeyError: Reject()})
+    runtime = ConsumerOptions(drain_timeout=5.0, cancel_timeout=5.5, on_error=Requeue(9))
+    found = resolve("orders", Orders(), (spawn, runtime))
+    assert (found.concurrency, found.drain_timeout, found.cancel_timeout) == (3, 2.0, 5.5)
+    assert met_by(found.on_error, KeyError()) == Reject()
+    assert met_by(found.on_error, ValueError()) == Requeue(9)
+
+
+def test_none_is_said():
+    """So a consumer may be inline in a runtime whose others are not."""
+    assert settings_of(consumer({"concurrency": 10}, concurrency=None)).concurrency is None
+    assert (
+        settings_of(consumer({"handler_timeout": 1.0}, handler_timeout=None)).handler_timeout
+        is None
+    )
+
+
 def test_an_instance_may_say_otherwise_than_its_class():
     made = consumer(concurrency=3)
-    made.concurrency = 4
+    made.options = ConsumerOptions(concurrency=4)
     assert settings_of(made).concurrency == 4
 
 
@@ -54,9 +79,45 @@ def test_a_plain_object_has_the_defaults():
     assert settings_of(SimpleNamespace()) == Settings(Requeue())
 
 
-def test_no_settle_deadline_is_none_or_zero():
+class Loaded:
+    @property
+    def options(self) -> Any:
+        raise AssertionError("a property of the user's is not to be run")
+
+
+@pytest.mark.parametrize("own", [{"concurrency": 5}, None, [], "concurrency=5", 7])
+def test_what_is_called_options_and_is_none_is_the_users_own(own: Any):
+    assert settings_of(SimpleNamespace(options=own)) == Settings(Requeue())
+
+
+def test_a_property_that_is_called_options_is_not_run():
+    assert settings_of(Loaded()) == Settings(Requeue())
+
+
+def test_no_settle_deadline_is_zero():
     assert settings_of(consumer(settle_deadline=0)).settle_deadline is None
     assert settings_of(consumer(settle_deadline=60)).settle_deadline == 60.0
+
+
+def test_options_show_what_was_said_and_no_more():
+    assert repr(ConsumerOptions(concurrency=5)) == "ConsumerOptions(concurrency=5)"
+    assert ConsumerOptions(concurrency=5).said() == {"concurrency": 5}
+    assert ConsumerOptions().concurrency is UNSET
+    assert ConsumerOptions().value_of("drain_timeout") == 30.0
+
+
+def test_options_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        ConsumerOptions().concurrency = 5  # type: ignore[misc]
+
+
+def test_every_option_is_declared_once_with_all_that_is_said_of_it():
+    assert list(OPTIONS) == [field.name for field in fields(ConsumerOptions)]
+    for name, declared in OPTIONS.items():
+        assert declared.name == name
+        declared.kind.check(name, declared.default)
+        assert f"{name}: {declared.doc}" in " ".join((ConsumerOptions.__doc__ or "").split())
+        assert declared.default_text
 
 
 @pytest.mark.parametrize(
@@ -72,14 +133,18 @@ def test_no_settle_deadline_is_none_or_zero():
         ({"drain_timeout": -1}, "drain_timeout must be 0 seconds or more, not -1"),
         ({"cancel_timeout": True}, "cancel_timeout must be 0 seconds or more, not True"),
         ({"settle_deadline": -1}, "settle_deadline must be 0 seconds or more, not -1"),
-        ({"partition_by": "customer"}, "has partition_by but no concurrency"),
         (
             {"partition_by": 7, "concurrency": 2},
             "partition_by must be the name of a header, .* not 7",
         ),
         ({"on_error": Reject}, r"on_error is the class Reject, not a policy: write Reject\(\)"),
         ({"on_error": "reject"}, "on_error is 'reject', which is no policy: write Requeue"),
-        ({"on_error": lambda self, exc: None}, "on_error is <bound method .*>, which is no policy"),
+        ({"on_error": lambda self, exc: None}, "on_error is <function .*>, which is no policy"),
+        ({"auto_settle": "yes"}, "auto_settle must be True or False, not 'yes'"),
+        ({"kill_switch": True}, r"kill_switch must be KillSwitch\(…\), or None, not True"),
+        ({"batch_size": 0}, "batch_size must be from 1 to 65535, or None .*, not 0"),
+        ({"batch_size": 5, "partition_by": "a"}, "batch_size and partition_by do not go together"),
+        ({"drain_timeout": None}, "drain_timeout must be 0 seconds or more, not None"),
         (
             {"on_error": {ValueError: Reject}},
             r"on_error for ValueError is the class Reject.*Reject\(\)",
@@ -99,11 +164,33 @@ def test_no_settle_deadline_is_none_or_zero():
         ),
     ],
 )
-def test_what_makes_no_sense_is_told_with_the_consumer_and_the_remedy(
+def test_what_makes_no_sense_is_told_where_it_is_said_with_the_option_and_the_remedy(
     attributes: dict[str, Any], message: str
 ):
+    with pytest.raises(InvalidConsumerError, match=f"^{message}") as caught:
+        ConsumerOptions(**attributes)
+    assert isinstance(caught.value, InvalidOptionsError)
+    assert caught.value.field in attributes
+    assert caught.value.value is attributes[caught.value.field]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("around", "attributes", "message"),
+    [
+        ({}, {"partition_by": "customer"}, "has partition_by but no concurrency"),
+        (
+            {"batch_size": 5},
+            {"partition_by": "a"},
+            "batch_size and partition_by do not go together",
+        ),
+    ],
+)
+def test_what_makes_no_sense_together_is_told_with_the_consumer(
+    around: dict[str, Any], attributes: dict[str, Any], message: str
+):
     with pytest.raises(InvalidConsumerError, match=f"^orders:? .*{message}") as caught:
-        settings_of(consumer(**attributes))
+        settings_of(consumer(around, **attributes))
     assert "\n" not in str(caught.value)
 
 

@@ -16,6 +16,7 @@ from greenconsume.events import Event as AnyEvent
 from greenconsume.events import HandlerFailed, HandlerInterrupted, StaleSettle
 from greenconsume.failures import requeues
 from greenconsume.failures.policies import Reject, Requeue
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.shield import shield_channels
 from greenconsume.mixins import ConsumerProducerMixin
 from greenconsume.runtime.runtime import Runtime
@@ -100,10 +101,10 @@ def connection() -> Connection:
 class Worker(ConsumerProducerMixin):
     """Calls a function for each message."""
 
-    def __init__(self, handle: Callable[[Any, Any, Any], object], **attributes: Any) -> None:
+    def __init__(self, handle: Callable[[Any, Any, Any], object], **options: Any) -> None:
         self.connection = connection()
         self.handle = handle
-        vars(self).update(attributes)
+        self.options = ConsumerOptions(**options)
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         return [Consumer([Queue("q")], callbacks=[self.on_message])]
@@ -128,7 +129,7 @@ def put(*bodies: Any) -> None:
 
 
 def running(worker: Worker) -> Runtime:
-    runtime = Runtime(connection(), drain_timeout=0.0, cancel_timeout=1.0)
+    runtime = Runtime(connection(), options=ConsumerOptions(drain_timeout=0.0, cancel_timeout=1.0))
     runtime.spawn(worker)
     runtime.start()
     return runtime

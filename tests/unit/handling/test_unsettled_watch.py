@@ -14,8 +14,10 @@ from greenconsume.amqp.ledger import ACK, Ledger
 from greenconsume.events import Event as AnyEvent
 from greenconsume.events import UnsettledTooLong
 from greenconsume.handling import unsettled_watch
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime.greenlet import spawn
+from tests.options import say
 from tests.peer import Peer
 from tests.unit.fakes import of_type
 from tests.waiting import wait_until
@@ -140,7 +142,7 @@ def test_ten_thousand_consumers_are_looked_after_by_one_greenlet(make_session):
 class Forgetful(ConsumerMixin):
     """Settles nothing."""
 
-    settle_deadline = DEADLINE
+    options = ConsumerOptions(settle_deadline=DEADLINE)
 
     def __init__(self, url: str) -> None:
         self.connection = Connection(url, transport_options={"close_timeout": 0.2})
@@ -155,7 +157,7 @@ def test_a_consumer_is_looked_after_while_it_consumes(
 ):
     """HAZARDS.md row 19: a warning before the broker closes the channel."""
     consumer = Forgetful(peer.url)
-    consumer.concurrency = concurrency
+    say(consumer, concurrency=concurrency)
     greenlet = spawn(consumer)
     assert greenlet.ready.wait(30)
     peer.deliver(1, peer.wait_for("basic.consume").args[2], 5)
@@ -168,7 +170,7 @@ def test_a_consumer_that_wants_no_warning_is_not_looked_after(peer: Peer, events
     greenlets = []
     for number, deadline in enumerate((0, DEADLINE)):
         consumer = Forgetful(peer.url)
-        consumer.settle_deadline = deadline
+        say(consumer, settle_deadline=deadline)
         greenlets.append(spawn(consumer))
         assert greenlets[-1].ready.wait(30)
         peer.deliver(1, peer.wait_for("basic.consume", number + 1).args[2], 5)

@@ -15,6 +15,7 @@ from greenconsume.events import HubBlocked
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime.hub_watch import BlockWatch, watched_hub
 from greenconsume.runtime.runtime import Runtime
+from tests.options import say
 from tests.unit.fakes import of_type
 from tests.waiting import wait_until
 
@@ -79,7 +80,7 @@ class Computing(ConsumerMixin):
     def __init__(self, queue: str, concurrency: int | None) -> None:
         self.connection = Connection("memory://localhost")
         self.queue = Queue(queue)
-        self.concurrency = concurrency
+        say(self, concurrency=concurrency)
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         return [Consumer([self.queue], callbacks=[self.on_message])]

@@ -40,6 +40,7 @@ from greenconsume.events import (
 )
 from greenconsume.events import Event as AnyEvent
 from greenconsume.failures.policies import Requeue
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime import run as run_module
@@ -147,7 +148,9 @@ class Plain(kombu.mixins.ConsumerMixin):
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
     """A runtime that is stopped and joined when the test has ended."""
-    runtime = Runtime("memory://localhost", drain_timeout=1.0, cancel_timeout=1.0)
+    runtime = Runtime(
+        "memory://localhost", options=ConsumerOptions(drain_timeout=1.0, cancel_timeout=1.0)
+    )
     yield runtime
     runtime.kill()
     assert runtime.join(30)
@@ -277,15 +280,7 @@ def test_what_cannot_be_spawned_is_refused_at_once(
         ({"broker": ""}, ValueError, "broker must be a URL such as amqp:// or memory://"),
         ({"broker": "amqp://me:s3/cr@host"}, ValueError, "the broker URL cannot be parsed"),
         ({"links": 0}, ValueError, "links must be 1 or more, not 0"),
-        ({"drain_timeout": -1}, ValueError, "must be 0 seconds or more, not -1"),
-        ({"cancel_timeout": -1}, ValueError, "must be 0 seconds or more"),
-        ({"concurrency": 0}, ValueError, "concurrency must be 1 or more, or None, not 0"),
         ({"max_handlers": 0}, ValueError, "max_handlers must be 1 or more, or None, not 0"),
-        (
-            {"on_error": Requeue},
-            InvalidConsumerError,
-            r"Runtime: on_error is the class Requeue.*: write Requeue\(\)",
-        ),
     ],
 )
 def test_a_runtime_that_makes_no_sense_is_refused(
@@ -296,6 +291,27 @@ def test_a_runtime_that_makes_no_sense_is_refused(
         Runtime(**arguments)
     assert "\n" not in str(caught.value)
     assert "s3" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        ({"drain_timeout": -1}, ValueError, "must be 0 seconds or more, not -1"),
+        ({"cancel_timeout": -1}, ValueError, "must be 0 seconds or more"),
+        ({"concurrency": 0}, ValueError, "concurrency must be 1 or more, or None .*, not 0"),
+        (
+            {"on_error": Requeue},
+            InvalidConsumerError,
+            r"on_error is the class Requeue.*: write Requeue\(\)",
+        ),
+    ],
+)
+def test_options_of_a_runtime_that_make_no_sense_are_refused(
+    said: dict[str, Any], error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message) as caught:
+        Runtime(options=ConsumerOptions(**said))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_kombu_connection_is_used_as_it_is():
@@ -780,7 +796,9 @@ def test_join_ends_when_all_consumers_have_ended_by_themselves(
 
 def test_what_does_not_stop_in_time_is_killed_and_told(events: list[AnyEvent], impatient: None):
     """The ladder's last rung: `run` returns False, for work was abandoned."""
-    runtime = Runtime("memory://localhost", drain_timeout=0.01, cancel_timeout=0.01)
+    runtime = Runtime(
+        "memory://localhost", options=ConsumerOptions(drain_timeout=0.01, cancel_timeout=0.01)
+    )
     (child,) = runtime.spawn(Stubborn)
     running = gevent.spawn(runtime.run)
     wait_until(lambda: child.started)
@@ -798,7 +816,8 @@ def test_one_stop_can_be_given_less_time_than_the_runtime_allows(
     events: list[AnyEvent], impatient: None
 ):
     """As a server does whose own patience ends: both rungs come sooner, once."""
-    runtime = Runtime("memory://localhost", drain_timeout=1000.0, cancel_timeout=1000.0)
+    timeouts = ConsumerOptions(drain_timeout=1000.0, cancel_timeout=1000.0)
+    runtime = Runtime("memory://localhost", options=timeouts)
     (child,) = runtime.spawn(Stubborn)
     for _ in range(2):
         began = monotonic()
@@ -830,7 +849,9 @@ def test_a_bound_below_zero_is_refused(runtime: Runtime):
 @pytest.mark.parametrize("rung", ["cancel", "kill"])
 def test_cancel_and_kill_skip_the_wait(rung: str, events: list[AnyEvent], impatient: None):
     """Also while the drain is under way, from a foreign thread."""
-    runtime = Runtime("memory://localhost", drain_timeout=1000.0, cancel_timeout=0.2)
+    runtime = Runtime(
+        "memory://localhost", options=ConsumerOptions(drain_timeout=1000.0, cancel_timeout=0.2)
+    )
     stubborn, willing = runtime.spawn(Stubborn) + runtime.spawn(Idle)
     runtime.start()
     runtime.stop()
@@ -943,7 +964,9 @@ def test_a_signal_drains_and_the_handlers_are_restored(
 
 def test_each_further_signal_goes_a_rung_down(events: list[AnyEvent], impatient: None):
     """The second cancels, the third kills: each skips the rest of a wait, and says so."""
-    runtime = Runtime("memory://localhost", drain_timeout=1000.0, cancel_timeout=1000.0)
+    runtime = Runtime(
+        "memory://localhost", options=ConsumerOptions(drain_timeout=1000.0, cancel_timeout=1000.0)
+    )
     (child,) = runtime.spawn(Stubborn)
     running = gevent.spawn(runtime.run)
     wait_until(lambda: child.started)
@@ -976,7 +999,7 @@ monkey.patch_all()
 
 import os, signal
 import gevent
-from greenconsume import Runtime
+from greenconsume import ConsumerOptions, Runtime
 from greenconsume.events import ConsumerState, subscribe
 from greenconsume.lifecycle import lifecycle_of
 
@@ -999,7 +1022,8 @@ def climb(event):
         os.kill(os.getpid(), signal.SIGTERM)
 
 subscribe(climb)
-runtime = Runtime("memory://localhost", drain_timeout=1000, cancel_timeout=1000)
+timeouts = ConsumerOptions(drain_timeout=1000, cancel_timeout=1000)
+runtime = Runtime("memory://localhost", options=timeouts)
 runtime.spawn(Undead())
 gevent.spawn_later(0.01, os.kill, os.getpid(), signal.SIGINT)
 runtime.run()

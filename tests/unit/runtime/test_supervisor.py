@@ -18,14 +18,15 @@ from greenconsume.events import (
     DrainStarted,
 )
 from greenconsume.events import Event as AnyEvent
-from greenconsume.failures.policies import Reject
 from greenconsume.handling.drain import drain_of
+from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from greenconsume.runtime import supervisor as supervisor_module
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.runtime.supervisor import Supervisor
 from greenconsume.stopping import Rungs, StopSignal
+from tests.options import say
 from tests.unit.fakes import Idle, Scripted, Stubborn, failing, of_type
 from tests.waiting import wait_until
 
@@ -384,12 +385,12 @@ def test_a_consumer_with_a_longer_timeout_of_its_own_is_left_it(
     name: str, events: list[AnyEvent], impatient: None
 ):
     """The supervisor is there for what hangs, not to cut the handlers' own ladder short."""
-    stop, defaults = StopSignal(), {"drain_timeout": 0.0, "cancel_timeout": 0.0}
-    supervisor = Supervisor(AT_ONCE, stop, None, defaults=defaults)
+    stop, options = StopSignal(), ConsumerOptions(drain_timeout=0.0, cancel_timeout=0.0)
+    supervisor = Supervisor(AT_ONCE, stop, None, options=options)
     slow, other = Child("slow", Stubborn), Child("other", Stubborn)
     supervisor.add([slow, other])
     gevent.idle()
-    setattr(slow.consumer, name, 0.15)
+    say(slow.consumer, **{name: 0.15})
     assert drain_of(slow.consumer).handling.settings
     stop.set()
     began = monotonic()
@@ -402,13 +403,11 @@ def test_a_consumer_whose_settings_make_no_sense_is_not_started():
     """It is told where it was spawned, not by its restarts, after it has connected."""
 
     class Orders(Idle):
-        on_error = Reject
+        options = ConsumerOptions(partition_by="customer")
 
     supervisor = Supervisor(AT_ONCE, StopSignal(), None)
     child = Child("orders", Orders)
-    with pytest.raises(
-        InvalidConsumerError, match=r"orders: on_error is the class Reject.*Reject\(\)"
-    ):
+    with pytest.raises(InvalidConsumerError, match="orders has partition_by but no concurrency"):
         supervisor.add([child])
     assert child.consumer.runs == 0
 
