@@ -19,8 +19,9 @@ from kombu import Connection
 from greenconsume.amqp.transport import Transport
 from greenconsume.errors import GreenconsumeError
 from greenconsume.failures import message_copy
+from greenconsume.failures.copy_publisher import CopyPublisher
 from greenconsume.failures.message_copy import Copy, copy_of
-from greenconsume.failures.republisher import Republisher
+from greenconsume.failures.retrier import PATIENCE
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import StopSignal
@@ -144,7 +145,7 @@ class DeadLetters:
         self._stop = stop or StopSignal()
         self._connection = connection_to(broker).clone()
         self._pool = LinkPool()
-        self._republisher = Republisher(self._pool, self._connection)
+        self._publisher = CopyPublisher(self._pool, self._connection)
         self._channel: Any = None
 
     def __enter__(self) -> DeadLetters:
@@ -177,7 +178,7 @@ class DeadLetters:
     ) -> None:
         """Let the broker have back what was not removed. Switches: yes."""
         try:
-            self._republisher.leave(self)
+            self._publisher.leave(self)
         finally:
             self._connection.close()
 
@@ -207,7 +208,8 @@ class DeadLetters:
             raise GreenconsumeError(f"message {letter.number} does not say where it came from")
         copy = letter.revived()
         if isinstance(self._connection.transport, Transport):
-            if not self._republisher.publish(self, copy, letter.queue, self._stop):
+            copy.shorten_to(self._channel.connection.link.frame_max or 131072)
+            if not self._publisher.publish(self, copy, letter.queue, self._stop, PATIENCE):
                 raise GreenconsumeError(f"there is no queue {letter.queue!r} to replay to")
         else:
             message = copy.to_virtual(self._channel)

@@ -76,9 +76,14 @@ _declared: WeakKeyDictionary[Any, _Declared] = WeakKeyDictionary()
 
 
 def declare_queues(
-    connection: Connection, wanted: dict[str, dict[str, Any] | None], anew: bool = False
+    source: Session | Connection, wanted: dict[str, dict[str, Any] | None], anew: bool = False
 ) -> None:
     """Declare durable queues, by name and arguments; with None, one that is there may have any arguments.
+
+    Args:
+        source: Gives the channel to declare on.
+        wanted: The queues.
+        anew: They may have been deleted since they were declared.
 
     Raises:
         InvalidConsumerError: The broker refuses it.
@@ -86,28 +91,32 @@ def declare_queues(
 
     Switches: yes, unless all were declared over this link before, and not `anew`.
     """
-    session = connection.connection
-    declared = _declared_over(session)
+    declared = _declared_over(source)
     if anew:
         declared.names.difference_update(wanted)
     channel = None
     try:
         for name, arguments in wanted.items():
             while name in declared.pending:
-                session.wait_for(declared.pending[name])  # it has a deadline of its own
+                _wait_for(declared.pending[name], source)
             if name not in declared.names:
                 with declared.declaring(name):  # from here on, for all that follows may switch
-                    channel = channel or connection.channel()
+                    channel = channel or source.channel()
                     _declare_queue(channel, name, arguments)
     finally:
         if channel is not None:
             channel.close()
 
 
-def _declared_over(session: Any) -> _Declared:
-    if not isinstance(session, Session):
+def _declared_over(source: Session | Connection) -> _Declared:
+    if not isinstance(source, Session):
         return _Declared()
-    return _declared.setdefault(session.link, _Declared())
+    return _declared.setdefault(source.link, _Declared())
+
+
+def _wait_for(declared: Event, source: Session | Connection) -> None:
+    if isinstance(source, Session):
+        source.wait_for(declared)  # another consumer's declare, which has a deadline of its own
 
 
 def _declare_queue(channel: Any, name: str, arguments: dict[str, Any] | None) -> None:

@@ -1,21 +1,24 @@
-"""Owns one message of a publisher: what is to be written, until when, and what became of it.
+"""Owns one message that is published with confirms: what is to be written, until when, what became of it.
 
-Its outbox writes and finishes it; an application waits for it.
+It does no I/O and knows no channel: whoever has it written is told of the answer by a callable. Made by
+`publisher` and by what publishes copies of failed messages; an application waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+
+import amqp
+from kombu import Exchange, Queue
 
 from greenconsume.amqp.confirms import Confirm
-from greenconsume.errors import PublishError, RefusedError, ReturnedError
+from greenconsume.errors import PublishError, PublishTimeoutError, RefusedError, ReturnedError
 from greenconsume.stopping import Deadline
 
-if TYPE_CHECKING:
-    from greenconsume.publishing.outbox import Outbox
+#: The message, its exchange and routing key, and whether it is mandatory and immediate.
+Address = tuple[amqp.Message, str, str, bool, bool]
 
 
 class Publication(Confirm):
@@ -25,29 +28,49 @@ class Publication(Confirm):
         message_id: The message's `message_id` property; the same each time that it is written.
         ready: Whether it was confirmed or has failed.
         error: Why it failed, a `PublishError`.
+        due: When it is given up, in monotonic time.
+        max_retries: How often it is written again after its link was lost.
+        declare: What is to be declared before it is written.
+        is_wanted: Says whether to write it after all; None: yes.
+        alone: It may have closed a channel or a link: no other is on its way while it is.
+        waiting_count: How many greenlets wait for it.
+        written_count: How often it was written.
+        seen: Its error was raised to somebody.
     """
 
     __slots__ = (
+        "_on_answer",
         "alone",
         "declare",
         "due",
+        "is_wanted",
         "max_retries",
         "message_id",
-        "outbox",
+        "seen",
         "waiting_count",
         "written_count",
     )
 
-    outbox: Outbox
-    declare: Sequence[Any]
-    due: float  # in monotonic time, when it is given up
-    message_id: str
-    max_retries: float
-
-    def __init__(self, *address: Any) -> None:
+    def __init__(
+        self,
+        address: Address,
+        on_answer: Callable[[Publication, BaseException | None], object],
+        *,
+        message_id: str = "",
+        due: float = inf,
+        max_retries: float = inf,
+        declare: Sequence[Exchange | Queue] = (),
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> None:
         super().__init__(*address)
-        self.alone = False  # it may have closed a channel: to be written with no other on its way
+        self.message_id = message_id
+        self.due = due
+        self.max_retries = max_retries
+        self.declare = declare
+        self.is_wanted = is_wanted
+        self.alone = self.seen = False
         self.waiting_count = self.written_count = 0
+        self._on_answer = on_answer
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the broker has confirmed the message.
@@ -59,7 +82,8 @@ class Publication(Confirm):
         Raises:
             NackedError: The broker could not take it.
             ReturnedError: It was mandatory, and no queue is bound for it.
-            RefusedError: The broker closed the channel for it, as where its exchange does not exist.
+            RefusedError: The broker closed the channel or the connection for it, as where its exchange
+                does not exist.
             BlockedError: The broker blocked its publishers for too long.
             PublishTimeoutError: It was not confirmed in time.
             UnconfirmedError: Its link was lost and it was not to be written again, or its publisher stopped.
@@ -69,25 +93,26 @@ class Publication(Confirm):
         if not self.ready:
             self.waiting_count += 1
             try:
-                self.outbox.wait_for(self, timeout)
+                if not self.event.wait(timeout):
+                    raise self.failed(PublishTimeoutError, f"is not confirmed after {timeout} s")
             finally:
                 self.waiting_count -= 1
         if self.error is not None:
-            self.outbox.unseen.pop(self, None)
+            self.seen = True
             raise self.error
 
     @property
     def deadline(self) -> Deadline:
-        """When it is given up."""
+        """The time at which it is given up."""
         return Deadline(None if self.due == inf else max(0.0, self.due - monotonic()))
 
     def answer(self, error: BaseException | None) -> None:
-        """Take the channel's answer. Never switches."""
-        self.outbox.on_answer(self, error)
+        """Take the channel's answer, and hand it on. Never switches."""
+        self._on_answer(self, error)
 
     @property
     def fate(self) -> str:
-        """What can be said of a message that was not confirmed."""
+        """What can be said of it while it is not confirmed, in words."""
         return "it may or may not have arrived" if self.written_count else "it was never sent"
 
     def finish(self, error: PublishError | None) -> None:

@@ -1,16 +1,16 @@
-"""Owns the channel that an outbox writes to: connected when it is first used, and again once it was lost.
+"""Owns the channel that is published over with confirms: connected when first used, again when it was lost.
 
 What is declared goes over a channel of its own, so that an error closes nobody else's. It must never take a
-link that consumes (law 6). Called by `outbox`, from one greenlet at a time.
+link that consumes (law 6). Called by `sender`, from one greenlet at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import kombu
 from amqp.exceptions import ChannelError, RecoverableConnectionError
+from kombu import Exchange, Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 
@@ -21,10 +21,10 @@ from greenconsume.stopping import Deadline, StopSignal
 
 
 class PlainChannel:
-    """What stands for a channel where a transport has no confirms: what it took counts as confirmed.
+    """Stands for a channel where a transport has no confirms: what it took counts as confirmed.
 
     Attributes:
-        blocked: Nobody says so.
+        blocked: Always false: nobody says so.
         lost: Whether its connection was lost.
     """
 
@@ -57,13 +57,14 @@ class PlainChannel:
             confirm.answer(None)
 
 
-class Lane:
-    """A publisher's connection to its broker.
+class PublishChannel:
+    """One channel to a broker to publish over, whichever link it is on at the time.
 
     Attributes:
         channel: The channel to write to; None before it is first used, and after `close`.
         errors: What says that the channel or its link is lost, or cannot be had.
         trouble: The last error of connecting, or of what was connected.
+        isolated: It shares its link with nobody: what closes the link came over this channel.
     """
 
     def __init__(self, broker: kombu.Connection, links: LinkPool, stop: StopSignal) -> None:
@@ -71,11 +72,12 @@ class Lane:
         theirs = (*broker.connection_errors, *broker.channel_errors, OperationalError)
         self.errors = (*theirs, RecoverableConnectionError, ChannelError)
         self.trouble: BaseException | None = None
+        self.isolated = False
         self._broker = broker
         self._links = links
         self._stop = stop
         self._connection: kombu.Connection | None = None
-        self._declarer: Any = None
+        self._declarer: kombu.transport.base.StdChannel | None = None
 
     @property
     def uri(self) -> str:
@@ -111,12 +113,17 @@ class Lane:
     def _note(self, error: BaseException, _delay: float) -> None:
         self.trouble = error
 
-    def has_declared(self, entities: Sequence[Any]) -> bool:
+    def isolate(self) -> None:
+        """Take a link of its own from the next `connect` on. Never switches."""
+        if not self.isolated:
+            self.isolated, self._links = True, LinkPool()
+
+    def has_declared(self, entities: Sequence[Exchange | Queue]) -> bool:
         """Whether these exchanges and queues were all declared on this connection. Never switches."""
         declared = self._connection.declared_entities if self._connection is not None else ()
         return all(each.can_cache_declaration and hash(each) in declared for each in entities)
 
-    def declare(self, entities: Sequence[Any]) -> None:
+    def declare(self, entities: Sequence[Exchange | Queue]) -> None:
         """Declare these exchanges and queues, those that have not been.
 
         Raises:

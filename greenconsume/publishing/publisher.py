@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
+import amqp
 import kombu
 from kombu import Exchange, Producer, serialization
 from kombu.transport import pyamqp
@@ -24,7 +25,7 @@ from greenconsume.errors import ForkedError, PublishError, StoppedError
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
 from greenconsume.publishing.outbox import Outbox
-from greenconsume.publishing.publication import Publication
+from greenconsume.publishing.publication import Address, Publication
 from greenconsume.stopping import Deadline
 
 #: What kombu's `json.dumps` comes to, without an encoder made for each message.
@@ -172,20 +173,21 @@ class Publisher:
             options["message_id"] = f"{self._id_prefix}{next(self._id_numbers):012x}"
         if timeout is None:
             timeout = self._timeout if confirm_timeout is None else confirm_timeout
-        due = inf if timeout is None else monotonic() + timeout
         if type(body) in (dict, list) and self._is_json(options):
             try:
                 body = _encode_json(body)
                 options |= {"content_type": "application/json", "content_encoding": "utf-8"}
             except Exception:  # whatever a value's own code raises: kombu tells it in its words
                 pass
-        publication: Publication = self._producer.publish(body, routing_key, **options)
-        publication.outbox = self._outbox
-        publication.due = due
-        publication.declare = [*declare, *self._declare] if declare else self._declare
-        publication.message_id = options["message_id"]
-        publication.max_retries = inf if retries is None else retries
-        return publication
+        address: Address = self._producer.publish(body, routing_key, **options)
+        return Publication(
+            address,
+            self._outbox.on_answer,
+            message_id=options["message_id"],
+            due=inf if timeout is None else monotonic() + timeout,
+            max_retries=inf if retries is None else retries,
+            declare=[*declare, *self._declare] if declare else self._declare,
+        )
 
     def _is_json(self, options: dict[str, Any]) -> bool:
         """Whether kombu would make plain JSON of a dict or list."""
@@ -253,20 +255,20 @@ class Publisher:
 
 
 class _Taker:
-    """What a `kombu.Producer` takes for its channel: what it publishes becomes a `Publication`."""
+    """What a `kombu.Producer` takes for its channel: returns what is published, and where to."""
 
     prepare_message = pyamqp.Channel.prepare_message
 
     def basic_publish(
         self,
-        message: Any,
+        message: amqp.Message,
         exchange: str = "",
         routing_key: str = "",
         mandatory: bool = False,
         immediate: bool = False,
-        **_timeouts: Any,
-    ) -> Publication:
-        return Publication(message, exchange, routing_key, mandatory, immediate)
+        **_timeouts: float | None,
+    ) -> Address:
+        return message, exchange, routing_key, mandatory, immediate
 
 
 class _PlainTaker(_Taker):

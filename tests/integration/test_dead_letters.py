@@ -41,7 +41,7 @@ def run(capsys) -> Iterator[Callable[..., Result]]:
 
     def command(*args: str) -> Result:
         with pytest.raises(SystemExit) as ended:
-            main.main(["dead-letters", *args])
+            main(["dead-letters", *args])
         out, err = capsys.readouterr()
         return Result(ended.value.code or 0, out, err)
 

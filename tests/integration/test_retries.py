@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from time import process_time, time
+from time import monotonic, process_time, time
 from typing import Any, NamedTuple
 
 import amqp
@@ -13,8 +13,8 @@ from kombu import Exchange, Queue
 
 from greenconsume import Reject, Requeue, Retry, Runtime, spawn
 from greenconsume.errors import InvalidConsumerError
-from greenconsume.events import ConsumerDrained, HandlerFailed
-from greenconsume.failures import message_copy, republisher
+from greenconsume.events import ConsumerDrained, HandlerFailed, LinkBlocked
+from greenconsume.failures import message_copy
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import lifecycle_of
 from tests.integration.consumers import (
@@ -413,19 +413,47 @@ def test_a_dead_letter_queue_that_is_there_is_used_as_it_is(amqp_url, queue_name
 # -- trouble --------------------------------------------------------------------------------------
 
 
-def test_while_the_broker_blocks_publishers_the_message_goes_back(
-    rabbitmq_fault, amqp_url, queue_name, monkeypatch
+def test_while_the_broker_blocks_publishers_the_message_stays_and_its_copy_is_not_doubled(
+    rabbitmq_fault, amqp_url, queue_name
 ):
-    monkeypatch.setattr(republisher, "CONFIRM_TIMEOUT", 0.2)
     consumer = Failing(amqp_url, queue_name, Retry(10_000, [0.05]))
-    with consuming(consumer), observed(HandlerFailed) as failures:
-        publish(amqp_url, queue_name, ["bad"])
-        consumer.came(2)  # its link is known to publish
+    say(consumer, concurrency=5)
+    with consuming(consumer), observed(LinkBlocked) as blocks:
+        publish(amqp_url, queue_name, ["bad"] * 5)
+        consumer.came(10)  # its link is known to publish
         rabbitmq_fault.block()
-        wait_until(lambda: "requeued in 1 s, because its policy failed" in failures[-1].outcome)
+        wait_until(lambda: rabbitmq_fault.queue_counts(amqp_url, queue_name).unacked == 5, SOON)
+        wait_until(lambda: blocks, SOON)
+        seen = len(consumer.times)
         rabbitmq_fault.unblock()
-        consumer.came(len(consumer.times) + 2)
-    assert consumer.counts[-1] > consumer.counts[0]
+        consumer.came(seen + 20)
+    left = [
+        rabbitmq_fault.queue_counts(amqp_url, name)
+        for name in (queue_name, f"{queue_name}.retry.50")
+    ]
+    assert sum(counts.ready + counts.unacked for counts in left) == 5
+
+
+def test_a_drain_while_the_broker_blocks_publishers_ends_in_time_and_loses_nothing(
+    rabbitmq_fault, amqp_url, queue_name
+):
+    consumer = Failing(amqp_url, queue_name, Retry(0))
+    say(consumer, concurrency=5)
+    consumer.connection.transport_options["close_timeout"] = 0.5
+    with consuming(consumer) as (greenlet,), observed(LinkBlocked) as blocks:
+        publish(amqp_url, queue_name, ["bad"])
+        taken(amqp_url, f"{queue_name}.dead")
+        publish(amqp_url, queue_name, ["bad"] * 5)
+        rabbitmq_fault.block()
+        wait_until(lambda: blocks, SOON)
+        began = monotonic()
+        greenlet.stop()
+        assert greenlet.join(10) in (None, True)
+        assert greenlet.ready()
+        assert monotonic() - began < 5
+        rabbitmq_fault.unblock()
+    names = (queue_name, f"{queue_name}.dead")
+    wait_until(lambda: sum(queue_depth(amqp_url, name) for name in names) >= 5, SOON)
 
 
 def test_a_message_that_the_broker_does_not_take_stays_where_it_is(rabbitmq, amqp_url, queue_name):
@@ -438,7 +466,7 @@ def test_a_message_that_the_broker_does_not_take_stays_where_it_is(rabbitmq, amq
         assert rabbitmq.queue_counts(amqp_url, queue_name).unacked == 1
         taken(amqp_url, dead)
         taken(amqp_url, dead)
-    assert "requeued in 1 s, because its policy failed: MessageNacked" in failures[1].outcome
+    assert "requeued in 1 s, because its policy failed: NackedError" in failures[1].outcome
     assert len(consumer.times) == 3
 
 

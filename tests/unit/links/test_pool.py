@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from contextlib import contextmanager
 from itertools import islice
 from time import monotonic
@@ -18,7 +16,6 @@ from kombu.exceptions import OperationalError
 from greenconsume.amqp.link import Link
 from greenconsume.errors import StoppedError, UnsupportedTransportError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
-from greenconsume.failures.republisher import republisher_of
 from greenconsume.links import backoff
 from greenconsume.links import dialer as dialer_module
 from greenconsume.links.backoff import FIRST_DELAY, MAX_DELAY, delays
@@ -680,13 +677,3 @@ def test_nobody_dials_on_where_the_only_one_who_waited_has_his_error(pool, conne
         connection.transport.establish_connection()
     wait_until(lambda: dialer._dialling is None)
     connection.release()
-
-
-def test_a_pool_that_retries_were_published_over_is_not_kept():
-    pool = LinkPool()
-    republisher = republisher_of(pool, Connection("amqp://"))
-    assert republisher_of(pool, Connection("amqp://")) is republisher
-    pool, kept = None, weakref.ref(pool)
-    del republisher
-    gc.collect()
-    assert kept() is None

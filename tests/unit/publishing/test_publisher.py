@@ -13,6 +13,7 @@ import gevent
 import pytest
 from amqp.exceptions import (
     ChannelError,
+    InternalError,
     MessageNacked,
     NotFound,
     PreconditionFailed,
@@ -240,7 +241,7 @@ def test_a_confirmed_message_is_not_kept(publish_to, broker):
     publisher.flush()
     assert all(publication.ready for publication in publications)
     assert not publisher._outbox._outstanding
-    assert not publisher._outbox._lane.channel._confirms
+    assert not publisher._outbox._channel.channel._confirms
 
 
 def test_a_body_that_cannot_be_serialized_is_an_error_here(publish_to, broker):
@@ -474,12 +475,56 @@ def test_a_message_is_written_again_as_often_as_was_said(publish_to, peer):
 
 
 def test_a_link_that_is_lost_whenever_it_is_used_is_not_dialled_in_a_loop(publish_to, make_peer):
-    peer = make_peer(answers={"body": frames.connection_close(541, "INTERNAL_ERROR")})
+    peer = make_peer(answers={"body": frames.connection_close(320, "CONNECTION_FORCED")})
     publisher = publish_to(peer, timeout=0.15)
     with pytest.raises(PublishTimeoutError, match="may or may not have arrived") as caught:
         publisher.publish(1, "q")
     assert isinstance(caught.value.__cause__, LinkLostError)
     assert peer.connection_count == 2
+
+
+def closing_link_for(peer, poison, code=541):
+    """Have a peer confirm every message but one, for which it closes the connection."""
+    answering(peer)
+    confirm = peer.answers["body"]
+    closed = frames.connection_close(code, "INTERNAL_ERROR")
+    peer.answers["body"] = lambda frame: closed if frame.payload == poison else confirm(frame)
+    return peer
+
+
+def test_a_message_that_kills_the_link_is_refused_and_its_neighbours_are_published(
+    publish_to, peer
+):
+    publisher = publish_to(closing_link_for(peer, b"3"))
+    publisher.publish(0, "q")
+    calls = [run(publisher.publish, n, "q") for n in range(1, 131)]
+    results = outcomes(calls)
+    assert [n for n, each in enumerate(results, 1) if each is not None] == [3]
+    assert (type(results[2]), results[2].reply_code) == (RefusedError, 541)
+    assert isinstance(results[2].__cause__, InternalError)
+    assert max(Counter(bodies(peer)).values()) == 2
+    assert peer.connection_count == 3
+
+
+def test_each_of_several_messages_that_kill_the_link_is_told_so(publish_to, peer):
+    publisher = publish_to(closing_link_for(peer, b"bad"))
+    calls = [run(publisher.publish, text, "q") for text in ("bad", "a", "bad", "b", "bad")]
+    results = outcomes(calls)
+    assert [isinstance(each, RefusedError) for each in results] == [True, False] * 2 + [True]
+    assert results[1::2] == [None, None]
+
+
+def test_a_message_that_kills_the_link_is_not_taken_for_another_publishers(publish_to, peer):
+    """They share a link, until one of their messages closes it: then none is suspect for another's."""
+    closing_link_for(peer, b"bad")
+    links = LinkPool()
+    publishers = [publish_to(peer, links=links) for _ in range(3)]
+    for publisher in publishers:
+        publisher.publish(0, "q")
+    calls = [run(publisher.publish, n, "q") for publisher in publishers for n in range(5)]
+    bad = run(publishers[1].publish, "bad", "q")
+    assert isinstance(bad.get(timeout=SOON), RefusedError)
+    assert outcomes(calls) == [None] * 15
 
 
 def test_a_broker_that_is_away_is_waited_for(publish_to, make_peer, monkeypatch):
@@ -545,7 +590,7 @@ def test_publishing_waits_while_the_broker_blocks(publish_to, broker):
     publisher = publish_to(broker)
     publisher.publish(0, "q")
     broker.send(frames.blocked())
-    wait_until(lambda: publisher._outbox._lane.blocked)
+    wait_until(lambda: publisher._outbox._channel.blocked)
     waiting = run(publisher.publish, 1, "q")
     with pytest.raises(BlockedError, match="was not written in time"):
         publisher.publish(2, "q", timeout=0.05)
@@ -565,7 +610,7 @@ def test_a_link_lost_while_the_broker_blocks_lets_publish_over_the_next(publish_
     publisher = publish_to(broker)
     publisher.publish(0, "q")
     broker.send(frames.blocked())
-    wait_until(lambda: publisher._outbox._lane.blocked)
+    wait_until(lambda: publisher._outbox._channel.blocked)
     waiting = run(publisher.publish, 1, "q")
     waiting.join(0.01)
     broker.hang_up()
@@ -580,7 +625,7 @@ def test_a_killed_greenlet_leaves_the_publisher_as_it_was(publish_to, peer, wher
     arrived(peer, 2)
     if where == "blocked":
         peer.send(frames.blocked())
-        wait_until(lambda: publisher._outbox._lane.blocked)
+        wait_until(lambda: publisher._outbox._channel.blocked)
     waiting = gevent.spawn(publisher.publish, 2, "q")
     waiting.join(0.01)
     waiting.kill()
@@ -727,7 +772,7 @@ def test_a_stop_ends_the_wait_for_a_broker_that_blocks(publish_to, broker):
     publisher = publish_to(broker, timeout=None)
     publisher.publish(0, "q")
     broker.send(frames.blocked())
-    wait_until(lambda: publisher._outbox._lane.blocked)
+    wait_until(lambda: publisher._outbox._channel.blocked)
     waiting = run(publisher.publish, 1, "q")
     waiting.join(0.01)
     publisher.stop()
