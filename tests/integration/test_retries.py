@@ -38,7 +38,8 @@ class Failing(Recorder):
 
     def __init__(self, broker: Any, queue: Any, retry: Any, **options: Any) -> None:
         super().__init__(broker, queue, self.fail, **options)
-        say(self, on_error=retry)
+        if retry is not None:
+            say(self, on_error=retry)
         self.times: list[float] = []
         self.headers: list[dict[str, Any]] = []
         self.addresses: list[tuple[str, str]] = []
@@ -437,14 +438,21 @@ def test_while_the_broker_blocks_publishers_the_message_stays_and_its_copy_is_no
 def test_a_drain_while_the_broker_blocks_publishers_ends_in_time_and_loses_nothing(
     rabbitmq_fault, amqp_url, queue_name
 ):
-    consumer = Failing(amqp_url, queue_name, Retry(0))
+    gate = Event()
+
+    class Held(Failing):
+        def fail(self, body: Any, message: Any) -> None:
+            gate.wait(SOON)
+            super().fail(body, message)
+
+    consumer = Held(amqp_url, queue_name, Retry(0))
     say(consumer, concurrency=5)
     consumer.connection.transport_options["close_timeout"] = 0.5
     with consuming(consumer) as (greenlet,), observed(LinkBlocked) as blocks:
-        publish(amqp_url, queue_name, ["bad"])
-        taken(amqp_url, f"{queue_name}.dead")
         publish(amqp_url, queue_name, ["bad"] * 5)
+        wait_until(lambda: rabbitmq_fault.queue_counts(amqp_url, queue_name).unacked == 5, SOON)
         rabbitmq_fault.block()
+        gate.set()
         wait_until(lambda: blocks, SOON)
         began = monotonic()
         greenlet.stop()
