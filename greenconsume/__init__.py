@@ -42,27 +42,48 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "BlockedError",
     "Child",
     "ConsumerGreenlet",
     "ConsumerMixin",
     "ConsumerOptions",
     "ConsumerProducerMixin",
+    "DeadLetter",
+    "DeadLetters",
     "HandlerTimeout",
     "KillSwitch",
+    "NackedError",
+    "Publication",
+    "PublishError",
+    "PublishTimeoutError",
     "Publisher",
+    "RefusedError",
     "Reject",
     "Requeue",
     "RestartPolicy",
     "Retry",
+    "ReturnedError",
     "Runtime",
     "Shutdown",
+    "UnconfirmedError",
     "patch_all",
     "require_patched",
     "spawn",
 ]
 
 if TYPE_CHECKING:
-    from greenconsume.errors import HandlerTimeout, Shutdown
+    from greenconsume.errors import (
+        BlockedError,
+        HandlerTimeout,
+        NackedError,
+        PublishError,
+        PublishTimeoutError,
+        RefusedError,
+        ReturnedError,
+        Shutdown,
+        UnconfirmedError,
+    )
+    from greenconsume.failures.dead_letters import DeadLetter, DeadLetters
     from greenconsume.failures.policies import Reject, Requeue
     from greenconsume.failures.retry import Retry
     from greenconsume.handling.batches import Batch
@@ -70,6 +91,7 @@ if TYPE_CHECKING:
     from greenconsume.handling.options import ConsumerOptions
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
+    from greenconsume.publishing.publication import Publication
     from greenconsume.publishing.publisher import Publisher
     from greenconsume.runtime.child import Child
     from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
@@ -78,20 +100,30 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "Batch": "handling.batches",
+        "BlockedError": "errors",
         "Child": "runtime.child",
         "ConsumerGreenlet": "runtime.greenlet",
         "ConsumerMixin": "mixins",
         "ConsumerOptions": "handling.options",
         "ConsumerProducerMixin": "mixins",
+        "DeadLetter": "failures.dead_letters",
+        "DeadLetters": "failures.dead_letters",
         "HandlerTimeout": "errors",
         "KillSwitch": "handling.kill_switch",
+        "NackedError": "errors",
+        "Publication": "publishing.publication",
+        "PublishError": "errors",
+        "PublishTimeoutError": "errors",
         "Publisher": "publishing.publisher",
+        "RefusedError": "errors",
         "Reject": "failures.policies",
         "Requeue": "failures.policies",
         "RestartPolicy": "runtime.restart_policy",
         "Retry": "failures.retry",
+        "ReturnedError": "errors",
         "Runtime": "runtime.runtime",
         "Shutdown": "errors",
+        "UnconfirmedError": "errors",
         "patch_all": "patching",
         "require_patched": "patching",
         "spawn": "runtime.greenlet",

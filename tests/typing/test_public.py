@@ -11,11 +11,17 @@ from typing_extensions import assert_type
 import greenconsume
 from greenconsume import (
     Batch,
+    BlockedError,
     ConsumerGreenlet,
     ConsumerMixin,
     ConsumerOptions,
     ConsumerProducerMixin,
+    DeadLetter,
+    DeadLetters,
+    Publication,
     Publisher,
+    PublishError,
+    RefusedError,
     Reject,
     Requeue,
     RestartPolicy,
@@ -154,3 +160,25 @@ def events() -> None:
     unsubscribe = subscribe(observe)
     unsubscribe()
     subscribe(print)
+
+
+def dead_letters() -> None:
+    with DeadLetters("amqp://", "orders.dead") as letters:
+        for letter in letters:
+            assert_type(letter, DeadLetter)
+            assert_type(letter.headers, dict[str, Any])
+            letters.replay(letter)
+        assert_type(letters.count, int)
+
+
+def answers(publisher: Publisher) -> None:
+    publication = publisher.publish_nowait({}, "orders")
+    assert_type(publication, Publication)
+    try:
+        publication.wait(timeout=1.0)
+    except RefusedError as exc:
+        assert_type(exc.reply_code, int)
+    except BlockedError as exc:
+        assert_type(exc.message_id, str | None)
+    except PublishError as exc:
+        assert_type(exc.routing_key, str)
