@@ -73,6 +73,16 @@ class ForkedError(GreenconsumeError):
         )
 
 
+class ForeignThreadError(GreenconsumeError, RuntimeError):
+    """A publisher was used in another thread than the one whose greenlets it serves."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(
+            f"{what} serves the greenlets of the thread that used it first, and this is another one, where "
+            f"waiting for it would block for ever: {remedy}"
+        )
+
+
 class AlreadyRunningError(GreenconsumeError, RuntimeError):
     """A runtime was started while it runs, or a consumer was spawned that a greenlet has already."""
 

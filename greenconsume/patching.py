@@ -1,7 +1,8 @@
 """Owns the patching of the process by gevent, and the check that it went far and came early enough.
 
 Importing this module patches nothing and imports nothing of kombu (law 8). Entry points call
-`patch_all` first of all; `Runtime`, `spawn` and the command line call `require_patched`.
+`patch_all` first of all, which then has kombu use the green transports; whatever would wait calls
+`require_patched` before.
 """
 
 from __future__ import annotations
@@ -56,13 +57,18 @@ def patch_all() -> None:
 
     Belongs in the first lines of a program, in its main thread, before anything else is imported.
     If kombu was imported already, the blocking functions that it bound at import are replaced; other
-    libraries that were imported early are not looked at. Calling it again does no harm.
+    libraries that were imported early are not looked at. It also has kombu use the green transports, so
+    that a connection which a module opens while it is imported is green. Calling it again does no harm.
 
     Switches: no.
     """
     monkey.patch_all()
     for captured in list(_captured()):
         setattr(captured.module, captured.name, captured.replacement)
+    # Not above: it imports kombu, which must not come before the patching.
+    from greenconsume.transports import registry
+
+    registry.register()
 
 
 def require_patched() -> None:

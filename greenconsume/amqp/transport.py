@@ -16,6 +16,7 @@ from kombu.utils.imports import symbol_by_name
 
 from greenconsume.amqp.link import DEFAULT_HEARTBEAT, Link, LinkLostError
 from greenconsume.amqp.session import Session
+from greenconsume.patching import require_patched
 from greenconsume.stopping import StopSignal
 
 #: What says that the broker was reached and refused; trying again does not help by itself.
@@ -55,7 +56,12 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
             return self._session
 
     def dial(self) -> Link:
-        """Return a new, connected link; one attempt."""
+        """Return a new, connected link; one attempt.
+
+        Raises:
+            NotPatchedError: The process is not patched by gevent, so that the link would wait for ever.
+        """
+        require_patched()
         link: Link = super().establish_connection()
         link.client = None
         return link

@@ -16,6 +16,7 @@ from greenconsume.links.backoff import OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.polled_stop import polled_stop
 from greenconsume.links.unpooled import connect_unpooled
+from greenconsume.patching import require_patched
 from greenconsume.stopping import Deadline, StopSignal
 from greenconsume.transports import registry
 
@@ -59,6 +60,7 @@ class LinkPool:
             should_stop: Says, when it is asked, whether to stop; for a consumer whose stop nothing signals.
 
         Raises:
+            NotPatchedError: The process is not patched by gevent, and the transport waits for a network.
             StoppedError: `stop` was set.
             kombu.exceptions.OperationalError: `max_retries` is used up.
             UnsupportedTransportError: The transport is unknown, or blocks the hub.
@@ -67,6 +69,8 @@ class LinkPool:
         """
         registry.register()
         registry.require_green(connection)
+        if not getattr(connection.transport, "in_process", False):
+            require_patched()  # it would wait for ever, as nothing lets the link's greenlets run
         with polled_stop(stop, should_stop) as stop:
             if isinstance(connection.transport, Transport):
                 dialer = self._dialer_for(

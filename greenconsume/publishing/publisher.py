@@ -16,14 +16,16 @@ from uuid import uuid4
 
 import amqp
 import kombu
+from gevent import get_hub
 from kombu import Exchange, Producer, serialization
 from kombu.transport import pyamqp
 from kombu.utils import json as kombu_json
 
 from greenconsume.amqp.transport import Transport
-from greenconsume.errors import ForkedError, PublishError, StoppedError
+from greenconsume.errors import ForeignThreadError, ForkedError, PublishError, StoppedError
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
+from greenconsume.patching import require_patched
 from greenconsume.publishing.outbox import Outbox
 from greenconsume.publishing.publication import Address, Publication
 from greenconsume.stopping import Deadline
@@ -91,6 +93,7 @@ class Publisher:
         self._max_retries = max_retries
         self._declare = [exchange] if isinstance(exchange, Exchange) and exchange.name else []
         self._on_amqp = isinstance(connection.transport, Transport)
+        self._in_process = getattr(connection.transport, "in_process", False)
         self._producer = Producer(
             _Taker() if self._on_amqp else _PlainTaker(),
             exchange=Exchange(exchange) if isinstance(exchange, str) else exchange,
@@ -102,6 +105,7 @@ class Publisher:
         self._outbox = Outbox(connection, links or LinkPool(), max_unconfirmed)
         self._id_prefix, self._id_numbers = "", count(1)
         self._pid: int | None = None  # of the process that publishes
+        self._hub: Any = None  # of the thread that publishes
         self._closed = False
 
     def publish(self, body: Any, routing_key: str | None = None, **options: Any) -> None:
@@ -137,11 +141,13 @@ class Publisher:
             kombu.exceptions.EncodeError: The body cannot be serialized.
             StoppedError: The publisher was stopped or closed.
             ForkedError: The publisher has published in another process.
+            ForeignThreadError: It has published in another thread.
+            NotPatchedError: The process is not patched by gevent.
 
         Switches: only while `max_unconfirmed` messages are outstanding, the broker blocks its publishers,
         or more is unsent than the link holds.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid or get_hub() is not self._hub:
             self._bind()
         if self._closed:
             raise StoppedError("close")
@@ -151,10 +157,17 @@ class Publisher:
         return publication
 
     def _bind(self) -> None:
-        """Make this process its own; not sooner, for children that are forked later have theirs."""
-        if self._pid is not None:
+        """Make this process and thread its own; not sooner: a child that is forked later has its own."""
+        if self._pid not in (None, os.getpid()):
             raise ForkedError("this Publisher")
-        self._pid = os.getpid()
+        if self._hub is not None:
+            raise ForeignThreadError(
+                "this Publisher",
+                "make a Publisher in this thread, or hand the message to that thread, as a queue does",
+            )
+        if not self._in_process:
+            require_patched()
+        self._pid, self._hub = os.getpid(), get_hub()
         self._id_prefix = uuid4().hex[:20]
 
     def _serialize(

@@ -217,6 +217,8 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
 
     Channel = Channel
 
+    #: It works in a process that gevent has not patched, too: its greenlets wait for each other alone.
+    in_process = True
     #: Its `drain_events` waits without polling and takes a `stop`.
     wakes = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +55,8 @@ def test_importing_what_patches_imports_no_kombu_and_patches_nothing() -> None:
 
 
 def test_the_check_imports_no_kombu() -> None:
-    code = "from greenconsume import patch_all, require_patched; patch_all(); require_patched()"
+    patched = "from gevent import monkey; monkey.patch_all()"
+    code = f"{patched}; from greenconsume import require_patched; require_patched()"
     assert imported_after(code).isdisjoint({"kombu", "amqp"})
 
 
@@ -77,6 +79,113 @@ def test_an_unpatched_process_is_refused_and_told_how_to_patch(entry: str) -> No
     assert "gevent has not patched this process" in told
     assert "greenconsume.patch_all()" in told
     assert "greenconsume run" in told
+
+
+WORKER = """
+import threading
+import kombu
+from greenconsume import ConsumerMixin, Publisher
+
+class Worker(ConsumerMixin):
+    def __init__(self, connection):
+        self.connection = connection
+
+    def get_consumers(self, Consumer, channel):
+        return [Consumer([kombu.Queue("q")], callbacks=[self.on_message])]
+
+    def on_message(self, body, message):
+        message.ack()
+        print("handled", body)
+        self.should_stop = True
+
+def in_thread(function):
+    errors = []
+    def run():
+        try:
+            function()
+        except BaseException as exc:
+            errors.append(exc)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+worker = Worker(kombu.Connection("amqp://127.0.0.1:1"))
+"""
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "worker.run()",
+        "next(iter(worker.consume()))",
+        "in_thread(worker.run)",
+        "in_thread(lambda: list(worker.consume(limit=1)))",
+        "Publisher('amqp://127.0.0.1:1').publish('a')",
+        "in_thread(lambda: Publisher('amqp://127.0.0.1:1').publish('a'))",
+        "Worker(kombu.Connection('filesystem://')).run()",
+        "from greenconsume.transports import registry; registry.register();"
+        "kombu.Connection('amqp://127.0.0.1:1').connect()",
+        "from greenconsume.transports import registry; registry.register();"
+        "kombu.Connection('amqp://127.0.0.1:1').default_channel",
+    ],
+)
+def test_whatever_would_wait_in_an_unpatched_process_is_refused_at_once(entry: str) -> None:
+    """HAZARDS row 31: it used to hang, silently."""
+    told = run(
+        WORKER,
+        "from greenconsume.errors import NotPatchedError",
+        "try:",
+        f"    {entry}",
+        "except NotPatchedError as exc:",
+        "    print(exc)",
+    )
+    assert "gevent has not patched this process" in told
+    assert "greenconsume.patch_all()" in told
+
+
+def test_memory_works_in_an_unpatched_process() -> None:
+    """Nothing there waits for a network: a first try in a shell needs no patching."""
+    told = run(
+        WORKER,
+        "connection = kombu.Connection('memory://')",
+        "Publisher(connection).publish('a', 'q')",
+        "Worker(connection).run()",
+    )
+    assert told == "handled a"
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "amqps", "pyamqp", "memory"])
+def test_a_connection_that_is_made_after_patch_all_is_green(scheme: str) -> None:
+    """HAZARDS row 40: one that a module opens when it is imported, too."""
+    told = run(
+        "from greenconsume import patch_all",
+        "patch_all()",
+        "import kombu",
+        f"print(type(kombu.Connection('{scheme}://').transport).__module__)",
+    )
+    assert told.startswith("greenconsume.")
+
+
+def test_a_connection_that_is_made_while_the_users_module_is_imported_is_green(
+    tmp_path: Path,
+) -> None:
+    """HAZARDS row 40: py-amqp's has but one user at a time, and 50 handlers that publish on it fail."""
+    (tmp_path / "shop.py").write_text(
+        "import kombu\n"
+        "connection = kombu.Connection('amqp://')\n"
+        "raise SystemExit(type(connection.transport).__module__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "greenconsume", "run", "shop:Orders"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.stderr.strip() == "greenconsume.amqp.transport"
 
 
 def test_a_patched_process_is_accepted() -> None:

@@ -26,6 +26,7 @@ from greenconsume import Publisher
 from greenconsume.amqp.link import LinkLostError
 from greenconsume.errors import (
     BlockedError,
+    ForeignThreadError,
     ForkedError,
     NackedError,
     PublishError,
@@ -803,6 +804,28 @@ def test_a_publisher_refuses_to_be_used_across_a_fork(publish_to, broker):
     assert os.waitpid(pid, 0)[1] == 0
     publisher.publish(3, "q")
     assert bodies(broker) == [b"1", b"3"]
+
+
+def test_a_publisher_refuses_to_be_used_in_a_native_thread_that_is_not_its_own(publish_to, broker):
+    """gevent only says that it would block for ever; this says whose it is, and what to do instead."""
+    publisher = publish_to(broker)
+    publisher.publish(1, "q")
+    with pytest.raises(ForeignThreadError, match="make a Publisher in this thread"):
+        gevent.get_hub().threadpool.apply(publisher.publish, (2, "q"))
+    publisher.publish(3, "q")
+    assert bodies(broker) == [b"1", b"3"]
+
+
+def test_a_native_thread_may_have_a_publisher_of_its_own(broker):
+    def publish():
+        with Publisher(broker.url, timeout=SOON) as publisher:
+            publisher.publish(1, "q")
+        hub = gevent.get_hub()  # the thread's own: its link is closed when nothing is left to run
+        hub.join(SOON)
+        hub.destroy(destroy_loop=True)
+
+    gevent.get_hub().threadpool.apply(publish)
+    assert bodies(broker) == [b"1"]
 
 
 # -- links ------------------------------------------------------------------------------------------
