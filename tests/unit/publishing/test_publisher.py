@@ -19,6 +19,7 @@ from amqp.exceptions import (
     PreconditionFailed,
     RecoverableConnectionError,
 )
+from gevent.threadpool import ThreadPool
 from kombu import Connection, Exchange, Producer, Queue, serialization
 from kombu.exceptions import EncodeError
 
@@ -824,7 +825,9 @@ def test_a_native_thread_may_have_a_publisher_of_its_own(broker):
         hub.join(SOON)
         hub.destroy(destroy_loop=True)
 
-    gevent.get_hub().threadpool.apply(publish)
+    threads = ThreadPool(1)
+    threads.apply(publish)
+    threads.kill()
     assert bodies(broker) == [b"1"]
 
 
