@@ -252,6 +252,15 @@ class DrainFinished(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ConsumersScaled(Event):
+    """What was spawned as `group` has, or will have, `replicas` consumers; before, it had `before`."""
+
+    group: str
+    before: int
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdminListening(Event):
     """The admin answers at `address`."""
 

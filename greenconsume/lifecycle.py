@@ -13,6 +13,7 @@ from gevent.event import Event
 
 from greenconsume.events import ConsumerChanged, ConsumerState, emit
 from greenconsume.stopping import Rungs, StopSignal
+from greenconsume.tally import Tally
 
 _ATTRIBUTE = "_greenconsume"
 _numbers = count(1)
@@ -29,11 +30,14 @@ class Lifecycle:
         "name",
         "on_enter",
         "owned",
+        "queues",
         "ready",
+        "session",
         "slots",
         "state",
         "stop",
         "switch",
+        "tally",
     )
 
     def __init__(self, name: str) -> None:
@@ -46,6 +50,9 @@ class Lifecycle:
         self.around: tuple[Any, ...] = ()  # the options that its spawn and its runtime say
         self.slots: Any = None  # the places that a runtime's handlers share
         self.switch: Any = None  # its kill switch, while it runs
+        self.tally = Tally()  # a runtime's consumer has the same one through all its restarts
+        self.queues: tuple[str, ...] = ()  # those that it consumes from, or did last
+        self.session: Any = None  # its share of an AMQP link, while it consumes
         self._rungs: Rungs | None = None
         self.on_enter: Callable[[], object] | None = (
             None  # its supervisor is told of each new state

@@ -24,6 +24,7 @@ from greenconsume.events import (
     ConsumerDrained,
     ConsumerGivenUp,
     ConsumerRestarting,
+    ConsumersScaled,
     DrainEscalated,
     DrainFinished,
     DrainStarted,
@@ -313,6 +314,12 @@ def _(event: PrefetchTooSmall) -> Line:
         why += f", each with a batch of {event.batch_size}"
     text = "consumer %s: a prefetch of %d %s; set none, or a larger one"
     return Line("handling", logging.WARNING, text, (event.consumer, event.prefetch, why))
+
+
+@describe.register
+def _(event: ConsumersScaled) -> Line:
+    args = (event.group, event.before, event.replicas)
+    return Line("runtime", logging.INFO, "%s is scaled from %d consumers to %d", args)
 
 
 @describe.register

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -316,6 +316,7 @@ class ConsumerMixin:
                 "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
             )
         guarded = list(consumers)
+        lifecycle_of(self).queues = _queues_of(guarded)
         for consumer in guarded:
             consumer._receive_callback = Handler(consumer, handling)
             handling.fit_prefetch(consumer)
@@ -455,6 +456,12 @@ def _bound_close(conn: Any) -> None:
     session = _session_of(conn)
     if session is not None:
         session.begin_close()
+
+
+def _queues_of(consumers: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of the queues that `kombu.Consumer`s consume from."""
+    queues = (queue for each in consumers for queue in getattr(each, "queues", None) or ())
+    return tuple(dict.fromkeys(str(getattr(queue, "name", queue)) for queue in queues))
 
 
 def _errors_of(conn: Any) -> tuple[type[BaseException], ...]:

@@ -169,12 +169,23 @@ class Tally:
         if self.timings is None:
             self.timings = Timings()
 
-    def count_error(self, error: BaseException) -> None:
-        """Count a handler's error by its class."""
+    def count_failure(self, error: BaseException, timed_out: bool) -> None:
+        """Count a handler that failed, by the class of its error."""
+        if timed_out:
+            self.timed_out += 1
+        else:
+            self.failed += 1
         name = type(error).__name__
         if name not in self.errors and len(self.errors) >= MAX_ERRORS:
             name = OTHER_ERRORS
         self.errors[name] = self.errors.get(name, 0) + 1
+
+    def count_copy(self, retry: bool) -> None:
+        """Count a failed message that was put away: to be tried again, or for good."""
+        if retry:
+            self.retries += 1
+        else:
+            self.dead_letters += 1
 
     @property
     def outcomes(self) -> dict[str, int]:
@@ -204,9 +215,23 @@ class PublishTally:
         self.outcomes: dict[str, int] = {}
         self.timings: Timings | None = None
 
-    def count(self, outcome: str, number: int = 1) -> None:
-        """Count messages that ended in one way. Never switches."""
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + number
+    def watch(self) -> None:
+        """Keep times, from now on. Idempotent."""
+        if self.timings is None:
+            self.timings = Timings()
+
+    def note(self, began: float, error: str | None) -> None:
+        """Count a message that was confirmed, or has failed with an error of this name. Never switches.
+
+        Args:
+            began: When it was taken (`time.monotonic`); 0 if nobody watched then.
+            error: The name of the error's class; None: it was confirmed.
+        """
+        outcome = error or "confirmed"
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        if began and self.timings is not None:
+            now = monotonic()
+            self.timings.note(now, now - began)
 
     def shown(self) -> dict[str, object]:
         """Return what is shown of it."""

@@ -13,13 +13,15 @@ import stat
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from greenconsume.errors import GreenconsumeError
+
 #: In an address: a Unix socket.
 UNIX = "unix:"
 #: Characters that a token must have: it is guessed at by whoever reaches the port.
 MIN_TOKEN = 16
 
 
-class AddressError(ValueError):
+class AddressError(GreenconsumeError, ValueError):
     """An admin address that cannot be used; the message says why, and what to write."""
 
 

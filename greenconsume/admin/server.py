@@ -17,6 +17,7 @@ import gevent
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from greenconsume.admin import address as addresses
+from greenconsume.admin import run_folder
 from greenconsume.admin.app import App
 from greenconsume.admin.gate import Gate
 from greenconsume.admin.status import Process
@@ -24,6 +25,8 @@ from greenconsume.events import AdminListening, emit
 
 #: Seconds that a connection has, from its acceptance to the end of its answer.
 CONNECTION_SECONDS = 5.0
+#: The address that means: a Unix socket in the run folder.
+IN_FOLDER = "run"
 #: Connections that are held at once; a further one takes the place of the oldest.
 MAX_CONNECTIONS = 64
 
@@ -35,7 +38,7 @@ class Server:
 
     Args:
         process: What is shown.
-        where: As `address.parse` takes it.
+        where: As `address.parse` takes it, or `run`: a Unix socket in the run folder.
         token: What strangers must show; see `gate`.
         stall_after: Seconds after which a handler counts as stalled; None: never.
 
@@ -50,8 +53,10 @@ class Server:
         token: str | None = None,
         stall_after: float | None = None,
     ) -> None:
-        self.address = addresses.parse(where)
-        addresses.check(self.address, token)
+        self._in_folder = where == IN_FOLDER
+        self.address = addresses.Address() if self._in_folder else addresses.parse(where)
+        if not self._in_folder:
+            addresses.check(self.address, token)
         self._process, self._token, self._stall_after = process, token, stall_after
         self._server: _Server | None = None
         self._pid = 0
@@ -64,6 +69,8 @@ class Server:
 
         Switches: only where a host name is looked up.
         """
+        if self._in_folder:
+            self.address = addresses.Address(path=_path_in_folder())
         listener = addresses.listen(self.address)
         if not self.address.is_unix:  # port 0 is any that is free
             self.address = addresses.Address(self.address.host, listener.getsockname()[1])
@@ -71,7 +78,14 @@ class Server:
         self._server = _Server(listener, app)
         self._server.start()
         self._pid = os.getpid()
+        self._announce()
         emit(AdminListening(str(self.address)))
+
+    def _announce(self) -> None:
+        try:
+            run_folder.announce(run_folder.title(), str(self.address))
+        except OSError as exc:  # it is served all the same, to who knows the address
+            _logger.debug("not announced in the run folder: %s", exc)
 
     def stop(self) -> None:
         """Listen no more, and drop what is open. Idempotent. Never switches."""
@@ -80,11 +94,23 @@ class Server:
             return
         server.close()
         server.drop_all()
-        if self.address.is_unix and os.getpid() == self._pid:  # a fork's is its parent's
+        if os.getpid() != self._pid:
+            return  # a fork: the rest is its parent's
+        run_folder.withdraw(self._pid)
+        if self.address.is_unix:
             try:
                 os.unlink(self.address.path)
             except OSError:
                 pass  # somebody was faster
+
+
+def _path_in_folder() -> str:
+    try:
+        return run_folder.socket_path()
+    except OSError as exc:
+        raise addresses.AddressError(
+            f"the run folder cannot be used: {exc}; set {run_folder.VARIABLE}"
+        ) from exc
 
 
 class _Server(WSGIServer):  # type: ignore[misc]  # gevent is untyped

@@ -349,6 +349,11 @@ class Channel(PublishingChannel):
         return self._on_get_ok(*found) if len(found) > 1 else None
 
     @property
+    def unsettled_count(self) -> int:
+        """How many deliveries are not settled."""
+        return len(self._ledger)
+
+    @property
     def oldest_unsettled(self) -> tuple[int, float] | None:
         """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
         return self._ledger.oldest

@@ -374,6 +374,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         return bool(self._sending or self._outgoing)
 
     @property
+    def last_read(self) -> float:
+        """When its reader last read something (`time.monotonic`)."""
+        return self._last_read
+
+    @property
     def blocked(self) -> bool:
         """Whether the broker blocks this link's publishers."""
         return not self._unblocked.is_set()

@@ -136,6 +136,7 @@ class Retrier:
             outcome = f"retry {retries + 1} of {policy.max_retries} in {delay:g} s"
         self._publish(message, copy, target, queue)
         message.ack()
+        self._life.tally.count_copy(retry=delay is not None)
         return outcome
 
     # -- where a copy goes ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from json.scanner import make_scanner
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -75,7 +76,7 @@ class Handler:
         handling: Where and how they run.
     """
 
-    __slots__ = ("_accept", "_consumer", "_handle")
+    __slots__ = ("_accept", "_consumer", "_handle", "_tally")
 
     #: A green channel hands over its deliveries as they came.
     takes_deliveries = True
@@ -84,11 +85,13 @@ class Handler:
         self._consumer = consumer
         self._handle = handling.handle if handling.pool is None else handling.submit
         self._accept = None if handling.retrier is None else handling.retrier.accept
+        self._tally = handling.tally
 
     def __call__(self, raw: Any) -> None:
         """Handle one delivery. Switches: inline as the user's callback does, else while the pool is full."""
         to_python = getattr(self._consumer.channel, "message_to_python", None)
         message = to_python(raw) if to_python is not None else raw
+        self._tally.received += 1
         if self._accept is None or self._accept(self._consumer, message, raw):
             self._handle(self._consumer, message)
 
@@ -109,12 +112,14 @@ class Handling:
         retrier: What its `Retry` policies need; None if it has none.
         given_back: How many messages were given back that no handler had started.
         cancelled: How many handlers a shutdown ended.
+        tally: What becomes of its messages, in all its lives.
     """
 
     def __init__(self, life: Lifecycle, settings: Settings) -> None:
         self.settings = settings
         self.requeues = DelayedRequeues()
         self.given_back = self.cancelled = 0
+        self.tally = life.tally
         self.pool: HandlerPool | None = None
         self.retrier = retrier_of(settings.on_error, life, self.requeues)
         self._life = life
@@ -193,6 +198,9 @@ class Handling:
             self._work(job)
 
     def _work(self, job: Job) -> None:
+        timings = self.tally.timings
+        if timings is not None:
+            job.began = monotonic()
         try:
             if self.settings.handler_timeout is None:
                 self._receive(job.consumer, job.message)
@@ -203,12 +211,17 @@ class Handling:
                 raise job.interrupted  # it was swallowed, and the work is not done
             if self.settings.auto_settle and self._is_unsettled(job.message):
                 job.message.ack()
+            self.tally.ok += 1
             if self._life.switch is not None:
                 self._life.switch.note(failed=False)
         except BaseException as exc:  # the boundary: what the user's code raises ends here
             job.shields += 1  # what follows is not the handler's any more
             if not self._ends_here(job, exc):
                 raise
+        finally:
+            if timings is not None:
+                now = monotonic()
+                timings.note(now, now - job.began)
 
     def _is_unsettled(self, message: Any) -> bool:
         return is_settleable(message)
@@ -237,9 +250,11 @@ class Handling:
         if self._is_foreign(job, exc):
             return False
         if job.killed:
+            self.tally.killed += 1
             return True  # the message is the broker's: the channel closes
         if self._is_cancelled(job, exc):
             self.cancelled += 1
+            self.tally.cancelled += 1
             self.give_back(job.message, started=True)
         elif isinstance(exc, GreenletExit) and job.interrupted is not None:
             self._failed(job, job.interrupted)  # it swallowed its timeout, and was killed
@@ -267,6 +282,7 @@ class Handling:
 
     def _failed(self, job: Job, exc: BaseException) -> None:
         message = job.message
+        self.tally.count_failure(exc, timed_out=isinstance(exc, HandlerTimeout))
         outcome = self._outcome_of(message, exc)
         routing_key = str(message.delivery_info.get("routing_key", ""))
         count = len(message) if isinstance(message, Sequence) else 1
@@ -294,6 +310,7 @@ class Handling:
         """Put a message back into its queue, unaltered; the broker has those of a lost link already."""
         if is_settleable(message) and is_live(message):
             self.given_back += not started
+            self.tally.given_back += not started
             message.requeue()
 
     def complete(self) -> None:

@@ -98,6 +98,7 @@ class Drain:
 
     def _begin(self, session: Any) -> None:
         self._climbed = False
+        self._life.session = session
         if self.handling.pool is not None:
             self.handling.pool.open()
         if session is not None:
@@ -169,11 +170,13 @@ class Drain:
                 self.handling.kill(job, "its consumer was killed", by_force=True)
 
     def _retire(self, session: Any) -> None:
+        self._life.session = None
         self._life.stop.unlink(self._on_stop)
         if session is not None:
             unsettled_watch.unwatch(session)
             self._life.leave.unlink(session.announce_stop)
             self.handling.given_back += session.given_back_count
+            self._life.tally.given_back += session.given_back_count
         self.handling.retire()
 
     # -- the ladder -------------------------------------------------------------------------------

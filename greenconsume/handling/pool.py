@@ -88,6 +88,7 @@ class Job:
         key: Jobs with the same key run one after the other.
         context: The context variables of the consumer's greenlet, when the message came.
         greenlet: Where it runs; None before it started and after it ended.
+        began: When it began (`time.monotonic`), where somebody watches; else 0.
         interrupted: What was raised in it, if something was.
         killed: It was told to end for good; what it leaves unsettled is the broker's.
         outer: The jobs that drain in their handlers, and so run this one: what shields it shields them.
@@ -96,6 +97,7 @@ class Job:
 
     __slots__ = (
         "_pending",
+        "began",
         "consumer",
         "context",
         "greenlet",
@@ -113,6 +115,7 @@ class Job:
         self.key = key
         self.context = contextvars.copy_context()
         self.greenlet: Any = None
+        self.began = 0.0
         self.interrupted: Interrupt | None = None
         self.killed = False
         self.shields = 0

@@ -34,10 +34,14 @@ class Dialer:
 
     Attributes:
         link: The link, dialled last; it may be gone.
+        uri: Where it leads, or is to lead, without the password.
+        reconnect_count: How often it was dialled again.
     """
 
     def __init__(self, on_refused: OnRefused | None = None) -> None:
         self.link: Link | None = None
+        self.uri = ""
+        self.reconnect_count = 0
         self._on_refused = on_refused
         self._dialling: gevent.Greenlet[..., None] | None = None
         self._attempts: list[_Attempt] = []
@@ -138,6 +142,7 @@ class Dialer:
         attempt = _Attempt()
         self._attempts.append(attempt)
         if self._dialling is None:
+            self.uri = connection.as_uri()
             self._dialling = gevent.spawn(self._dial, connection.clone())
             self._dialling.name = f"dialer of {connection.as_uri()}"
         try:
@@ -187,6 +192,8 @@ class Dialer:
             link.close()  # all who waited have left, and a kill is under way
             return True
         link.make_room(self.session_size)
+        self.uri = link.uri
+        self.reconnect_count += self._succeeded
         self.link, self._succeeded = link, True
         self._end_attempts(None, None)
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from kombu import Connection
 
@@ -39,6 +40,7 @@ class LinkPool:
         self.size = links
         self._on_refused = on_refused
         self._dialers: dict[tuple[object, ...], list[Dialer]] = {}
+        _pools.add(self)
 
     def connect(
         self,
@@ -120,6 +122,19 @@ class LinkPool:
     def open_count(self) -> int:
         """The number of open links."""
         return sum(dialer.is_live for dialers in self._dialers.values() for dialer in dialers)
+
+    @property
+    def dialers(self) -> list[Dialer]:
+        """The places of its links, with the links that live."""
+        return [dialer for dialers in self._dialers.values() for dialer in dialers]
+
+
+_pools: WeakSet[LinkPool] = WeakSet()
+
+
+def all_pools() -> list[LinkPool]:
+    """Return the pools of this process: those of its runtimes, publishers and single consumers."""
+    return list(_pools)
 
 
 def _broker_of(connection: Connection, publishing: bool) -> tuple[object, ...]:

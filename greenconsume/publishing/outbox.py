@@ -32,6 +32,7 @@ from greenconsume.publishing.publication import Publication
 from greenconsume.publishing.publish_channel import PublishChannel
 from greenconsume.publishing.sender import Sender
 from greenconsume.stopping import Deadline, StopSignal
+from greenconsume.tally import published_to
 
 #: Of the failed messages that nobody waited for, this many are kept to be raised.
 _MAX_UNSEEN = 1000
@@ -56,6 +57,7 @@ class Outbox:
     ) -> None:
         self.stop = StopSignal()
         self._channel = PublishChannel(broker, links, self.stop)
+        self._tally = published_to(self._channel.uri)
         self._room = None if max_unconfirmed is None else Semaphore(max_unconfirmed)
         self._hears_stop = False
         self._outstanding: dict[Publication, None] = {}  # in the order in which they were put
@@ -114,6 +116,8 @@ class Outbox:
         if not self._hears_stop:  # only now: it may be made before there is a hub
             self._hears_stop = True
             self.stop.link(self._on_stop)
+        if self._tally.timings is not None:
+            publication.put_at = monotonic()
         self._outstanding[publication] = None
         if publication.due < self._next_due:
             self._watch(publication.due)
@@ -181,6 +185,7 @@ class Outbox:
         if publication not in self._outstanding:
             return  # it was given up, and this comes too late
         del self._outstanding[publication]
+        self._tally.note(publication.put_at, None if error is None else type(error).__name__)
         publication.finish(error)
         if self._room is not None:
             self._room.release()

@@ -46,6 +46,7 @@ class Publication(Confirm):
         "is_wanted",
         "max_retries",
         "message_id",
+        "put_at",
         "seen",
         "waiting_count",
         "written_count",
@@ -70,6 +71,7 @@ class Publication(Confirm):
         self.is_wanted = is_wanted
         self.alone = self.seen = False
         self.waiting_count = self.written_count = 0
+        self.put_at = 0.0  # when it was taken, where somebody watches
         self._on_answer = on_answer
 
     def wait(self, timeout: float | None = None) -> None:

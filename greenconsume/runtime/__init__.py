@@ -7,6 +7,9 @@ It must never wait inside `stop`, nor run a user's code in the hub. Read `runtim
     starting         the wait of a start, and why it fails
     supervisor       restarts what ended, drains what runs
     child            one consumer through all its restarts
+    control          how a runtime is seen and steered while it runs
+    observing        the state of consumers and links as values
+    groups           what was spawned, by name
     restart_policy   how often and how soon one is started again
     greenlet         spawn: one consumer in a greenlet
     adapter          how a plain kombu mixin becomes ours

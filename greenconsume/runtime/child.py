@@ -17,6 +17,7 @@ from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from greenconsume.runtime.restart_policy import RestartPolicy
+from greenconsume.tally import Tally
 
 
 class Child:
@@ -24,6 +25,8 @@ class Child:
 
     Attributes:
         name: What logs and events call it, whichever instance runs.
+        group: What it was spawned from, with its replicas.
+        tally: What has become of its messages.
         options: What its `spawn` said of how its messages are handled.
         consumer: The instance that runs, or ran last; `None` before the first start.
         greenlet: The greenlet that it runs in, or ran in last; `None` before the first start.
@@ -31,12 +34,19 @@ class Child:
         restart_count: How often it was started again since its runtime started.
         given_up: It ended with an error, or once too often, and is not started again.
         ended: It has ended and is not started again, for whatever reason.
+        retired: Its runtime was scaled down: it ends, and is forgotten then.
     """
 
     def __init__(
-        self, name: str, make: Callable[[], Any], options: ConsumerOptions | None = None
+        self,
+        name: str,
+        make: Callable[[], Any],
+        options: ConsumerOptions | None = None,
+        group: str = "",
     ) -> None:
         self.name = name
+        self.group = group or name
+        self.tally = Tally()
         self.options = options
         self.consumer: Any = None
         self.greenlet: ConsumerGreenlet | None = None
@@ -44,11 +54,13 @@ class Child:
         self.restart_count = 0
         self.given_up = False
         self.ended = False
+        self.retired = False
         self._make = make
         # A consumer made hours later, by the supervisor, has its spawner's context variables.
         self._context = contextvars.copy_context()
         self._restarts: list[float] = []
         self._asked = False
+        self._again = False
 
     @property
     def state(self) -> ConsumerState:
@@ -75,9 +87,10 @@ class Child:
         """True if a start need not wait for it: it consumes, or has ended for good."""
         return self.ended or (self.greenlet is not None and self.greenlet.ready.is_set())
 
-    def reset(self) -> None:
-        """Forget the restarts and errors of a former start of the runtime."""
-        self.error, self.restart_count = None, 0
+    def reset(self, keep_count: bool = False) -> None:
+        """Forget the restarts and errors of a former start of the runtime, or what an operator mended."""
+        self.error = None
+        self.restart_count = self.restart_count if keep_count else 0
         self.given_up = self.ended = False
         self._restarts.clear()
 
@@ -107,6 +120,21 @@ class Child:
             except Exception:  # a user's read-only `should_stop`; the signal is set all the same
                 pass
 
+    def retire(self, reason: str) -> None:
+        """Ask the consumer to stop, and never to be started again. Switches: never."""
+        self.retired = True
+        self.stop(reason)
+
+    def stop_to_restart(self) -> None:
+        """Ask the consumer to stop, and to be started again once it has. Switches: never."""
+        self.stop("restart")
+        self._again = True
+
+    def take_restart(self) -> bool:
+        """Return whether it was asked to be started again since the last call."""
+        again, self._again = self._again, False
+        return again
+
     def next_delay(self, policy: RestartPolicy) -> float | None:
         """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
         now = monotonic()
@@ -121,7 +149,7 @@ class Child:
     def _prepare(self, greenlet: ConsumerGreenlet, links: LinkPool) -> None:
         lifecycle = lifecycle_of(greenlet.consumer)
         lifecycle.name = greenlet.name = self.name
-        lifecycle.links = links
+        lifecycle.links, lifecycle.tally = links, self.tally
         greenlet.supervised = True
         if self._asked and greenlet.consumer is self.consumer:
             self._revive()

@@ -6,6 +6,7 @@ It must never decide when to stop, nor log: it tells observers. Called by `runti
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from time import monotonic
 
 import gevent
@@ -64,6 +65,19 @@ class Run:
         self._starting: Starting | None = Starting(self.supervisor)
         self._greenlet = gevent.Greenlet(self._serve)
         self._greenlet.name = "greenconsume supervisor"
+
+    @property
+    def state(self) -> str:
+        """`starting`, `running`, `draining` or `stopped`."""
+        if self.ended:
+            return "stopped"
+        if self._stop.is_set() or self.supervisor.closed:
+            return "draining"
+        return "running" if self._starting is None else "starting"
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called, in the hub, once all of it has ended; it must not wait."""
+        self._greenlet.rawlink(lambda _greenlet: callback())
 
     @property
     def ended(self) -> bool:

@@ -7,8 +7,8 @@ user's code in the hub. Called by users and the command line.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import kombu
 
@@ -19,11 +19,16 @@ from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
 from greenconsume.runtime.bound import DrainBound
 from greenconsume.runtime.child import Child
+from greenconsume.runtime.control import Control
+from greenconsume.runtime.groups import Groups
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.runtime.run import Run
 from greenconsume.runtime.signals import rungs_on_signals
 from greenconsume.runtime.targets import maker_of
 from greenconsume.stopping import StopSignal
+
+if TYPE_CHECKING:
+    from greenconsume.admin.server import Server
 
 
 class Runtime:
@@ -40,6 +45,7 @@ class Runtime:
         connection: The kombu `Connection` that classes and factories are called with; never connected.
         children: A `Child` for each consumer, in the order of their `spawn`.
         links: As given, like `options` and `restart`; the next start goes by them.
+        control: Its state, and what can be asked of its consumers by name.
     """
 
     def __init__(
@@ -51,6 +57,9 @@ class Runtime:
         options: ConsumerOptions | None = None,
         max_handlers: int | None = None,
         block_warning: float | None = None,
+        admin: str | None = None,
+        admin_token: str | None = None,
+        stall_after: float | None = 300.0,
     ) -> None:
         """Make a runtime; nothing is connected before `start`.
 
@@ -64,15 +73,20 @@ class Runtime:
             block_warning: Seconds for which a callback may keep every other greenlet waiting before a warning
                 says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
                 that time.
+            admin: Where its state is shown and commands are taken while it runs: `127.0.0.1:9191`,
+                `unix:/run/shop.sock`, or `run` for a Unix socket in the run folder; None: nowhere.
+            admin_token: What must be shown to steer it over a port, or to see it from another machine.
+            stall_after: Seconds after which a handler that still runs counts as stalled; None: never.
 
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
             TypeError: `broker` is neither a URL nor a connection.
-            ValueError: A number is out of its range.
+            ValueError: A number is out of its range, or `admin` is an address that cannot be used.
         """
         _check(links, max_handlers, block_warning)
         self.connection = connection_to(broker)
-        self.children: list[Child] = []
+        self._groups = Groups()
+        self.children = self._groups.children
         self.links = links
         self.restart = restart or RestartPolicy()
         self.options = options or ConsumerOptions()
@@ -80,7 +94,8 @@ class Runtime:
         self.block_warning = block_warning
         self._stop = StopSignal()
         self._run: Run | None = None
-        self._names: Counter[str] = Counter()
+        self.control = Control(self._groups, lambda: self._run, self.stop)
+        self._admin = _admin_of(self.control, admin, admin_token, stall_after)
         self._pid: int | None = None  # of the process that started it
 
     def spawn(
@@ -107,8 +122,7 @@ class Runtime:
         """
         self._check_process()
         make = maker_of(target, self.connection, replicas)
-        added = [Child(self._name(target), make, options) for _ in range(replicas)]
-        self.children += added
+        added = self._groups.spawn(target, make, replicas, options)
         if self._run is not None and not self._run.ended:
             self._add(self._run, added)
         return added
@@ -125,6 +139,7 @@ class Runtime:
             AlreadyRunningError: The runtime runs, or has not finished stopping.
             NotPatchedError: The process is not patched by gevent.
             ForkedError: The runtime was started in another process.
+            AddressError: Its admin cannot listen.
 
         Switches: yes. From any greenlet of this hub, never from a signal handler.
         """
@@ -137,6 +152,8 @@ class Runtime:
         if self._stop.is_set():
             return
         self._run = run = self._new_run()
+        if self._admin is not None:
+            self._start_admin(self._admin, run)
         try:
             run.start(list(self.children))
         except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
@@ -270,6 +287,16 @@ class Runtime:
         slots = None if limit is None else Slots(limit)
         return Run(self._stop, self.restart, self.links, self.options, slots, self.block_warning)
 
+    def _start_admin(self, admin: Server, run: Run) -> None:
+        """Have it answer from before the first consumer starts until after the last has ended."""
+        try:
+            admin.start()
+        except BaseException:
+            self._run = None
+            raise
+        run.on_end(admin.stop)
+        run.on_end(self.control.close)
+
     def _finish(self, run: Run, timeout: float | None) -> bool:
         if not run.join(timeout):
             return False
@@ -284,17 +311,22 @@ class Runtime:
         try:
             run.supervisor.add(added)
         except BaseException:  # the caller is told; what could not be made is not tried again later
-            self.children = [c for c in self.children if c.greenlet is not None or c not in added]
+            self._groups.forget(lambda child: child in added and child.greenlet is None)
             raise
-
-    def _name(self, target: object) -> str:
-        name = getattr(target, "__name__", None) or type(target).__name__
-        self._names[name] += 1
-        return f"{name}-{self._names[name]}"
 
     def _check_process(self) -> None:
         if self._pid is not None and os.getpid() != self._pid:
             raise ForkedError("this Runtime")
+
+
+def _admin_of(
+    control: Control, where: str | None, token: str | None, stall_after: float | None
+) -> Server | None:
+    if where is None:
+        return None
+    from greenconsume.admin.server import Server  # not above: it brings gevent's WSGI server
+
+    return Server(control, where, token, stall_after)
 
 
 def _check(links: int, max_handlers: int | None, block_warning: float | None) -> None:

@@ -86,6 +86,7 @@ class Supervisor:
         self._makers = Group()
         self._adding = 0
         self._empty = True
+        self._held = False
         self._wake = Event()
 
     def add(self, children: Iterable[Child]) -> None:
@@ -120,6 +121,39 @@ class Supervisor:
             if self._idle():
                 return
             wait(self._wake, Deadline(self._until_due()), self._stop)
+
+    def hold(self) -> None:
+        """Go on without any consumer until the stop signal: an operator stopped some, and may want them."""
+        self._held = True
+
+    def start_soon(self, children: Iterable[Child]) -> None:
+        """Make and start consumers elsewhere; one that cannot be made is restarted as if it had failed.
+
+        Switches: never. From any greenlet.
+        """
+        for child in children:
+            heapq.heappush(self._due, (monotonic(), next(self._numbers), child))
+        self._wake.set()
+
+    def retire(self, child: Child, reason: str) -> None:
+        """Drain a consumer for good, also one that waits for a restart. Switches: never."""
+        child.retire(reason)
+        if any(each[2] is child for each in self._due):
+            self._forget_due(child)
+            self._end(child, given_up=False)
+
+    def restart(self, child: Child) -> None:
+        """Drain a consumer and start it again, or start one again that has ended. Switches: never."""
+        if child in self._live:
+            child.stop_to_restart()
+            return
+        self._forget_due(child)
+        for given_up in (self.failed, self.exhausted):
+            if child in given_up:
+                given_up.remove(child)
+        child.reset(keep_count=True)
+        child.restart_count += 1
+        self.start_soon([child])
 
     def drain(
         self, timeout: float, cancel_timeout: float, announce: bool = True
@@ -215,7 +249,7 @@ class Supervisor:
         except InvalidConsumerError:
             lifecycle.owned = False  # by a greenlet that will not start
             raise
-        if self.closed:  # the stop came while it was being made
+        if self.closed or child.retired:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False
         self._live.add(child)
@@ -236,7 +270,12 @@ class Supervisor:
 
     def _settle(self, child: Child, error: BaseException | None) -> None:
         child.error = error
-        stopping = self.closed or self._stop.is_set() or child.stopping
+        closing = self.closed or self._stop.is_set()
+        if child.take_restart() and not closing:
+            child.restart_count += 1
+            self.start_soon([child])
+            return
+        stopping = closing or child.stopping
         if stopping or not self._policy.restarts(error):
             self._end(child, given_up=error is not None)
             return
@@ -275,8 +314,12 @@ class Supervisor:
             self._adding -= 1
             self._wake.set()
 
+    def _forget_due(self, child: Child) -> None:
+        self._due = [each for each in self._due if each[2] is not child]
+        heapq.heapify(self._due)
+
     def _idle(self) -> bool:
-        return not (self._empty or self._adding or self._live or self._due)
+        return not (self._held or self._empty or self._adding or self._live or self._due)
 
     def _until_due(self) -> float | None:
         return max(0.0, self._due[0][0] - monotonic()) if self._due else None

@@ -63,8 +63,9 @@ def test_the_bounds_grow():
 def test_errors_are_counted_by_class_and_the_number_of_classes_is_bounded():
     tally = Tally()
     for number in range(MAX_ERRORS + 5):
-        tally.count_error(type(f"Error{number}", (Exception,), {})())
-    tally.count_error(type("Error0", (Exception,), {})())
+        tally.count_failure(type(f"Error{number}", (Exception,), {})(), timed_out=False)
+    tally.count_failure(type("Error0", (Exception,), {})(), timed_out=True)
+    assert (tally.failed, tally.timed_out) == (MAX_ERRORS + 5, 1)
     assert tally.errors["Error0"] == 2
     assert tally.errors[OTHER_ERRORS] == 5
     assert len(tally.errors) == MAX_ERRORS + 1

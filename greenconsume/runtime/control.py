@@ -1,0 +1,186 @@
+"""Owns how a runtime is seen and steered while it runs: by its own program, or by an operator.
+
+It finds consumers by name, reads their state, and asks `supervisor` and the consumers; it must never wait for
+them. The admin shows and asks this (`admin.status.Process`). Users get it as `Runtime.control`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from time import monotonic, time
+from typing import Protocol
+
+from greenconsume.admin import run_folder
+from greenconsume.admin.greenlets import GreenletCount
+from greenconsume.admin.lag import LagWatch
+from greenconsume.admin.status import LagStatus, ProcessStatus, RunningHandler
+from greenconsume.errors import ControlError, UnknownConsumerError
+from greenconsume.events import ConsumersScaled, emit
+from greenconsume.links.pool import all_pools
+from greenconsume.runtime import observing
+from greenconsume.runtime.child import Child
+from greenconsume.runtime.groups import Groups
+from greenconsume.runtime.supervisor import Supervisor
+from greenconsume.tally import all_published
+
+
+class Running(Protocol):
+    """One start of a runtime."""
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """What restarts its consumers, and drains them."""
+
+    @property
+    def state(self) -> str:
+        """As `ProcessStatus` has it."""
+
+
+class Control:
+    """The state of a runtime, and what can be asked of its consumers by name, while it runs.
+
+    Nothing here waits: what is asked is done a moment later, and the state tells when. From any greenlet of
+    the runtime's hub.
+
+    Args:
+        groups: The runtime's consumers.
+        run: Returns its present start, if there is one.
+        stop: Stops it.
+    """
+
+    def __init__(
+        self, groups: Groups, run: Callable[[], Running | None], stop: Callable[[str], None]
+    ) -> None:
+        self._groups, self._run, self._stop = groups, run, stop
+        self._lag: LagWatch | None = None
+        self._greenlets: GreenletCount | None = None
+        self._started, self._began = time(), monotonic()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def status(self) -> ProcessStatus:
+        """Return how the process, its consumers and its links fare now. Never switches."""
+        now, run = monotonic(), self._run()
+        self._forget_retired()
+        return ProcessStatus(
+            name=run_folder.title(),
+            pid=os.getpid(),
+            version=_version(),
+            state="stopped" if run is None else run.state,
+            started=self._started,
+            uptime=now - self._began,
+            consumers=tuple(observing.status_of(each, now) for each in self._groups.children),
+            links=observing.links_of(all_pools()),
+            lag=self._lag.status() if self._lag is not None else LagStatus(),
+            greenlets=self._greenlets.alive if self._greenlets is not None else 0,
+            published=all_published(),
+        )
+
+    def watch(self) -> None:
+        """Keep times from now on, until the runtime ends: somebody looks. Idempotent; never switches."""
+        if self._lag is None:
+            self._lag, self._greenlets = LagWatch(), GreenletCount()
+        for child in self._groups.children:
+            child.tally.watch()
+        for published in all_published():
+            published.watch()
+
+    def handlers_of(self, consumer: str) -> tuple[RunningHandler, ...]:
+        """Return all handlers of one consumer that run, the oldest first.
+
+        Raises:
+            UnknownConsumerError: There is none of that name.
+        """
+        return observing.handlers_of(self._child(consumer), monotonic())
+
+    def close(self) -> None:
+        """Keep no times any more: the runtime has ended. Idempotent. Never switches."""
+        for watch in (self._lag, self._greenlets):
+            if watch is not None:
+                watch.close()
+        self._lag = self._greenlets = None
+
+    # -- steering -------------------------------------------------------------------------------
+
+    def stop(self, reason: str = "stop") -> None:
+        """Drain all: as `Runtime.stop`."""
+        self._stop(reason)
+
+    def pause(self, consumer: str) -> None:
+        """Have a consumer take no more messages until `resume`; its running handlers end by themselves.
+
+        Raises:
+            UnknownConsumerError: There is none of that name.
+            ControlError: It cannot be paused.
+        """
+        raise ControlError(f"consumer {self._child(consumer).name} cannot be paused yet")
+
+    def resume(self, consumer: str) -> None:
+        """Have a consumer that was paused consume again. Raises as `pause`."""
+        raise ControlError(f"consumer {self._child(consumer).name} is not paused")
+
+    def stop_consumer(self, consumer: str) -> None:
+        """Drain one consumer; the runtime goes on, also without any. Raises as `pause`."""
+        child, supervisor = self._running(consumer), self._supervisor()
+        supervisor.hold()
+        child.stop("asked by an operator")
+
+    def restart_consumer(self, consumer: str) -> None:
+        """Drain one consumer and start it again; also one that was stopped or given up. Raises as `pause`."""
+        supervisor = self._supervisor()
+        supervisor.restart(self._child(consumer))
+
+    def scale(self, group: str, replicas: int) -> None:
+        """Have so many consumers of what was spawned by a name: start some, or drain the last.
+
+        Raises:
+            UnknownConsumerError: Nothing of that name was spawned.
+            ControlError: The runtime does not run, or it was spawned as an instance.
+        """
+        supervisor = self._supervisor()
+        present = self._groups.of(group)
+        if len(present) < replicas:
+            supervisor.start_soon(self._groups.more(group, replicas - len(present)))
+        elif len(present) > replicas:
+            supervisor.hold()
+            for child in present[replicas:]:
+                supervisor.retire(child, "scaled down")
+        else:
+            return
+        emit(ConsumersScaled(group, len(present), replicas))
+
+    # -- finding --------------------------------------------------------------------------------
+
+    def _child(self, name: str) -> Child:
+        for child in self._groups.children:
+            if child.name == name:
+                return child
+        raise UnknownConsumerError(name)
+
+    def _running(self, name: str) -> Child:
+        child = self._child(name)
+        self._supervisor()
+        if not child.running or child.stopping:
+            raise ControlError(f"consumer {name} does not run: it is {child.state}")
+        return child
+
+    def _supervisor(self) -> Supervisor:
+        run = self._run()
+        if run is None or run.state == "draining":
+            raise ControlError("the process drains, or does not run")
+        return run.supervisor
+
+    def _forget_retired(self) -> None:
+        if any(child.retired and child.ended for child in self._groups.children):
+            self._groups.forget(lambda child: child.retired and child.ended)
+
+
+@cache
+def _version() -> str:
+    try:
+        return version("greenconsume")
+    except PackageNotFoundError:  # it runs from its source
+        return "?"

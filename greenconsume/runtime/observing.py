@@ -1,0 +1,133 @@
+"""Owns how the state of a consumer and of a link becomes a value that can be shown.
+
+It reads and changes nothing, and must never wait: it is called while handlers run. Called by `control`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from heapq import nsmallest
+from time import monotonic
+from typing import Any
+
+from greenconsume.admin.status import ConsumerStatus, LinkStatus, RunningHandler
+from greenconsume.events import ConsumerState
+from greenconsume.lifecycle import Lifecycle, lifecycle_of
+from greenconsume.links.dialer import Dialer
+from greenconsume.links.pool import LinkPool
+from greenconsume.logs import redact
+from greenconsume.runtime.child import Child
+
+#: Handlers of one consumer that its status holds; all of them are asked for by its name.
+SHOWN_HANDLERS = 3
+
+#: When one began that was at work before anybody looked.
+_UNKNOWN = float("inf")
+
+
+def status_of(child: Child, now: float) -> ConsumerStatus:
+    """Return how a consumer fares."""
+    tally = child.tally
+    life = lifecycle_of(child.consumer) if child.consumer is not None else None
+    minute = tally.timings.last_minute(now) if tally.timings is not None else None
+    known: dict[str, Any] = _work_of(life, now) if life is not None else {}
+    if minute is not None:
+        known.update(rate=minute.rate, p50=minute.quantile(0.5), p99=minute.quantile(0.99))
+    return ConsumerStatus(
+        name=child.name,
+        group=child.group,
+        state=child.state.value,
+        received=tally.received,
+        outcomes=tally.outcomes,
+        errors=dict(tally.errors),
+        given_back=tally.given_back,
+        stale_settles=tally.stale_settles,
+        retries=tally.retries,
+        dead_letters=tally.dead_letters,
+        restarts=child.restart_count,
+        error=_words(child.error),
+        timings=tally.timings,
+        **known,
+    )
+
+
+def handlers_of(child: Child, now: float) -> tuple[RunningHandler, ...]:
+    """Return all handlers of a consumer that run, the oldest first."""
+    if child.consumer is None:
+        return ()
+    jobs = _jobs_of(lifecycle_of(child.consumer))
+    return tuple(_running(job, now) for job in sorted(jobs, key=_began))
+
+
+def links_of(pools: Iterable[LinkPool]) -> tuple[LinkStatus, ...]:
+    """Return the links of some pools."""
+    now = monotonic()
+    return tuple(_link_of(dialer, now) for pool in pools for dialer in pool.dialers)
+
+
+def _link_of(dialer: Dialer, now: float) -> LinkStatus:
+    uri, link = redact(dialer.uri), dialer.link
+    if link is None or not dialer.is_live:
+        return LinkStatus(uri, up=False, reconnects=dialer.reconnect_count)
+    return LinkStatus(
+        uri,
+        up=True,
+        blocked=link.blocked,
+        sessions=len(link.sessions),
+        reconnects=dialer.reconnect_count,
+        silent=now - link.last_read,
+        heartbeat=link.heartbeat,
+    )
+
+
+def _work_of(life: Lifecycle, now: float) -> dict[str, Any]:
+    """Return what the handlers of a consumer that connects or consumes do, and what waits for them."""
+    drain = life.drain
+    known: dict[str, Any] = {"queues": life.queues}
+    if drain is None:
+        return known
+    settings, jobs = drain.handling.settings, drain.handling.running()
+    free = (settings.concurrency or 1) - len(jobs)
+    if settings.slots is not None:
+        free = min(free, settings.slots.free)
+    known.update(
+        concurrency=settings.concurrency,
+        in_progress=len(jobs),
+        idle=max(0, free) if life.state is ConsumerState.CONSUMING else 0,
+        running=tuple(_running(job, now) for job in nsmallest(SHOWN_HANDLERS, jobs, key=_began)),
+    )
+    if life.session is not None:
+        known.update(_inbox_of(life.session, now))
+    return known
+
+
+def _inbox_of(session: Any, now: float) -> dict[str, Any]:
+    channels = session.channels.values()
+    oldest = min(
+        (each.oldest_unsettled[1] for each in channels if each.oldest_unsettled), default=None
+    )
+    return {
+        "waiting": session.backlog,
+        "unsettled": sum(each.unsettled_count for each in channels),
+        "oldest_unsettled": None if oldest is None else now - oldest,
+        "prefetch": max((each.prefetch_count for each in channels), default=0),
+    }
+
+
+def _jobs_of(life: Lifecycle) -> list[Any]:
+    return life.drain.handling.running() if life.drain is not None else []
+
+
+def _began(job: Any) -> float:
+    return job.began or _UNKNOWN
+
+
+def _running(job: Any, now: float) -> RunningHandler:
+    seconds = now - job.began if job.began else None
+    return RunningHandler(str(job.message.delivery_tag), seconds)
+
+
+def _words(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    return f"{type(error).__name__}: {' '.join(redact(str(error)).split())}"[:200]

@@ -1,0 +1,246 @@
+"""Tests how a runtime is seen and steered by the names of its consumers."""
+
+from __future__ import annotations
+
+import gevent
+import pytest
+from gevent.event import Event
+from kombu import Connection, Queue
+
+from greenconsume import ConsumerMixin, ConsumerOptions, Reject, Runtime
+from greenconsume.errors import ControlError, UnknownConsumerError
+from greenconsume.events import ConsumersScaled
+from tests.unit.fakes import Idle, of_type
+from tests.waiting import wait_until
+
+
+def names(runtime):
+    return [each.name for each in runtime.control.status().consumers]
+
+
+def state(runtime, name="Idle-1"):
+    return next(each for each in runtime.control.status().consumers if each.name == name).state
+
+
+@pytest.fixture
+def running():
+    runtimes = []
+
+    def run(target=Idle, replicas=1, **options):
+        runtime = Runtime(**options)
+        runtime.spawn(target, replicas)
+        runtime.start()
+        runtimes.append(runtime)
+        return runtime
+
+    yield run
+    for runtime in runtimes:
+        runtime.stop()
+        runtime.join()
+
+
+def test_before_and_after_its_run_a_runtime_is_stopped_and_its_consumers_are_known():
+    runtime = Runtime()
+    runtime.spawn(Idle, replicas=2)
+    assert runtime.control.status().state == "stopped"
+    assert names(runtime) == ["Idle-1", "Idle-2"]
+    with runtime:
+        assert runtime.control.status().state == "running"
+    assert runtime.control.status().state == "stopped"
+    assert state(runtime) == "stopped"
+
+
+def test_a_runtime_that_drains_says_so(running):
+    runtime = running()
+    runtime.stop()
+    assert runtime.control.status().state == "draining"
+    with pytest.raises(ControlError, match="drains"):
+        runtime.control.scale("Idle", 3)
+
+
+def test_scaling_up_starts_more_and_down_drains_the_last(running, events):
+    runtime = running()
+    runtime.control.scale("Idle", 4)
+    wait_until(lambda: [each.state.value for each in runtime.children] == ["consuming"] * 4)
+    assert names(runtime) == ["Idle-1", "Idle-2", "Idle-3", "Idle-4"]
+    runtime.control.scale("Idle", 2)
+    wait_until(lambda: names(runtime) == ["Idle-1", "Idle-2"])
+    runtime.control.scale("Idle", 2)
+    assert of_type(events, ConsumersScaled) == [
+        ConsumersScaled("Idle", 1, 4),
+        ConsumersScaled("Idle", 4, 2),
+    ]
+
+
+def test_scaled_down_to_nothing_a_runtime_goes_on_and_can_be_scaled_up(running):
+    runtime = running()
+    runtime.control.scale("Idle", 0)
+    wait_until(lambda: not names(runtime))
+    assert runtime.control.status().state == "running"
+    runtime.control.scale("Idle", 1)
+    wait_until(lambda: names(runtime) == ["Idle-2"] and state(runtime, "Idle-2") == "consuming")
+
+
+def test_what_was_scaled_down_while_it_was_being_made_does_not_stay(running):
+    let = Event()
+
+    def slow(connection):
+        if runtime_started:
+            let.wait()
+        return Idle(connection)
+
+    runtime_started = False
+    runtime = running(slow)
+    runtime_started = True
+    runtime.control.scale("slow", 2)
+    gevent.sleep(0)
+    runtime.control.scale("slow", 1)
+    let.set()
+    wait_until(lambda: names(runtime) == ["slow-1"])
+
+
+def test_an_instance_has_no_replicas(running):
+    runtime = running(Idle())
+    with pytest.raises(ControlError, match="instance"):
+        runtime.control.scale("Idle", 2)
+
+
+def test_a_consumer_that_was_stopped_stays_so_and_the_others_go_on(running):
+    runtime = running(replicas=2)
+    runtime.control.stop_consumer("Idle-1")
+    wait_until(lambda: state(runtime) == "stopped")
+    assert state(runtime, "Idle-2") == "consuming"
+    with pytest.raises(ControlError, match="it is stopped"):
+        runtime.control.stop_consumer("Idle-1")
+
+
+def test_the_last_consumer_that_is_stopped_does_not_end_the_runtime(running):
+    runtime = running()
+    runtime.control.stop_consumer("Idle-1")
+    wait_until(lambda: state(runtime) == "stopped")
+    assert not runtime.join(timeout=0.01)
+    runtime.control.restart_consumer("Idle-1")
+    wait_until(lambda: state(runtime) == "consuming")
+
+
+def test_a_restart_makes_a_new_instance_and_is_counted(running):
+    runtime = running()
+    before = runtime.children[0].consumer
+    runtime.control.restart_consumer("Idle-1")
+    wait_until(lambda: runtime.children[0].consumer is not before and state(runtime) == "consuming")
+    assert runtime.control.status().consumers[0].restarts == 1
+
+
+def test_an_instance_is_restarted_as_the_same(running):
+    instance = Idle()
+    runtime = running(instance)
+    runtime.control.restart_consumer("Idle-1")
+    wait_until(lambda: instance.runs == 2 and state(runtime) == "consuming")
+
+
+def test_one_that_was_given_up_is_started_again_and_its_runtime_forgives_it(running):
+    from greenconsume import RestartPolicy
+
+    broken = [True]
+
+    class Mended(Idle):
+        def run(self):
+            if broken and self.connection is not None and started:
+                raise ValueError("no such thing")
+            super().run()
+
+    started = False
+    runtime = running(Mended, 2, restart=RestartPolicy("temporary"))
+    started = True
+    runtime.control.restart_consumer("Mended-1")
+    wait_until(lambda: runtime.children[0].given_up)
+    assert "ValueError: no such thing" in runtime.control.status().consumers[0].error
+    broken.clear()
+    runtime.control.restart_consumer("Mended-1")
+    wait_until(lambda: state(runtime, "Mended-1") == "consuming")
+    runtime.stop()
+    assert runtime.join()
+
+
+def test_an_unknown_name_is_an_error(running):
+    runtime = running()
+    for ask in (
+        runtime.control.stop_consumer,
+        runtime.control.restart_consumer,
+        runtime.control.handlers_of,
+        lambda name: runtime.control.scale(name, 1),
+    ):
+        with pytest.raises(UnknownConsumerError, match="no consumer 'Nobody'"):
+            ask("Nobody")
+
+
+class Work(ConsumerMixin):
+    options = ConsumerOptions(concurrency=2, on_error=Reject())
+    let = Event()
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def get_consumers(self, Consumer, channel):
+        return [Consumer([Queue("work")], callbacks=[self.on_work])]
+
+    def on_work(self, body, message):
+        if body == "wait":
+            self.let.wait()
+        if body == "fail":
+            raise ValueError(body)
+        message.ack()
+
+
+@pytest.fixture
+def publish():
+    def send(*bodies):
+        with Connection("memory://") as connection:
+            queue = connection.SimpleQueue("work")
+            for body in bodies:
+                queue.put(body)
+            queue.close()
+
+    Work.let.clear()
+    yield send
+    Work.let.set()
+
+
+def test_the_status_tells_what_became_of_messages_and_what_handlers_do_now(running, publish):
+    runtime = running(Work)
+    runtime.control.watch()
+    publish("go", "fail", "wait")
+    found = wait_until(
+        lambda: (c := runtime.control.status().consumers[0]).received == 3 and c.in_progress and c
+    )
+    assert found.queues == ("work",)
+    assert (found.concurrency, found.in_progress, found.idle) == (2, 1, 1)
+    assert found.outcomes == {"ok": 1, "failed": 1, "timed_out": 0, "cancelled": 0, "killed": 0}
+    assert found.errors == {"ValueError": 1}
+    assert found.rate > 0
+    assert found.p50 is not None
+    (handler,) = found.running
+    assert handler.message
+    assert handler.seconds >= 0
+    assert runtime.control.handlers_of("Work-1")[0].message == handler.message
+    Work.let.set()
+    wait_until(lambda: runtime.control.status().consumers[0].outcomes["ok"] == 2)
+
+
+def test_numbers_outlive_a_restart(running, publish):
+    runtime = running(Work)
+    publish("go", "go")
+    wait_until(lambda: runtime.control.status().consumers[0].outcomes["ok"] == 2)
+    runtime.control.restart_consumer("Work-1")
+    wait_until(lambda: runtime.control.status().consumers[0].restarts == 1)
+    wait_until(lambda: state(runtime, "Work-1") == "consuming")
+    assert runtime.control.status().consumers[0].received == 2
+
+
+def test_without_a_look_no_times_are_kept(running, publish):
+    runtime = running(Work)
+    publish("go")
+    wait_until(lambda: runtime.control.status().consumers[0].outcomes["ok"] == 1)
+    assert runtime.children[0].tally.timings is None
+    assert runtime.control.status().consumers[0].rate is None
+    assert runtime.control._lag is None
