@@ -10,11 +10,10 @@ from struct import Struct
 from struct import error as struct_error
 from typing import Any
 
-import amqp
 from amqp.exceptions import FrameSyntaxError, UnexpectedFrame
 from amqp.serialization import loads
 
-from greenconsume.amqp.properties import encode_address, encode_properties
+from greenconsume.amqp.properties import decode_properties, encode_address, encode_properties
 
 #: A delivery as it came: consumer tag, delivery tag, redelivered, exchange, routing key, its properties
 #: (still encoded, or the dict that py-amqp made of them) and its body (`str` where py-amqp decoded it).
@@ -175,17 +174,6 @@ def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
     return properties, decode_body(properties, body)
 
 
-def decode_properties(encoded: bytes) -> dict[str, Any]:
-    """Return the properties of a content header, as py-amqp does, whatever bytes their texts are."""
-    message = amqp.Message()
-    try:
-        message._load_properties(amqp.Message.CLASS_ID, encoded, 0)
-    except UnicodeDecodeError:
-        message._load_properties(amqp.Message.CLASS_ID, _Lenient(encoded), 0)
-    properties: dict[str, Any] = message.properties
-    return properties
-
-
 def decode_args(format: str, payload: bytes) -> list[Any]:
     """Return a method's arguments. RabbitMQ takes any bytes as a routing key: surrogates stand for them."""
     try:
@@ -207,7 +195,9 @@ class _Lenient(bytes):
 
 
 def decode_body(properties: dict[str, Any], body: Any) -> Any:
-    """Return the body as text where its encoding is named, known and right; else as it is."""
+    """Return the body as text where its encoding is named, known and right, or where it is empty."""
+    if not body:
+        return ""
     encoding = properties.get("content_encoding")
     if encoding:
         try:

@@ -1,4 +1,4 @@
-"""Owns the encoding of what goes with a published message: its properties, and where it is to go.
+"""Owns what goes with a message: the encoding and decoding of its properties, and of where it is to go.
 
 Byte for byte what py-amqp writes, in a fifth of the time for values of the usual types; for any other value
 py-amqp itself is asked. Does no I/O. Called by `frames`.
@@ -7,13 +7,18 @@ py-amqp itself is asked. Does no I/O. Called by `frames`.
 from __future__ import annotations
 
 from struct import Struct
+from struct import error as struct_error
 from typing import Any
 
 import amqp
+from amqp.exceptions import FrameSyntaxError
 from amqp.serialization import dumps
+
+from greenconsume.amqp.fields import read_table, write_table
 
 _flags = Struct(">H")
 _octet = Struct(">B")
+_stamp = Struct(">Q")
 _octets = [bytes((value,)) for value in range(256)]
 _EMPTY_TABLE = b"\0\0\0\0"
 
@@ -23,11 +28,12 @@ _KNOWN_LIMIT = 1000
 #: These are seldom the same twice.
 _UNLIKE = ("correlation_id", "message_id", "expiration")
 
-_TEXT, _UNLIKE_TEXT, _OCTET, _TABLE, _OTHER = range(5)
-_KINDS = {"s": _TEXT, "o": _OCTET, "F": _TABLE}
+_TEXT, _UNLIKE_TEXT, _OCTET, _TABLE, _STAMP = range(5)
+_KINDS = {"s": _TEXT, "o": _OCTET, "F": _TABLE, "L": _STAMP}
+_FORMATS = dict(amqp.Message.PROPERTIES)
 #: The name of each property, its flag, and its kind.
 _PROPERTIES = tuple(
-    (name, 1 << (15 - at), _UNLIKE_TEXT if name in _UNLIKE else _KINDS.get(kind, _OTHER))
+    (name, 1 << (15 - at), _UNLIKE_TEXT if name in _UNLIKE else _KINDS[kind])
     for at, (name, kind) in enumerate(amqp.Message.PROPERTIES)
 )
 #: What there is of these in a message, in the order of the wire: few sets of names are used again and again.
@@ -54,11 +60,12 @@ def encode_properties(message: Any) -> bytes:
             parts.append(_short(value))
         elif of is int and kind == _OCTET and 0 <= value <= 255:
             parts.append(_octets[value])
-        elif of is dict and kind == _TABLE:
-            parts.append(dumps("F", (value,)) if value else _EMPTY_TABLE)
-        else:  # a timestamp, or a type that py-amqp converts, or refuses
-            encoded: bytes = message._serialize_properties()
-            return encoded
+        elif kind == _TABLE and isinstance(value, dict):
+            parts.append(write_table(value) if value else _EMPTY_TABLE)
+        elif of is int and kind == _STAMP and 0 <= value < 1 << 64:
+            parts.append(_stamp.pack(value))
+        else:  # a type that py-amqp converts, or refuses
+            parts.append(dumps(_FORMATS[name], (value,)))
     parts[0] = _flags.pack(flags)
     return b"".join(parts)
 
@@ -67,6 +74,36 @@ def _order(names: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
     if len(_in_order) >= _KNOWN_LIMIT:
         _in_order.clear()
     _in_order[names] = found = tuple(each for each in _PROPERTIES if each[0] in names)
+    return found
+
+
+def decode_properties(encoded: bytes, exact: bool = False) -> dict[str, Any]:
+    """Return the properties of a content header by their names, the headers as `fields.read_table`.
+
+    A text that is no UTF-8 has surrogates for its bytes.
+
+    Raises:
+        FrameSyntaxError: They cannot be decoded.
+    """
+    try:
+        found: dict[str, Any] = {}
+        flags, at = _flags.unpack_from(encoded)[0], 2
+        for name, flag, kind in _PROPERTIES:
+            if not flags & flag:
+                continue
+            if kind == _TABLE:
+                found[name], at = read_table(encoded, at, exact)
+            elif kind == _OCTET:
+                found[name], at = encoded[at], at + 1
+            elif kind == _STAMP:
+                found[name], at = _stamp.unpack_from(encoded, at)[0], at + 8
+            else:
+                end = at + 1 + encoded[at]
+                found[name], at = encoded[at + 1 : end].decode("utf-8", "surrogateescape"), end
+    except (IndexError, struct_error) as exc:
+        raise FrameSyntaxError(f"properties that cannot be decoded: {exc!r}") from exc
+    if at > len(encoded):
+        raise FrameSyntaxError("properties that end in the middle of a text")
     return found
 
 

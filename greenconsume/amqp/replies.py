@@ -23,7 +23,8 @@ from amqp.serialization import dumps
 from gevent.event import Event
 from kombu.transport import pyamqp
 
-from greenconsume.amqp.frames import decode_args, decode_body, decode_properties
+from greenconsume.amqp.frames import decode_args, decode_body
+from greenconsume.amqp.properties import decode_properties
 from greenconsume.stopping import Deadline, wait
 
 if TYPE_CHECKING:

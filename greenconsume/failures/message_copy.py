@@ -18,7 +18,7 @@ import amqp
 from kombu.transport import virtual
 
 from greenconsume.amqp.channel import Channel
-from greenconsume.amqp.frames import decode_content
+from greenconsume.amqp.properties import decode_properties, encode_properties
 from greenconsume.errors import GreenconsumeError
 
 PREFIX = "greenconsume-"
@@ -111,8 +111,7 @@ class Copy:
             raise GreenconsumeError(f"the headers do not fit into a frame of {size} bytes")
 
     def _encoded(self) -> bytes:
-        encoded: bytes = self.to_amqp()._serialize_properties()
-        return encoded
+        return encode_properties(self.to_amqp())
 
     def to_amqp(self) -> amqp.Message:
         """Return it as py-amqp publishes it: persistent."""
@@ -143,9 +142,13 @@ def copy_of(message: Any) -> Copy:
     """Return a copy of a kombu message, or of what a green channel's `basic_get` returns."""
     if isinstance(message, virtual.Message):
         return _copy_of_virtual(message)
-    properties, body = getattr(message, "wire_form", None) or (message.properties, message.body)
+    form = getattr(message, "wire_form", None)
+    # What `basic_get` returns has its properties decoded, but for those that cannot be.
+    properties, body = form or (getattr(message, "encoded", message.properties), message.body)
     if type(properties) is bytes:
-        properties = decode_content(properties, b"")[0]
+        properties = decode_properties(properties, exact=True)
+    if not body and "content_encoding" not in properties:
+        body = b""  # as a text, it would be given an encoding
     properties = dict(properties)
     headers = dict(properties.pop("application_headers", None) or {})
     return Copy(body, headers, properties)
@@ -210,7 +213,7 @@ def _keeps_origin(channel: Any) -> bool:
 def retries_of(headers: dict[str, Any]) -> int:
     """Return how often a message was retried; 0 for a count that is none."""
     count = headers.get(RETRIES)
-    return count if type(count) is int and count > 0 else 0
+    return count if isinstance(count, int) and count is not True and count > 0 else 0
 
 
 def tail_of(text: str, limit: int) -> str:
