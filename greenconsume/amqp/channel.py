@@ -1,114 +1,287 @@
-"""Owns what a channel of a green link consumes: its consumers, their deliveries, their settling.
+"""Owns kombu's and py-amqp's interface of a green channel, for any number of greenlets at once.
 
-Deliveries go to the session's inbox, from where `drain_events` hands them to the callbacks. A message is
-settled once, on the channel and in the life of the channel that it came from (law 4).
+Here are their names and signatures; what a channel does is `channel_core`'s. What is declared or bound is
+encoded by py-amqp. A method of py-amqp's that waits parks its greenlet until the link's reader has the reply.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import amqp
 from amqp import spec
-from amqp.exceptions import ConsumerCancelled, RecoverableConnectionError
+from amqp.exceptions import RecoverableConnectionError
 from amqp.serialization import dumps
 from kombu import Consumer
 from kombu.transport import base, pyamqp
+from vine import promise
 
-from greenconsume.amqp.confirms import PublishingChannel
-from greenconsume.amqp.frames import Delivery, decode_content
-from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE, Ledger, encode
-from greenconsume.amqp.replies import Reply
-from greenconsume.events import StaleSettle, emit
+from greenconsume.amqp.calls import Life
+from greenconsume.amqp.channel_core import ChannelCore, Handlers
+from greenconsume.amqp.channel_publisher import ChannelPublisher
+from greenconsume.amqp.confirms import Confirm
+from greenconsume.amqp.consumers import ChannelConsumer
+from greenconsume.amqp.frames import Delivery, Sig
+from greenconsume.amqp.inbox import Inbox
+from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE
+from greenconsume.amqp.link import Link
+from greenconsume.amqp.message import Message, message_of, raw_message
+from greenconsume.amqp.waits import Waits
+from greenconsume.stopping import Deadline
 
-
-class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
-    """A received message, settled once and only on the channel that it came from.
-
-    Settling it after that channel was closed or its link lost does nothing but count: the broker has
-    requeued it already, and its delivery tag now means another message, or none.
-    """
-
-    __slots__ = ("epoch", "errors")
-    _state: Any
-
-    def __init__(self, msg: amqp.Message, channel: Channel, **kwargs: Any) -> None:
-        undecodable = getattr(msg, "undecodable", None)
-        self.errors: list[Any] = [undecodable] if undecodable else []
-        super().__init__(msg, channel=channel, **kwargs)
-        self.epoch = channel.epoch
-
-    def ack(self, multiple: bool = False) -> None:
-        """As `kombu.Message.ack`. Never switches."""
-        if not multiple and self._state == "RECEIVED" and self._settled_at_once():
-            self._state = "ACK"
-        elif not self._settled_stale("ACK"):
-            super().ack(multiple=multiple)
-
-    def reject(self, requeue: bool = False) -> None:
-        """As `kombu.Message.reject`. Never switches."""
-        if not self._settled_stale("REJECTED"):
-            super().reject(requeue=requeue)
-
-    def requeue(self) -> None:
-        """As `kombu.Message.requeue`. Never switches."""
-        if not self._settled_stale("REQUEUED"):
-            super().requeue()
-
-    def _settled_at_once(self) -> bool:
-        channel = self.channel
-        if channel is None or self.epoch != channel.epoch:
-            return False
-        return bool(channel.settle(self.delivery_tag, ACK))
-
-    def _settled_stale(self, state: str) -> bool:
-        if self.channel is None or self.channel.holds(self.epoch) or self.acknowledged:
-            return False
-        self._state = state
-        self.channel.count_stale(self.delivery_tag)
-        return True
+_Table = dict[str, Any]
 
 
-class Channel(PublishingChannel):
-    """A whole channel, in the place of py-amqp's.
+class ChannelOwner(Protocol):
+    """What a channel asks of its session."""
+
+    link: Link
+    inbox: Inbox
+    waits: Waits
+    channels: dict[int, Channel]
+
+    def allocate(self, channel_id: int | None) -> int:
+        """Return a free channel id, or this one if it is free."""
+        ...
+
+
+class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
+    """A channel that any number of greenlets may call at once.
+
+    A channel that the broker closed raises that error where it is waited for, and opens itself again
+    at its next use, as py-amqp's does; its consumers do not come back by themselves.
 
     Attributes:
-        stale_count: How many messages were settled after their channel was gone.
+        connection: The session that it belongs to; None once it is closed.
+        channel_id: Its number on the link.
+        deliveries: What it consumes, and settles.
+        prefetch_count: How many unsettled deliveries a consumer that is started next may have.
     """
 
     Message = Message
+    returned_messages = None  # nothing reads it, and a thread-safe queue is dear
+    connection: ChannelOwner | None
+    channel_id: int
+    __slots__ = (
+        "_calls",
+        "_core",
+        "_session",
+        "channel_id",
+        "connection",
+        "deliveries",
+        "prefetch_count",
+    )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.stale_count = 0
-        self._consuming: set[str] = set()
-        self._announced: set[str] = set()  # the broker was told already that these end
+    def __init__(
+        self,
+        connection: ChannelOwner,
+        channel_id: int | None = None,
+        auto_decode: bool = True,
+        on_open: Callable[[Channel], object] | None = None,
+    ) -> None:
+        # Not py-amqp's, which makes a thread-safe queue, a promise, sets and dicts that are not used here:
+        # a process may have 10,000 channels.
+        self._session = self.connection = connection
+        self.channel_id = connection.allocate(channel_id)
         self.prefetch_count = 0
-        self._pausable: dict[str, bytes] = {}  # tag -> the arguments that consume again
-        self._ledger = Ledger()
-        self._flushing = False
-        self._recovering = 0  # what comes before so many RecoverOks is the broker's again
-        super().__init__(*args, **kwargs)
+        link, inbox, waits = connection.link, connection.inbox, connection.waits
+        self._core = ChannelCore(link, inbox, waits, self.channel_id, auto_decode)
+        self._calls, self.deliveries = self._core.calls, self._core.deliveries
+        if on_open is not None:
+            self.then(on_open)
+        if link.confirm_publish:
+            self.basic_publish = self.basic_publish_confirm  # type: ignore[method-assign]  # as py-amqp's
+        connection.channels[self.channel_id] = self
+
+    # -- what it is -----------------------------------------------------------------------------------
 
     @property
-    def _is_consuming(self) -> bool:
-        return bool(self._consuming)
+    def publisher(self) -> ChannelPublisher:
+        """What publishes on it, for those who need nothing else."""
+        return self._core.publisher
 
-    def _end_epoch(self) -> None:
-        self._session.inbox.take_back(self, self._can_go_back)
-        super()._end_epoch()
-        self._session.inbox.forget_paused(self)
-        self._recovering = 0
-        self.callbacks.clear()
-        self.cancel_callbacks.clear()
-        self._consuming.clear()
-        self._announced.clear()
-        self._pausable.clear()
-        self._ledger.clear()
+    @property
+    def is_open(self) -> bool:
+        """Whether the broker has opened it, and nobody closed it."""
+        return self._calls.life is Life.OPEN
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it was closed from here."""
+        return self._calls.is_closing
+
+    @property
+    def active(self) -> bool:
+        """Whether the broker lets it publish, by AMQP's flow control."""
+        return self._core.is_active
+
+    @property
+    def auto_decode(self) -> bool:
+        """Whether bodies are decoded where they name an encoding."""
+        return self._core.auto_decode
+
+    @property
+    def events(self) -> Handlers:
+        """Who is told of `basic_return`, `basic_ack` and `basic_nack`, each in a greenlet of its own."""
+        return self._core.events
+
+    @property
+    def on_open(self) -> promise:
+        """py-amqp's promise, fulfilled when the channel is open."""
+        opened = promise()
+        self._core.call_when_open(partial(opened, self))
+        return opened
+
+    @property
+    def callbacks(self) -> dict[str, Callable[..., object]]:
+        """What takes the deliveries of each consumer, by tag."""
+        return {tag: each.callback for tag, each in self.deliveries.consumers.running.items()}
+
+    @property
+    def no_ack_consumers(self) -> frozenset[str]:
+        """The tags of the consumers whose messages need no settle."""
+        return self.deliveries.consumers.no_ack_tags
+
+    @property
+    def epoch(self) -> int:
+        """The number of this life of the channel; a message belongs to one of them."""
+        return self.deliveries.epoch
+
+    @property
+    def stale_count(self) -> int:
+        """How many messages were settled after their channel was gone."""
+        return self.deliveries.stale_count
+
+    @property
+    def unsettled_count(self) -> int:
+        """How many deliveries are not settled."""
+        return self.deliveries.unsettled_count
+
+    @property
+    def oldest_unsettled(self) -> tuple[int, float] | None:
+        """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
+        return self.deliveries.oldest_unsettled
+
+    # -- opening and closing --------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the channel, and wait until it is. Switches: yes."""
+        if not self.is_open:
+            self._calls.write(spec.Channel.Open, b"\0")
+            self.wait(spec.Channel.OpenOk)
+
+    def close(self, *_args: object, **_kwargs: object) -> None:
+        """Close the channel; what it has not settled goes back to its queues. Idempotent.
+
+        Switches: yes, for `close_timeout` at the most. Never raises for what the broker does.
+        """
+        if self._calls.life is not Life.CLOSED:
+            self.ask_to_close()
+            self.await_closed(self._session.waits.close_deadline)
+
+    def ask_to_close(self) -> None:
+        """Send `Close` if there is something to close. Never switches."""
+        self._core.ask_to_close()
+
+    def await_closed(self, deadline: Deadline) -> None:
+        """Wait for `CloseOk` up to `deadline`; its id stays taken until the broker has answered."""
+        self._calls.await_closed(deadline)
+        self.collect()
+
+    def collect(self) -> None:
+        """Leave the session. Never switches."""
+        self._core.collect()
+        if self._session.channels.get(self.channel_id) is self:  # else its id has another owner
+            del self._session.channels[self.channel_id]
+        self.connection = None
+
+    def on_link_lost(self) -> None:
+        """End with the link. Never switches."""
+        self._core.on_link_lost()
+
+    # -- calls --------------------------------------------------------------------------------------
+
+    def send_method(
+        self,
+        sig: Sig,
+        format: str | None = None,
+        args: tuple[object, ...] | None = None,
+        content: amqp.Message | None = None,
+        wait: Sig | list[Sig] | None = None,
+        callback: Callable[[], object] | None = None,
+        returns_tuple: bool = False,
+    ) -> Any:
+        """Send one method; with `wait`, park until its reply. Switches only with `wait`.
+
+        Raises:
+            LinkLostError: The link is gone.
+            RecoverableConnectionError: The channel was closed.
+            amqp.exceptions.ChannelError: The broker closed the channel.
+        """
+        self._calls.begin()
+        self.deliveries.flush()
+        self._calls.write(sig, dumps(format, args) if format else b"", content)
+        if callback is not None:
+            callback()
+        return self.wait(wait, returns_tuple=returns_tuple) if wait else None
+
+    def wait(
+        self,
+        method: Sig | list[Sig],
+        callback: Callable[..., object] | None = None,
+        timeout: float | None = None,
+        returns_tuple: bool = False,
+        undo: Callable[..., object] | None = None,
+    ) -> Any:
+        """Park until the reader brings one of the replies `method`; see `send_method`.
+
+        Args:
+            method: A method, or a list of them.
+            callback: Called by the reader with the reply; it must not switch.
+            timeout: Seconds; by default the link's `call_timeout`.
+            returns_tuple: Return all arguments of the reply, not the first.
+            undo: Called, in the place of `callback`, with a reply whose caller gave up.
+
+        Raises:
+            TimeoutError: No reply in time. One that comes later is dropped.
+            StoppedError: The session's stop signal was set while it was set up.
+        """
+        methods = tuple(method) if isinstance(method, list) else (method,)
+        args = self._calls.wait(methods, callback, timeout, undo).args
+        if returns_tuple:
+            return args
+        return args[0] if args else None
 
     # -- consuming ------------------------------------------------------------------------------------
+
+    def queue_declare(
+        self,
+        queue: str = "",
+        passive: bool = False,
+        durable: bool = False,
+        exclusive: bool = False,
+        auto_delete: bool = True,
+        nowait: bool = False,
+        arguments: _Table | None = None,
+        argsig: str = "BsbbbbbF",
+    ) -> Any:
+        """As py-amqp's. Remembers the queues that stay while nobody consumes: there one may be paused."""
+        declared = super().queue_declare(
+            queue, passive, durable, exclusive, auto_delete, nowait, arguments, argsig
+        )
+        wanted = arguments or {}
+        # A single active consumer hands on to another, while messages are still here.
+        goes = auto_delete or "x-expires" in wanted or "x-single-active-consumer" in wanted
+        if not (goes or passive):
+            self._calls.link.lasting_queues.add(queue)
+        return declared
+
+    def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
+        """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
+        self.prefetch_count = prefetch_count
+        return super().basic_qos(prefetch_size, prefetch_count, a_global)
 
     def basic_consume(
         self,
@@ -118,167 +291,76 @@ class Channel(PublishingChannel):
         no_ack: bool = False,
         exclusive: bool = False,
         nowait: bool = False,
-        callback: Callable[[Any], object] | None = None,
-        arguments: dict[str, Any] | None = None,
+        callback: Callable[..., object] | None = None,
+        arguments: _Table | None = None,
         on_cancel: Callable[[str], object] | None = None,
         argsig: str = "BssbbbbF",
     ) -> str:
         """As py-amqp's; deliveries that arrive together with `ConsumeOk` find their callback."""
         if nowait and not consumer_tag:
             raise ValueError("Consumer tag must be specified when nowait is True")
+        is_bounded = self.prefetch_count and not no_ack
+        can_pause = not (is_bounded or exclusive) and queue in self._calls.link.lasting_queues
 
-        def register(_sig: Any, tag: str) -> None:
-            self.callbacks[tag] = self._taker_of(callback)
-            self._consuming.add(tag)
-            self._announced.discard(tag)
-            if on_cancel:
-                self.cancel_callbacks[tag] = on_cancel
-            change = self.no_ack_consumers.add if no_ack else self.no_ack_consumers.discard
-            change(tag)
-            unbounded = no_ack or not self.prefetch_count
-            if unbounded and not exclusive and queue in self._session.lasting_queues:
-                again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
-                self._pausable[tag] = dumps(argsig, again)
+        def register(_sig: object, tag: str) -> None:
+            again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
+            resume = dumps(argsig, again) if can_pause else None
+            consumer = ChannelConsumer(self._taker_of(callback), no_ack, on_cancel, resume)
+            self.deliveries.consumers.start(tag, consumer)
+
+        def undo(_sig: object, tag: str) -> None:
+            self.deliveries.undo_consume(tag, no_ack)
 
         args = (0, queue, consumer_tag, no_local, no_ack, exclusive, nowait, arguments)
         self.send_method(spec.Basic.Consume, argsig, args)
         if nowait:
             register(None, consumer_tag)
             return consumer_tag
-        undo = partial(self._unconsume, no_ack)
         return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=undo))
 
-    def _unconsume(self, no_ack: bool, _sig: Any, tag: str) -> None:
-        if no_ack:
-            self.no_ack_consumers.add(tag)  # what still comes is settled already
-        self.stop_dispatching(tag)
-        self._send_cancel(tag)
-
-    def queue_declare(self, queue: str = "", *args: Any, **kwargs: Any) -> Any:
-        """As py-amqp's. Remembers which queues a consumer may be paused on, and finds as it left them."""
-        declared = super().queue_declare(queue, *args, **kwargs)
-        arguments = kwargs.get("arguments") or {}
-        fleeting = kwargs.get("auto_delete", True) or "x-expires" in arguments
-        handed_on = "x-single-active-consumer" in arguments  # to another, with messages still here
-        if not (fleeting or handed_on or kwargs.get("passive")):
-            self._session.lasting_queues.add(queue)
-        return declared
-
-    def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
-        """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
-        self.prefetch_count = prefetch_count
-        return super().basic_qos(prefetch_size, prefetch_count, a_global)
-
-    def _pause(self, consumer_tag: str) -> None:
-        # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own.
-        args = self._pausable.pop(consumer_tag)
-        self._session.inbox.pause(self, consumer_tag, partial(self.resume, consumer_tag, args))
-        self._send_cancel(consumer_tag)
-
-    def _send_cancel(self, consumer_tag: str) -> None:
-        if self._link.failure is None:
-            self._link._write_method(
-                self.channel_id, spec.Basic.Cancel, dumps("sb", (consumer_tag, True))
-            )
-
-    def resume(self, consumer_tag: str, args: bytes) -> None:
-        """Consume again with a consumer that was paused, unless it was stopped since. Never switches."""
-        if consumer_tag in self._consuming and self._link.failure is None:
-            self._pausable[consumer_tag] = args
-            self._link._write_method(self.channel_id, spec.Basic.Consume, args)
+    def _taker_of(self, callback: Any) -> Callable[[Delivery], object]:
+        """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""
+        takes: bool = getattr(callback, "takes_deliveries", False)
+        if takes or getattr(callback, "__func__", None) is Consumer._receive_callback:
+            taker: Callable[[Delivery], object] = callback
+            return taker
+        return lambda delivery: callback(raw_message(self, delivery))
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
         """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
-        if self.connection is None or self.is_closing or consumer_tag in self._announced:
+        if self.is_closing or self.deliveries.consumers.was_announced(consumer_tag):
             return None
         self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
-        self.stop_dispatching(consumer_tag)
+        self.deliveries.stop(consumer_tag)
         return None if nowait else self.wait(spec.Basic.CancelOk)
 
     def announce_stop(self) -> None:
-        """Tell the broker to send no more, without waiting; give back what was not started.
+        """Tell the broker to send no more; give back what was not started. Never switches."""
+        self.deliveries.announce_stop()
 
-        In this order: the broker sends what it gets back to whoever still consumes.
-        """
-        tags = list(self._consuming)
-        self._announced.update(tags)
-        for tag in tags:
-            self._send_cancel(tag)
-        for tag in tags:
-            self.stop_dispatching(tag)
+    def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
+        """As py-amqp's."""
 
-    def stop_dispatching(self, consumer_tag: str) -> None:
-        """Forget a consumer's callback and give its undispatched messages back. Never switches."""
-        self._remove_tag(consumer_tag)
-        self._consuming.discard(consumer_tag)
-        self._pausable.pop(consumer_tag, None)
-        self._session.inbox.forget_paused(self, consumer_tag)
+        def register(sig: Sig, *args: Any) -> None:
+            if sig == spec.Basic.GetOk and not no_ack:
+                self.deliveries.hold(args[0])
 
-        def undispatched(delivery: Delivery) -> bool:
-            return self._can_go_back(delivery) and delivery[0] == consumer_tag
+        def undo(sig: Sig, *args: Any) -> None:
+            register(sig, *args)
+            if sig == spec.Basic.GetOk and not no_ack:
+                self.deliveries.give_back(args[0])
 
-        for delivery in self._session.inbox.take_back(self, undispatched):
-            self._give_back(delivery[1])
-
-    def _remove_tag(self, consumer_tag: str) -> Any:
-        # no_ack_consumers keeps it: messages in hand that the broker has acked are still handled.
-        self.callbacks.pop(consumer_tag, None)
-        return self.cancel_callbacks.pop(consumer_tag, None)
-
-    def _can_go_back(self, delivery: Delivery) -> bool:
-        return delivery[0] not in self.no_ack_consumers
-
-    def _give_back(self, delivery_tag: int) -> None:
-        if self._link.failure is None:
-            self._session.inbox.count_given_back()
-            self._ledger.settle(delivery_tag, REQUEUE)
-            self._link.flush_soon(self)
-
-    def on_delivery(self, delivery: Delivery) -> None:
-        """Take a delivery from the reader: into the session's inbox, or back where nobody wants it."""
-        if not self.is_open:
-            return
-        consumer_tag = delivery[0]
-        wants_settle = consumer_tag not in self.no_ack_consumers
-        if wants_settle:
-            if self._recovering:
-                return
-            self._ledger.deliver(delivery[1])
-        callback = self.callbacks.get(consumer_tag)
-        if callback is not None:
-            self._session.inbox.put(self, delivery, callback)
-            if consumer_tag in self._pausable and self._session.inbox.is_crowded:
-                self._pause(consumer_tag)
-        elif wants_settle:
-            self._give_back(delivery[1])
-
-    def _on_basic_deliver(self, *args: Any) -> None:
-        *fields, msg = args
-        self.on_delivery((*fields, msg.encoded, msg.body or b""))
-
-    def _taker_of(self, callback: Any) -> Any:
-        """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""
-        takes = getattr(callback, "takes_deliveries", False)
-        if takes or getattr(callback, "__func__", None) is Consumer._receive_callback:
-            return callback
-        return lambda delivery: callback(_raw_message(self, delivery))
-
-    def _on_basic_cancel(self, consumer_tag: str) -> None:
-        callback = self._remove_tag(consumer_tag)
-        if callback is not None:
-            self._session.inbox.put(self, consumer_tag, callback)
-        else:
-            text = f"the broker cancelled consumer {consumer_tag!r}: its queue was deleted or moved"
-            self._tell(ConsumerCancelled(text, spec.Basic.Cancel))
-        self._consuming.discard(consumer_tag)
-
-    def _on_basic_cancel_ok(self, consumer_tag: str) -> None:
-        """Nothing is left to do. `no_ack_consumers` keeps it for its messages that are in hand."""
+        self.send_method(spec.Basic.Get, argsig, (0, queue, no_ack))
+        methods, epoch = [spec.Basic.GetOk, spec.Basic.GetEmpty], self.epoch
+        found = self.wait(methods, callback=register, returns_tuple=True, undo=undo)
+        if epoch != self.epoch:  # closed in the same read: the message is the broker's again
+            raise RecoverableConnectionError("the channel was closed")
+        return self._on_get_ok(*found) if len(found) > 1 else None
 
     def message_to_python(self, raw_message: Any) -> Any:
         """Make a delivery a `Message`; one that is a message already stays as it is."""
         if type(raw_message) is tuple:
-            return _message(self, raw_message)
+            return message_of(self, raw_message, self.Message)
         if isinstance(raw_message, base.Message):
             return raw_message
         return self.Message(raw_message, channel=self)
@@ -287,137 +369,91 @@ class Channel(PublishingChannel):
 
     def basic_ack(self, delivery_tag: int, multiple: bool = False, argsig: str = "Lb") -> None:
         """Acknowledge; sent at the hub's next turn, merged with its neighbours. Never switches."""
-        if multiple or not self.settle(delivery_tag, ACK):
+        if multiple or not self.deliveries.settle(delivery_tag, ACK):
             super().basic_ack(delivery_tag, multiple, argsig)
         if multiple:
-            self._ledger.forget_up_to(delivery_tag)
+            self.deliveries.settled_up_to(delivery_tag)
 
     def basic_reject(self, delivery_tag: int, requeue: bool, argsig: str = "Lb") -> None:
         """Reject; sent as `basic_ack` is. Never switches."""
-        if not self.settle(delivery_tag, REQUEUE if requeue else REJECT):
+        if not self.deliveries.settle(delivery_tag, REQUEUE if requeue else REJECT):
             super().basic_reject(delivery_tag, requeue, argsig)
 
-    def settle(self, delivery_tag: int, how: int) -> bool:
-        """Note a settle, to be sent at the hub's next turn; return False if it must go the long way."""
-        if self.connection is None or self._link.failure is not None or self._error is not None:
-            return False  # said the long way, which raises why it cannot
-        if not self._ledger.settle(delivery_tag, how):
-            return False
-        if not self._flushing:
-            self._flushing = True
-            self._link.flush_soon(self)
-        return True
-
-    def flush(self) -> None:
-        """Queue the settles that were made since the last time, merged. Never switches."""
-        self._flushing = False
-        if self._ledger.pending and self._link.failure is None:
-            settles = self._ledger.flush()
-            self._link.write([encode(self.channel_id, settle) for settle in settles])
-
-    def basic_recover(self, requeue: bool = False) -> Any:
+    def basic_recover(self, requeue: bool = False) -> None:
         """As py-amqp's: the broker takes back everything that is not settled."""
         self.send_method(spec.Basic.Recover, "b", (requeue,))
-        self._recovering += 1
-        self._session.inbox.take_back(self, self._can_go_back)
-        self._ledger.clear()
-        self.epoch += 1  # settling what is in hand does nothing but count
-
-        def recovered(_sig: Any) -> None:
-            self._recovering -= 1
-
-        self._replies.append(Reply((spec.Basic.RecoverOk,), recovered))
-
-    def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
-        """As py-amqp's."""
-
-        def register(sig: tuple[int, int], *args: Any) -> None:
-            if sig == spec.Basic.GetOk and not no_ack:
-                self._ledger.deliver(args[0])
-
-        def undo(sig: tuple[int, int], *args: Any) -> None:
-            register(sig, *args)
-            if sig == spec.Basic.GetOk and not no_ack:
-                self._give_back(args[0])
-
-        self.send_method(spec.Basic.Get, argsig, (0, queue, no_ack))
-        methods = [spec.Basic.GetOk, spec.Basic.GetEmpty]
-        epoch = self.epoch
-        found = self.wait(methods, callback=register, returns_tuple=True, undo=undo)
-        if epoch != self.epoch:  # closed in the same read: the message is the broker's again
-            raise RecoverableConnectionError("the channel was closed")
-        return self._on_get_ok(*found) if len(found) > 1 else None
-
-    @property
-    def unsettled_count(self) -> int:
-        """How many deliveries are not settled."""
-        return len(self._ledger)
-
-    @property
-    def oldest_unsettled(self) -> tuple[int, float] | None:
-        """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
-        return self._ledger.oldest
+        self.deliveries.recover()
+        self._calls.expect(spec.Basic.RecoverOk, self.deliveries.recovered)
 
     def holds(self, epoch: int) -> bool:
         """Whether messages of this life of the channel can still be settled."""
-        return epoch == self.epoch and self._link.failure is None
+        return self.deliveries.holds(epoch)
 
-    def count_stale(self, delivery_tag: int) -> None:
-        """Count a settle that came after its channel was gone."""
-        self.stale_count += 1
-        emit(StaleSettle(delivery_tag, self.stale_count))
+    # -- publishing -------------------------------------------------------------------------------------
 
+    def _basic_publish(
+        self,
+        msg: amqp.Message,
+        exchange: str = "",
+        routing_key: str = "",
+        mandatory: bool = False,
+        immediate: bool = False,
+        timeout: float | None = None,
+        confirm_timeout: float | None = None,
+    ) -> None:
+        """As py-amqp's `basic_publish`; waits only while the broker blocks, or `HIGH_WATER` is unsent."""
+        self.publisher.publish(msg, exchange, routing_key, mandatory, immediate, timeout)
 
-def _message(channel: Channel, delivery: Delivery) -> Message:
-    """Return the delivery as kombu's message; what `Message.__init__` does, for the plain case."""
-    consumer_tag, delivery_tag, redelivered, exchange, routing_key, properties, body = delivery
-    errors: list[Any] = []
-    if type(properties) is bytes:
-        try:
-            properties, body = decode_content(properties, body)
-        except (
-            Exception
-        ):  # a publisher's fault, such as a date in the year 55000, is told as kombu does
-            properties, errors = {}, [sys.exc_info()]
-    headers = properties.get("application_headers") or {}
-    if "compression" in headers or channel.Message is not Message:
-        raw = _raw_message(channel, (*delivery[:5], properties, body))
-        message: Message = channel.Message(raw, channel=channel)
-        return message
-    message = Message.__new__(Message)
-    message.epoch = channel.epoch
-    message.errors = errors
-    message.channel = channel
-    message.delivery_tag = delivery_tag
-    message.content_type = properties.get("content_type")
-    message.content_encoding = properties.get("content_encoding")
-    message.delivery_info = {
-        "consumer_tag": consumer_tag,
-        "delivery_tag": delivery_tag,
-        "redelivered": redelivered,
-        "exchange": exchange,
-        "routing_key": routing_key,
-    }
-    message.headers = headers
-    message.properties = properties
-    message.body = body
-    message.accept = message._decoded_cache = None
-    message._state = "RECEIVED"
-    return message
+    basic_publish = _basic_publish
 
+    def basic_publish_confirm(
+        self,
+        msg: amqp.Message,
+        exchange: str = "",
+        routing_key: str = "",
+        mandatory: bool = False,
+        immediate: bool = False,
+        timeout: float | None = None,
+        confirm_timeout: float | None = None,
+    ) -> None:
+        """Publish, and wait for the confirm of this very message, by its delivery tag.
 
-def _raw_message(channel: Channel, delivery: Delivery) -> amqp.Message:
-    """Return the delivery as py-amqp hands it to the callbacks of its own `basic_consume`."""
-    consumer_tag, delivery_tag, redelivered, exchange, routing_key, properties, body = delivery
-    if type(properties) is bytes:
-        properties, body = decode_content(properties, body)
-    message = amqp.Message(body, channel=channel)
-    message.properties = properties
-    message.delivery_info = {
-        "consumer_tag": consumer_tag,
-        "delivery_tag": delivery_tag,
-        "redelivered": redelivered,
-        "exchange": exchange,
-        "routing_key": routing_key,
-    }
-    return message
+        Raises:
+            MessageNacked: The broker could not take it.
+            amqp.exceptions.ChannelError: It was mandatory and came back, and nobody listens for returns.
+            TimeoutError: No confirm in time: it may or may not have arrived.
+
+        Switches: yes. Any number of greenlets at once.
+        """
+        confirm, publisher = (
+            Confirm(msg, exchange, routing_key, mandatory, immediate),
+            self.publisher,
+        )
+        tag = publisher.publish_nowait(confirm, timeout)
+        publisher.await_confirm(tag, confirm, confirm_timeout or timeout)
+
+    def publish_nowait(
+        self,
+        msg: amqp.Message,
+        exchange: str = "",
+        routing_key: str = "",
+        mandatory: bool = False,
+        immediate: bool = False,
+        timeout: float | None = None,
+    ) -> Confirm:
+        """Publish, and return what the confirm of this very message may be waited for with.
+
+        Raises:
+            RecoverableConnectionError: It could not be written within `timeout` seconds, or never can.
+            amqp.exceptions.ChannelError: The broker had closed the channel.
+
+        Switches: only while the broker blocks publishers, or too much is unsent.
+        """
+        confirm = Confirm(msg, exchange, routing_key, mandatory, immediate)
+        self.publisher.publish_nowait(confirm, timeout)
+        return confirm
+
+    def confirm_select(self, nowait: bool = False) -> Any:
+        """Put the channel into confirm mode; its publishes are counted from here."""
+        self.publisher.select(nowait)
+        return None if nowait else self.wait(spec.Confirm.SelectOk)

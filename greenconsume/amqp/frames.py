@@ -5,11 +5,13 @@ Called by `link`: the reader feeds what it received, the channels have their met
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from struct import Struct
 from struct import error as struct_error
 from typing import Any
 
+import amqp
 from amqp.exceptions import FrameSyntaxError, UnexpectedFrame
 from amqp.serialization import loads
 
@@ -18,6 +20,9 @@ from greenconsume.amqp.properties import decode_properties, encode_address, enco
 #: A delivery as it came: consumer tag, delivery tag, redelivered, exchange, routing key, its properties
 #: (still encoded, or the dict that py-amqp made of them) and its body (`str` where py-amqp decoded it).
 Delivery = tuple[str, int, bool, str, str, Any, Any]
+
+#: A method: its class and method id.
+Sig = tuple[int, int]
 
 #: type, channel, and a payload; or a whole delivery
 Frame = tuple[int, int, Any]
@@ -174,6 +179,16 @@ def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
     return properties, decode_body(properties, body)
 
 
+def decode_message(message: amqp.Message, auto_decode: bool) -> None:
+    """Decode a message's properties in place, and its body where that is asked for."""
+    try:
+        message.properties = decode_properties(message.encoded)
+    except Exception:  # its publisher's fault, such as a date in the year 55000, not the link's
+        message.properties, message.undecodable = {}, sys.exc_info()
+    if auto_decode:
+        message.body = decode_body(message.properties, message.body)
+
+
 def decode_args(format: str, payload: bytes) -> list[Any]:
     """Return a method's arguments. RabbitMQ takes any bytes as a routing key: surrogates stand for them."""
     try:
@@ -207,7 +222,7 @@ def decode_body(properties: dict[str, Any], body: Any) -> Any:
     return body
 
 
-def encode_method(channel: int, sig: tuple[int, int], args: bytes) -> bytes:
+def encode_method(channel: int, sig: Sig, args: bytes) -> bytes:
     """Return the frame of one method."""
     return b"%b%b\xce" % (_method.pack(METHOD, channel, 4 + len(args), *sig), args)
 
@@ -226,9 +241,7 @@ def encode_publish(
     return encode_content(channel, _PUBLISH, encode_address(*address), message, max_size)
 
 
-def encode_content(
-    channel: int, sig: tuple[int, int], args: bytes, message: Any, max_size: int
-) -> list[bytes]:
+def encode_content(channel: int, sig: Sig, args: bytes, message: Any, max_size: int) -> list[bytes]:
     """Return the frames of one method with content, to be written with none of its channel in between.
 
     Each of the bytes returned is a whole frame, or several.

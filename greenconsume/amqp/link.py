@@ -13,7 +13,7 @@ import socket
 import weakref
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import amqp
 import gevent
@@ -26,32 +26,30 @@ from amqp.exceptions import (
     error_for_code,
 )
 from amqp.method_framing import frame_handler
+from amqp.serialization import dumps
 from gevent.event import Event
 
+from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
 from greenconsume.amqp.frames import (
     DELIVERY,
     HEADER,
     HEARTBEAT_FRAME,
     Delivery,
     FrameParser,
+    Sig,
     encode_content,
     encode_method,
 )
+from greenconsume.amqp.publish_gate import PublishGate
 from greenconsume.amqp.send_queue import Outgoing
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
-from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
-
-if TYPE_CHECKING:
-    from greenconsume.amqp.channel import Channel
-    from greenconsume.amqp.session import Session
+from greenconsume.stopping import Deadline, StopSignal, wait
 
 #: After so many answers of a read those who wait have their turn: confirmed publishing is a tenth faster.
 _ANSWERS = 2
 #: One `recv` asks for this many bytes, the largest frame RabbitMQ sends by default.
 READ_SIZE = 131072
-#: Publishers wait while more bytes than this are unsent, and those of a channel while a large body of it is.
-HIGH_WATER = 1 << 20
 #: Seconds between connection heartbeats unless the user sets others.
 DEFAULT_HEARTBEAT = 30.0
 #: Seconds that closing a link or a channel may take.
@@ -63,6 +61,39 @@ _GRACE = 0.05
 # By py-amqp's default the kernel drops a broker that takes no bytes for a second, as one does that blocks
 # its publishers; here the heartbeats judge.
 _SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 0} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
+
+
+class TakesDeliveries(Protocol):
+    """What the link hands the deliveries of a channel to, and asks for its settles; neither may switch."""
+
+    def take(self, delivery: Delivery) -> None:
+        """Take a delivery from the reader."""
+        ...
+
+    def flush(self) -> None:
+        """Write the settles that were made since the last time."""
+        ...
+
+
+class LinkChannel(Protocol):
+    """What the link knows of a channel."""
+
+    @property
+    def deliveries(self) -> TakesDeliveries:
+        """What takes its deliveries."""
+        ...
+
+    def dispatch_method(self, method_sig: Sig, payload: bytes, content: Any) -> None:
+        """Take any other method from the reader, with its content if it has one; must not switch."""
+        ...
+
+
+class LinkUser(Protocol):
+    """What the link knows of a session."""
+
+    def on_link_lost(self) -> None:
+        """The link is gone; must not switch."""
+        ...
 
 
 class LinkLostError(RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
@@ -87,6 +118,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     frame_max: int
     confirm_publish: bool
     server_properties: dict[str, Any]
+    channels: dict[int, Any]  # `LinkChannel`s, and the link itself as number 0, as py-amqp has it
     is_closing: bool
 
     def __init__(
@@ -96,24 +128,21 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         call_timeout: float = DEFAULT_CALL_TIMEOUT,
         **options: Any,
     ) -> None:
-        self._channel_limit = options.get("channel_max") or 65535
+        self._channel_limit = options.get("channel_max") or CHANNEL_MAX
         super().__init__(**options)
         self.close_timeout = close_timeout
         self.call_timeout = call_timeout
         self.uri = ""
         self.failure: BaseException | None = None
-        self.sessions: set[Session] = set()
-        self.session_size = 1  # how many channels another session is taken to need
-        self._free_ids: list[int] = []
-        self._last_id = 0
-        self._settling: list[Channel] = []
+        self.sessions: set[LinkUser] = set()
+        self.lasting_queues: set[str] = set()  # declared here, and not deleted when unused
+        self._ids = ChannelIds()
+        self._settling: list[TakesDeliveries] = []
         self._properties: dict[int, bytes] = {}  # by channel, of the content that is coming in
         self._outgoing = Outgoing()
-        self._sending = 0
-        self._unsent, self._writable, self._unblocked = Event(), Event(), Event()
+        self._gate = PublishGate(self._outgoing)
+        self._unsent = Event()
         self._opened, self._closed, self._dead = Event(), Event(), Event()
-        self._writable.set()
-        self._unblocked.set()
         self._last_read = self._last_write = monotonic()
         _links.add(self)
 
@@ -177,9 +206,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             return
         deadline = kwargs.get("deadline") or Deadline(self.close_timeout)
         self.is_closing = True
-        self._write_method(
-            0, spec.Connection.Close, amqp.serialization.dumps("BsBB", (0, "", 0, 0))
-        )
+        self.write_method(0, spec.Connection.Close, dumps("BsBB", (0, "", 0, 0)))
         try:
             wait(self._closed, deadline)
         finally:  # after a kill, too
@@ -191,9 +218,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             return
         was_open = self._opened.is_set()
         self.failure = error
-        for event in (self._opened, self._closed, self._dead, self._unsent, self._writable):
+        for event in (self._opened, self._closed, self._dead, self._unsent):
             event.set()
-        self._unblocked.set()
+        self._gate.note_lost()
         self._drop_socket()
         sessions = list(self.sessions)
         if was_open and not self.is_closing:
@@ -222,8 +249,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     # -- reading --------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        parser = FrameParser(self.frame_max)
-        recv = self.transport.sock.recv
+        parser, recv, channels = (
+            FrameParser(self.frame_max),
+            self.transport.sock.recv,
+            self.channels,
+        )
         try:
             while self.failure is None:
                 data = recv(READ_SIZE)
@@ -233,7 +263,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                 parser.max_size, answers = self.frame_max, 0
                 for frame in parser.feed(data):
                     if frame[0] == DELIVERY:
-                        self._deliver(frame[1], frame[2])
+                        channel = channels.get(frame[1])
+                        if channel is not None:
+                            channel.deliveries.take(frame[2])
                     elif frame[0] == HEADER:
                         self._take_header(*frame)
                     else:
@@ -255,7 +287,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.on_inbound_frame((kind, channel_id, payload[:12] + b"\0\0"))
 
     def on_inbound_method(
-        self, channel_id: int, method_sig: tuple[int, int], payload: bytes, content: Any
+        self, channel_id: int, method_sig: Sig, payload: bytes, content: Any
     ) -> None:
         """Hand one complete method to its channel; a channel that is gone gets nothing."""
         if content is not None:
@@ -264,14 +296,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         if channel is not None:
             channel.dispatch_method(method_sig, payload, content)
 
-    def _deliver(self, channel_id: int, delivery: Delivery) -> None:
-        channel = self.channels.get(channel_id)
-        if channel is not None:
-            channel.on_delivery(delivery)
-
     def _on_tune(self, channel_max: int, frame_max: int, server_heartbeat: int) -> None:
         # py-amqp takes the server's channel_max even where the user asked for less.
-        limit = min(channel_max or 65535, self._channel_limit)
+        limit = min(channel_max or CHANNEL_MAX, self._channel_limit)
         super()._on_tune(limit, frame_max, server_heartbeat)
 
     def _on_open_ok(self) -> None:
@@ -279,7 +306,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._opened.set()
 
     def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
-        self._write_method(0, spec.Connection.CloseOk)
+        self.write_method(0, spec.Connection.CloseOk)
         self._send_now()
         raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ConnectionError)
 
@@ -295,31 +322,33 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._closed.set()
 
     def _on_blocked(self, reason: str = "") -> None:
-        self._unblocked.clear()
+        self._gate.block()
         emit(LinkBlocked(self.uri, True, reason))
         if self.on_blocked:
             gevent.spawn(self.on_blocked, reason)
 
     def _on_unblocked(self) -> None:
-        self._unblocked.set()
+        self._gate.unblock()
         emit(LinkBlocked(self.uri, False, ""))
         if self.on_unblocked:
             gevent.spawn(self.on_unblocked)
 
     # -- writing --------------------------------------------------------------------------------
 
-    def _write_method(self, channel: int, sig: tuple[int, int], args: bytes = b"") -> None:
-        self.write([encode_method(channel, sig, args)])
-
-    def _write_frames(
-        self, _type: int, channel: int, sig: tuple[int, int], args: Any, content: Any
+    def write_method(
+        self, channel: int, sig: Sig, args: bytes = b"", content: amqp.Message | None = None
     ) -> None:
-        """Encode one method and queue it; py-amqp's `frame_writer`. Never switches."""
-        args = args.encode() if isinstance(args, str) else args
+        """Encode one method, with its content if it has one, and queue it. Never switches."""
         if content is None:
-            self._write_method(channel, sig, args)
+            self.write([encode_method(channel, sig, args)])
         else:
             self.write(encode_content(channel, sig, args, content, self.frame_max))
+
+    def _write_frames(
+        self, _type: int, channel: int, sig: Sig, args: bytes | str, content: Any
+    ) -> None:
+        """Write one method for py-amqp, whose `frame_writer` this is. Never switches."""
+        self.write_method(channel, sig, args.encode() if isinstance(args, str) else args, content)
 
     def write(self, frames: list[bytes]) -> None:
         """Queue frames for the writer, which sends them at the hub's next turn. Never switches.
@@ -332,9 +361,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._outgoing.put(frames)
         self._unsent.set()
 
-    def flush_soon(self, channel: Channel) -> None:
-        """Have the writer ask `channel` for its settles at the hub's next turn. Never switches."""
-        self._settling.append(channel)
+    def flush_soon(self, deliveries: TakesDeliveries) -> None:
+        """Have the writer ask a channel for its settles at the hub's next turn. Never switches."""
+        self._settling.append(deliveries)
         self._unsent.set()
 
     def _write(self) -> None:
@@ -344,34 +373,23 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                 self._unsent.wait()
                 self._unsent.clear()
                 settling, self._settling = self._settling, []
-                for channel in settling:
-                    channel.flush()
+                for deliveries in settling:
+                    deliveries.flush()
                 data = self._outgoing.take()
-                self._sending = len(data)
+                self._gate.note_sending(len(data))
                 sendall(data)
-                self._note_sent()
+                self._last_write = monotonic()
+                self._gate.note_sent()
                 if self._outgoing:
+                    self._unsent.set()
                     gevent.sleep(0)  # sendall does not switch while the kernel takes all
         except OSError as exc:
             self.fail(exc)
 
-    def _note_sent(self) -> None:
-        self._last_write = monotonic()
-        relieved = self._outgoing.relieved or self._sending + self._outgoing.size > HIGH_WATER
-        self._sending, self._outgoing.relieved = 0, False
-        if relieved and self._outgoing.size <= HIGH_WATER:
-            self._writable.set()
-        if self._outgoing:
-            self._unsent.set()
-
-    def _is_full(self, channel: int | None) -> bool:
-        unsent = self._sending + self._outgoing.size
-        return unsent > HIGH_WATER or self._outgoing.holds_large(channel)
-
     @property
     def has_unsent(self) -> bool:
         """Whether the writer still has something to send."""
-        return bool(self._sending or self._outgoing)
+        return self._gate.has_unsent
 
     @property
     def last_read(self) -> float:
@@ -381,11 +399,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     @property
     def blocked(self) -> bool:
         """Whether the broker blocks this link's publishers."""
-        return not self._unblocked.is_set()
+        return self._gate.is_blocked
 
     def is_publishable(self, channel: int) -> bool:
         """Whether `wait_publishable` would return at once. Never switches."""
-        return bool(self._unblocked.is_set()) and not self._is_full(channel)
+        return self._gate.is_open(channel)
 
     def wait_publishable(
         self, deadline: Deadline, stop: StopSignal | None = None, channel: int | None = None
@@ -404,20 +422,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
         Switches: only while there is something to wait for.
         """
-        while self.failure is None:
-            if self.blocked:
-                gate, why = self._unblocked, "the broker blocks publishers"
-            elif self._is_full(channel):
-                gate, why = self._writable, "the broker takes no more bytes"
-                gate.clear()
-            else:
-                return
-            if stop is not None:
-                stop.check()
-            if deadline.expired:
-                raise RecoverableConnectionError(f"basic_publish: timed out: {why}")
-            wait_open(gate, deadline, stop)
-        raise self.lost()
+        self._gate.wait(deadline, stop, channel)
+        if self.failure is not None:
+            raise self.lost()
 
     # -- heartbeats -----------------------------------------------------------------------------
 
@@ -439,14 +446,19 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     # -- sessions and channel ids -----------------------------------------------------------------
 
     @property
+    def session_size(self) -> int:
+        """How many channels another session is taken to need."""
+        return self._ids.session_size
+
+    @property
     def has_room(self) -> bool:
         """Whether another session would find its channel ids."""
-        taken = max(len(self.sessions) * self.session_size, len(self.channels) - 1)
-        return taken + self.session_size <= self.channel_max
+        channel_count = len(self.channels) - 1  # the link itself is number 0
+        return self._ids.has_room(len(self.sessions), channel_count, self.channel_max)
 
     def make_room(self, size: int) -> None:
         """Reckon with sessions of `size` channels from now on: one found no id for so many."""
-        self.session_size = min(max(self.session_size, size), self.channel_max)
+        self._ids.make_room(size, self.channel_max)
 
     def allocate(self, channel_id: int | None = None) -> int:
         """Return a channel id that is not in use; an explicit one must be free.
@@ -454,27 +466,19 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         Raises:
             ResourceError: All ids up to the negotiated `channel_max` are in use.
         """
-        if channel_id:
-            if channel_id in self.channels:
-                raise amqp.ConnectionError(f"Channel {channel_id!r} already open")
-            return channel_id
-        while self._free_ids:
-            if (free := self._free_ids.pop()) not in self.channels:
-                return free
-        while self._last_id < self.channel_max:
-            self._last_id += 1
-            if self._last_id not in self.channels:
-                return self._last_id
-        raise ResourceError(
-            f"all {self.channel_max} channels of the link to {self.uri} are in use: "
-            "raise channel_max at the broker, or use more links",
-            spec.Channel.Open,
-        )
+        try:
+            return self._ids.allocate(channel_id, self.channels, self.channel_max)
+        except ResourceError as exc:
+            raise ResourceError(
+                f"all {self.channel_max} channels of the link to {self.uri} are in use: "
+                "raise channel_max at the broker, or use more links",
+                spec.Channel.Open,
+            ) from exc
 
     def forget(self, channel_id: int) -> None:
         """Make a channel's id free again: both sides have closed it."""
         if self.channels.pop(channel_id, None) is not None:
-            self._free_ids.append(channel_id)
+            self._ids.release(channel_id)
 
     def __repr__(self) -> str:
         # py-amqp's asks the socket for its address, and raises when that is closed.

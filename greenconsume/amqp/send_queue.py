@@ -20,14 +20,13 @@ class Outgoing:
 
     Attributes:
         size: How many bytes wait, those of large bodies apart.
-        relieved: Set when the last of a large body was taken; its channel is as any other again.
     """
 
-    __slots__ = ("_frames", "_large", "relieved", "size")
+    __slots__ = ("_frames", "_large", "_relieved", "size")
 
     def __init__(self) -> None:
         self.size = 0
-        self.relieved = False
+        self._relieved = False
         self._frames: list[bytes] = []
         self._large: dict[bytes, deque[bytes]] = {}  # by channel, in the order of their turns
 
@@ -57,7 +56,7 @@ class Outgoing:
             if line:
                 self._large[channel] = line  # behind the others
             else:
-                self.relieved = True
+                self._relieved = True
         return b"".join(frames)
 
     def holds_large(self, channel: int | None) -> bool:
@@ -65,6 +64,14 @@ class Outgoing:
         if not self._large or channel is None:
             return bool(self._large)
         return channel.to_bytes(2, "big") in self._large
+
+    def take_relief(self) -> bool:
+        """Whether the last of a large body was taken since this was last asked.
+
+        Its channel is as any other again.
+        """
+        relieved, self._relieved = self._relieved, False
+        return relieved
 
     def clear(self) -> None:
         """Forget everything: the link is gone."""

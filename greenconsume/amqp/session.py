@@ -37,7 +37,6 @@ class Session:
         channels: Its open channels by id.
         inbox: What was delivered on them, and waits for `drain_events`.
         waits: When its waits end; set by the methods `begin_…`.
-        lasting_queues: Queues that were declared here and are not deleted when unused.
     """
 
     def __init__(self, link: Link, client: Any) -> None:
@@ -47,7 +46,6 @@ class Session:
         self.is_closing = False
         self.inbox = Inbox()
         self.waits = Waits(link)
-        self.lasting_queues: set[str] = set()
         self._turn_began = monotonic()
         link.sessions.add(self)
         _sessions.add(self)
@@ -265,17 +263,13 @@ class Session:
         if self.is_closing:
             raise RecoverableConnectionError("the connection was closed")
 
-    # -- what py-amqp's Channel asks its connection for ---------------------------------------------
-
-    def _get_free_channel_id(self) -> int:
+    def allocate(self, channel_id: int | None) -> int:
+        """Return a free channel id of the link, or this one; see `Link.allocate`."""
         try:
-            return self.link.allocate()
+            return self.link.allocate(channel_id)
         except ResourceError:
             self.link.make_room(len(self.channels) + 1)
             raise
-
-    def _claim_channel_id(self, channel_id: int) -> int:
-        return self.link.allocate(channel_id)
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -14,7 +14,8 @@ from kombu import Exchange, Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 
-from greenconsume.amqp.confirms import Confirm, PublishingChannel
+from greenconsume.amqp.channel_publisher import ChannelPublisher
+from greenconsume.amqp.confirms import Confirm
 from greenconsume.amqp.transport import LinkLostError, Session
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import Deadline, StopSignal
@@ -68,7 +69,7 @@ class PublishChannel:
     """
 
     def __init__(self, broker: kombu.Connection, links: LinkPool, stop: StopSignal) -> None:
-        self.channel: PublishingChannel | PlainChannel | None = None
+        self.channel: ChannelPublisher | PlainChannel | None = None
         theirs = (*broker.connection_errors, *broker.channel_errors, OperationalError)
         self.errors = (*theirs, RecoverableConnectionError, ChannelError)
         self.trouble: BaseException | None = None
@@ -89,7 +90,7 @@ class PublishChannel:
         """Whether the broker blocks publishers."""
         return self.channel is not None and self.channel.blocked
 
-    def connect(self) -> PublishingChannel | PlainChannel:
+    def connect(self) -> ChannelPublisher | PlainChannel:
         """Return the channel, a new one on a new connection if there is none or its link was lost.
 
         Raises:
@@ -105,7 +106,7 @@ class PublishChannel:
             session = connection.connection
             if isinstance(session, Session):
                 session.begin_setup(self._stop)  # it ends every call
-                self.channel = session.channel()
+                self.channel = session.channel().publisher
             else:
                 self.channel = PlainChannel(connection)
         return self.channel

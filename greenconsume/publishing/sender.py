@@ -42,7 +42,7 @@ import gevent
 from amqp.exceptions import AMQPError, ChannelError, ConnectionForced, RecoverableConnectionError
 from gevent.event import Event
 
-from greenconsume.amqp.confirms import PublishingChannel
+from greenconsume.amqp.channel_publisher import ChannelPublisher
 from greenconsume.amqp.transport import LinkLostError
 from greenconsume.errors import (
     PublishError,
@@ -79,7 +79,7 @@ class Sender:
         give_up: Callable[[Publication], object],
         stop: StopSignal,
     ) -> None:
-        self.live: PublishingChannel | None = None
+        self.live: ChannelPublisher | None = None
         self._channel = channel
         self._outstanding = outstanding
         self._finish = finish
@@ -226,12 +226,12 @@ class Sender:
         except self._channel.errors as exc:
             self._lose(exc)
             return False
-        if isinstance(channel, PublishingChannel) and not self._rewind:
+        if isinstance(channel, ChannelPublisher) and not self._rewind:
             self.live, self._channel.trouble = channel, None
         return not self._rewind
 
     def _write_next(
-        self, channel: PublishingChannel | PlainChannel, publication: Publication
+        self, channel: ChannelPublisher | PlainChannel, publication: Publication
     ) -> None:
         try:
             self._declare(publication)
@@ -266,7 +266,7 @@ class Sender:
             self._stop.check()
 
 
-def _write(channel: PublishingChannel | PlainChannel, publication: Publication) -> None:
+def _write(channel: ChannelPublisher | PlainChannel, publication: Publication) -> None:
     if publication.is_wanted is not None and not publication.is_wanted():
         raise publication.failed(UnconfirmedError, f"was taken back: {publication.fate}")
     try:

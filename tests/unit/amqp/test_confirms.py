@@ -344,7 +344,7 @@ def test_a_returned_message_that_nobody_waits_for_is_raised_at_the_next_use(chan
     channel.basic_publish(amqp.Message(b"x"), mandatory=True)
     peer.wait_for("body")
     peer.send(frames.basic_return(1, b"x") + frames.basic_ack(9, 1))
-    wait_until(lambda: channel._error is not None)
+    wait_until(lambda: channel._calls.untold is not None)
     with pytest.raises(ChannelError, match="NO_ROUTE"):
         channel.queue_declare("q")
     assert channel.queue_declare("q").queue == "q"
@@ -409,7 +409,7 @@ def test_kombus_producer_publishes_again_on_a_new_link(connect, peer):
 def test_publishing_waits_while_the_broker_blocks_and_ends_by_its_timeout(channel, peer):
     link = channel.connection.link
     peer.send(frames.blocked("memory"))
-    wait_until(lambda: not link._unblocked.is_set())
+    wait_until(lambda: link.blocked)
     patient = [run(channel.basic_publish, amqp.Message(b"1")), confirmed(channel, b"2")]
     with pytest.raises(RecoverableConnectionError, match="timed out: the broker blocks publishers"):
         channel.basic_publish(amqp.Message(b"3"), timeout=0.02)
@@ -428,7 +428,7 @@ def test_a_consumers_acks_and_calls_go_on_while_publishing_is_blocked(connect, p
     channel = connection.channel()
     channel.basic_consume("q", consumer_tag="t", callback=got.append)
     peer.send(frames.blocked("memory"))
-    wait_until(lambda: not connection.connection.link._unblocked.is_set())
+    wait_until(lambda: connection.connection.link.blocked)
     publish = run(channel.basic_publish, amqp.Message(b"x"))
     peer.deliver(1, "t", 1)
     connection.drain_events(timeout=2)
@@ -445,7 +445,7 @@ def test_a_channel_that_broke_while_publishing_was_blocked_still_confirms(connec
     peer = make_peer(silent={"queue.declare"})
     channel = connect(peer).channel()
     peer.send(frames.blocked("memory"))
-    wait_until(lambda: not channel.connection.link._unblocked.is_set())
+    wait_until(lambda: channel.connection.link.blocked)
     publish = run(channel.basic_publish_confirm, amqp.Message(b"x"), confirm_timeout=1)
     call = run(channel.queue_declare, "gone")
     peer.wait_for("queue.declare")
@@ -460,7 +460,7 @@ def test_a_channel_that_broke_while_publishing_was_blocked_still_confirms(connec
 def test_a_link_that_is_lost_while_publishing_is_blocked_says_so(channel, peer):
     with recording() as events:
         peer.send(frames.blocked("memory"))
-        wait_until(lambda: not channel.connection.link._unblocked.is_set())
+        wait_until(lambda: channel.connection.link.blocked)
         publish = run(channel.basic_publish, amqp.Message(b"x"))
         check_waiting([publish], 1)
         peer.hang_up()

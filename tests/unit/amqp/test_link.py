@@ -23,6 +23,7 @@ from gevent.server import StreamServer
 from kombu import Connection
 
 from greenconsume.amqp import link as link_module
+from greenconsume.amqp import publish_gate
 from greenconsume.amqp.link import Link, LinkLostError
 from greenconsume.errors import StoppedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, subscribe
@@ -551,7 +552,7 @@ def test_users_callbacks_for_blocking_may_wait(dial, peer):
 
 
 def test_publishers_wait_while_the_broker_takes_no_bytes(dial, make_peer, monkeypatch):
-    monkeypatch.setattr(link_module, "HIGH_WATER", 20_000)
+    monkeypatch.setattr(publish_gate, "HIGH_WATER", 20_000)
     reading = Event()
     peer = make_peer(answers={"basic.ack": lambda frame: b"" * reading.wait(30)})
     link = dial(peer)

@@ -101,9 +101,9 @@ def test_it_tells_which_channels_have_a_large_body_and_when_it_is_gone():
         False,
     )
     outgoing.take()
-    assert (outgoing.relieved, outgoing.holds_large(7)) == (False, True)
+    assert (outgoing.take_relief(), outgoing.holds_large(7)) == (False, True)
     outgoing.take()
-    assert (outgoing.relieved, outgoing.holds_large(7)) == (True, False)
+    assert (outgoing.take_relief(), outgoing.holds_large(7)) == (True, False)
 
 
 def test_cleared_it_holds_nothing():

@@ -243,7 +243,7 @@ def test_a_confirmed_message_is_not_kept(publish_to, broker):
     publisher.flush()
     assert all(publication.ready for publication in publications)
     assert not publisher._outbox._outstanding
-    assert not publisher._outbox._channel.channel._confirms
+    assert not publisher._outbox._channel.channel.confirms
 
 
 def test_a_body_that_cannot_be_serialized_is_an_error_here(publish_to, broker):

@@ -1,0 +1,225 @@
+"""Owns what one channel of a green link consumes: which consumers take it, and how it is settled.
+
+A delivery goes to the session's inbox, or back where nobody wants it; it is settled once, in the life of the
+channel that it came in (law 4). Called by the reader, by the channel, and by messages; never switches.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from amqp import spec
+from amqp.serialization import dumps
+
+from greenconsume.amqp.calls import Calls, Life
+from greenconsume.amqp.consumers import ChannelConsumer, Consumers
+from greenconsume.amqp.frames import Delivery
+from greenconsume.amqp.inbox import Inbox
+from greenconsume.amqp.ledger import REQUEUE, Ledger, encode
+from greenconsume.events import StaleSettle, emit
+
+#: An enum's member takes longer to look up, and this is looked at for every message.
+_OPEN = Life.OPEN
+
+
+class Deliveries:
+    """The deliveries of one channel, from the reader to their settle.
+
+    Attributes:
+        consumers: Its consumers.
+        epoch: Counts the lives of the channel, and its recovers; a message belongs to one of them.
+        has_settles: Whether `flush` has something to send, and will be asked to.
+        stale_count: How many messages were settled after their channel was gone.
+    """
+
+    __slots__ = (
+        "_calls",
+        "_inbox",
+        "_ledger",
+        "_recovering",
+        "consumers",
+        "epoch",
+        "has_settles",
+        "stale_count",
+    )
+
+    def __init__(self, calls: Calls, inbox: Inbox) -> None:
+        self.consumers = Consumers()
+        self.epoch = self.stale_count = 0
+        self.has_settles = False
+        self._calls = calls
+        self._inbox = inbox
+        self._ledger = Ledger()
+        self._recovering = 0  # what comes before so many RecoverOks is the broker's again
+
+    # -- arriving -------------------------------------------------------------------------------------
+
+    def take(self, delivery: Delivery) -> None:
+        """Take a delivery from the reader: into the inbox, or back where nobody wants it."""
+        if self._calls.life is not _OPEN:
+            return
+        consumer = self.consumers.running.get(delivery[0])
+        if consumer is None:
+            self._refuse(delivery)
+            return
+        if not consumer.no_ack:
+            if self._recovering:
+                return
+            self._ledger.deliver(delivery[1])
+        self._inbox.put(self, delivery, consumer.callback)
+        if consumer.resume_args is not None and self._inbox.is_crowded:
+            self._pause(delivery[0], consumer)
+
+    def _refuse(self, delivery: Delivery) -> None:
+        if self.consumers.needs_settle(delivery[0]) and not self._recovering:
+            self.hold(delivery[1])
+            self.give_back(delivery[1])
+
+    def hold(self, delivery_tag: int) -> None:
+        """Note a message that was fetched, and has to be settled."""
+        self._ledger.deliver(delivery_tag)
+
+    def give_back(self, delivery_tag: int) -> None:
+        """Return to its queue what nobody has started."""
+        if self._calls.link.failure is None:
+            self._inbox.count_given_back()
+            self._ledger.settle(delivery_tag, REQUEUE)
+            self._flush_soon()
+
+    def put_error(self, error: BaseException) -> None:
+        """Have `error` raised where the session is drained."""
+        self._inbox.put(self, error, _raise)
+
+    # -- consumers ------------------------------------------------------------------------------------
+
+    def undo_consume(self, consumer_tag: str, no_ack: bool) -> None:
+        """End a consumer that was started for a caller who has given up."""
+        if no_ack:
+            self.consumers.keep_settled(consumer_tag)  # what still comes is settled already
+        self.stop(consumer_tag)
+        self._send_cancel(consumer_tag)
+
+    def stop(self, consumer_tag: str) -> None:
+        """Forget a consumer, and give its undispatched messages back."""
+        self.consumers.stop(consumer_tag)
+        self._inbox.forget_paused(self, consumer_tag)
+
+        def undispatched(delivery: Delivery) -> bool:
+            return delivery[0] == consumer_tag and self._can_go_back(delivery)
+
+        for delivery in self._inbox.take_back(self, undispatched):
+            self.give_back(delivery[1])
+
+    def announce_stop(self) -> None:
+        """Tell the broker to send no more; give back what was not started.
+
+        In this order: the broker sends what it gets back to whoever still consumes.
+        """
+        tags = self.consumers.announce()
+        for tag in tags:
+            self._send_cancel(tag)
+        for tag in tags:
+            self.stop(tag)
+
+    def cancelled(self, consumer_tag: str) -> bool:
+        """Take the broker's cancel of a consumer; return whether its `on_cancel` will be called."""
+        consumer = self.consumers.stop(consumer_tag)
+        self._inbox.forget_paused(self, consumer_tag)
+        if consumer is None or consumer.on_cancel is None:
+            return False
+        self._inbox.put(self, consumer_tag, consumer.on_cancel)
+        return True
+
+    def _pause(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
+        # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own.
+        resume = partial(self._resume, consumer_tag, consumer, consumer.pause())
+        self._inbox.pause(self, consumer_tag, resume)
+        self._send_cancel(consumer_tag)
+
+    def _resume(self, consumer_tag: str, consumer: ChannelConsumer, args: bytes) -> None:
+        if self._calls.link.failure is None:
+            consumer.resume(args)
+            self._calls.write(spec.Basic.Consume, args)
+
+    def _send_cancel(self, consumer_tag: str) -> None:
+        if self._calls.link.failure is None:
+            self._calls.write(spec.Basic.Cancel, dumps("sb", (consumer_tag, True)))
+
+    def _can_go_back(self, delivery: Delivery) -> bool:
+        return self.consumers.needs_settle(delivery[0])
+
+    # -- settling ---------------------------------------------------------------------------------------
+
+    def settle(self, delivery_tag: int, how: int) -> bool:
+        """Note a settle, to be sent at the hub's next turn; return False if it must go the long way."""
+        calls = self._calls
+        if calls.life is not _OPEN or calls.untold is not None:
+            return False  # said the long way, which raises why it cannot
+        if not self._ledger.settle(delivery_tag, how):
+            return False
+        if not self.has_settles:
+            self._flush_soon()
+        return True
+
+    def _flush_soon(self) -> None:
+        if not self.has_settles:
+            self.has_settles = True
+            self._calls.link.flush_soon(self)
+
+    def flush(self) -> None:
+        """Queue the settles that were made since the last time, merged."""
+        self.has_settles = False
+        if self._ledger.pending and self._calls.link.failure is None:
+            channel_id = self._calls.channel_id
+            self._calls.link.write([encode(channel_id, each) for each in self._ledger.flush()])
+
+    def settled_up_to(self, delivery_tag: int) -> None:
+        """Note that the user settled everything up to this tag (0: all there is) by himself."""
+        self._ledger.forget_up_to(delivery_tag)
+
+    def recover(self) -> None:
+        """Forget what is not settled: the broker was asked to take it all back.
+
+        Settling what is in hand does nothing from now on but count.
+        """
+        self._recovering += 1
+        self._forget()
+
+    def recovered(self, _sig: object) -> None:
+        """Take `RecoverOk`: what comes from now on was sent after it."""
+        self._recovering -= 1
+
+    def end(self) -> None:
+        """End this life of the channel: what was not dispatched or settled is the broker's again."""
+        self._forget()
+        self._inbox.forget_paused(self)
+        self.consumers.clear()
+        self._recovering = 0
+
+    def _forget(self) -> None:
+        self.epoch += 1
+        self._inbox.take_back(self, self._can_go_back)
+        self._ledger.clear()
+
+    @property
+    def unsettled_count(self) -> int:
+        """How many deliveries are not settled."""
+        return len(self._ledger)
+
+    @property
+    def oldest_unsettled(self) -> tuple[int, float] | None:
+        """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
+        return self._ledger.oldest
+
+    def holds(self, epoch: int) -> bool:
+        """Whether messages of this life of the channel can still be settled."""
+        return epoch == self.epoch and self._calls.link.failure is None
+
+    def count_stale(self, delivery_tag: int) -> None:
+        """Count a settle that came after its channel was gone."""
+        self.stale_count += 1
+        emit(StaleSettle(delivery_tag, self.stale_count))
+
+
+def _raise(error: BaseException) -> None:
+    raise error
