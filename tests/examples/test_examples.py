@@ -34,6 +34,7 @@ OUTPUTS = {
     ),
     "09_timeouts": "a report of 0.1 s is done\n"
     "a report of 60 s is not: the handler took longer than 0.5 s\n",
+    "10_asyncio": r"\[0, 2, 4, 6, 8\]\n",
 }
 # What the command line runs of those that are no scripts.
 TARGETS = {"02_a_hundred_consumers": "runtime"}
