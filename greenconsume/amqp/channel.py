@@ -122,6 +122,10 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         """Whether bodies are decoded where they name an encoding."""
         return self._core.auto_decode
 
+    @auto_decode.setter
+    def auto_decode(self, value: bool) -> None:
+        self._core.auto_decode = value
+
     @property
     def events(self) -> Handlers:
         """Who is told of `basic_return`, `basic_ack` and `basic_nack`, each in a greenlet of its own."""

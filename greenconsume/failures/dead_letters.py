@@ -21,11 +21,12 @@ from greenconsume.errors import GreenconsumeError
 from greenconsume.failures import message_copy
 from greenconsume.failures.copy_publisher import CopyPublisher
 from greenconsume.failures.message_copy import Copy, copy_of
-from greenconsume.failures.retrier import PATIENCE
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import StopSignal
 
+#: Seconds that a replayed message is waited for, however long the broker blocks its publishers.
+_PATIENCE = 1440.0
 #: What RabbitMQ notes about a message that it dead-lettered itself.
 _DEATHS = "x-death"
 _NOT_FOUND = "404"  # a number with AMQP, a text with kombu's virtual transports
@@ -209,7 +210,7 @@ class DeadLetters:
         copy = letter.revived()
         if isinstance(self._connection.transport, Transport):
             copy.shorten_to(self._channel.connection.link.frame_max or 131072)
-            if not self._publisher.publish(self, copy, letter.queue, self._stop, PATIENCE):
+            if not self._publisher.publish(self, copy, letter.queue, self._stop, _PATIENCE):
                 raise GreenconsumeError(f"there is no queue {letter.queue!r} to replay to")
         else:
             message = copy.to_virtual(self._channel)

@@ -2,8 +2,8 @@
 
 A copy has the original's properties, headers and body as they came over the wire; nothing is decoded and
 encoded anew. What a broker would act on when it is published again (`expiration`, `CC`, `user_id`) waits
-in a header. No header begins with `x-`: RabbitMQ 4 ignores those of clients. Called by `retries` and
-`dead_letters`.
+in a header. No header begins with `x-`: RabbitMQ 4 ignores those of clients. Called by `recoverer`
+and `dead_letters`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kombu.transport import virtual
 from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.properties import decode_properties, encode_properties
 from greenconsume.errors import GreenconsumeError
+from greenconsume.failures.queue_names import retry_prefix
 
 PREFIX = "greenconsume-"
 #: How often the message was retried.
@@ -84,7 +85,7 @@ class Copy:
         """Drop what brokers noted about its way through the retry queues of `queue`."""
         for name in _COUNTS:
             self.headers.pop(name, None)
-        ours = f"{queue}.retry."
+        ours = retry_prefix(queue)
         for which in ("first", "last"):
             if str(self.headers.get(f"x-{which}-death-queue", "")).startswith(ours):
                 for what in ("queue", "exchange", "reason"):

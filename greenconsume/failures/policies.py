@@ -1,15 +1,18 @@
 """Owns what becomes of a message whose handler failed: `Requeue`, `Reject`, and one policy for each error.
 
-A policy settles the message, and says in words what it did. Called by `handlers`; `settings` checks
-what a user gave.
+A policy settles the message, and says in words what it did. Called where handlers run, in `handling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from kombu import Message
+
+from greenconsume.failures.queue_names import check_dead_letter
+from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
 
 
@@ -19,7 +22,7 @@ class FailurePolicy(Protocol):
     Called in the handler's greenlet after it has ended; no timeout or shutdown interrupts it any more.
     """
 
-    def apply(self, message: Any, error: BaseException, requeues: DelayedRequeues) -> str:
+    def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
         """Settle `message`, which is not settled yet, and return in words what was done.
 
         Args:
@@ -41,24 +44,44 @@ class Requeue:
     """Put the message back into its queue after `delay` seconds; the default: nothing is lost.
 
     The delay keeps a poison message from spinning. The message stays unsettled meanwhile, and so counts
-    towards the prefetch. A quorum queue counts each return, and drops or dead-letters a message at its
-    delivery limit, if it has one.
+    towards the prefetch.
+
+    A quorum queue counts each return, and drops a message above its delivery limit (20 from RabbitMQ 4 on,
+    where it says none). Before that the message is put into a dead-letter queue, confirmed and with its
+    error, and said in the log; `greenconsume dead-letters` brings it back. Where the queue's arguments have
+    a dead-letter exchange its broker's way is left to work. A lower limit that a policy of the broker sets
+    cannot be seen from here: say `max_deliveries` then.
 
     Args:
         delay: Seconds; 0 requeues at once.
+        max_deliveries: How often a message of a queue that counts is handled; None: as often as the queue's
+            limit allows. Of other queues nothing is known: use `Retry`.
+        dead_letter: The name of the dead-letter queue, declared when it is first needed; `{queue}` stands
+            for the queue's own.
 
     Raises:
-        ValueError: `delay` is negative.
+        ValueError: A number is out of its range, or the name is that of the queue itself.
     """
 
     delay: float = 1.0
+    max_deliveries: int | None = None
+    dead_letter: str = "{queue}.dead"
 
     def __post_init__(self) -> None:
         if not self.delay >= 0:
             raise ValueError(f"Requeue(delay) must be 0 seconds or more, not {self.delay!r}")
+        count = self.max_deliveries
+        if count is not None and (type(count) is not int or count < 2):
+            raise ValueError(f"Requeue(max_deliveries) must be 2 or more, or None, not {count!r}")
+        check_dead_letter(self.dead_letter, "Requeue")
 
-    def apply(self, message: Any, error: BaseException, requeues: DelayedRequeues) -> str:
-        """See `FailurePolicy.apply`."""
+    def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
+        """See `FailurePolicy.apply`. Switches: where it is put into a dead-letter queue."""
+        recoverer = getattr(message, "recoverer", None)
+        if isinstance(recoverer, Recoverer):
+            parked = recoverer.park(message, error, self.max_deliveries, self.dead_letter)
+            if parked is not None:
+                return parked
         if self.delay:
             requeues.add(message, self.delay)
             return f"requeued in {self.delay:g} s"
@@ -70,7 +93,7 @@ class Requeue:
 class Reject:
     """Reject the message: to its queue's dead-letter exchange, or dropped where the queue has none."""
 
-    def apply(self, message: Any, error: BaseException, requeues: DelayedRequeues) -> str:
+    def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
         """See `FailurePolicy.apply`."""
         message.reject()
         return "rejected"
@@ -88,7 +111,7 @@ class ByError:
     policies: Mapping[type[BaseException], FailurePolicy]
     default: FailurePolicy
 
-    def apply(self, message: Any, error: BaseException, requeues: DelayedRequeues) -> str:
+    def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
         """See `FailurePolicy.apply`."""
         return self.policy_for(error).apply(message, error, requeues)
 

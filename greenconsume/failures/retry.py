@@ -9,7 +9,7 @@ On RabbitMQ the delay passes in the broker. A consumer of `orders` declares at i
 
 The copy is confirmed before the original is acked, so a message is at times there twice, and never lost.
 Transports that cannot delay get the copy, counted, back into the queue at once; it says when it is due, and
-the consumer holds it, unsettled, until then. `retrier` publishes the copies. Called where handlers run.
+the consumer holds it, unsettled, until then. `recoverer` publishes the copies. Called where handlers run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from kombu import Message
+
 from greenconsume.errors import GreenconsumeError
 from greenconsume.failures.policies import FailurePolicy, each_policy
+from greenconsume.failures.queue_names import check_dead_letter
+from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
-from greenconsume.failures.retrier import Retrier
 from greenconsume.lifecycle import Lifecycle
 
 #: The longest delay that RabbitMQ takes, in seconds: 2**32 - 1 ms, not quite 50 days.
@@ -78,10 +81,7 @@ class Retry:
             )
         for name in ("retry_on", "give_up_on"):
             _require_exceptions(name, getattr(self, name))
-        if not self.dead_letter or self.dead_letter == "{queue}":
-            raise ValueError(
-                f"Retry(dead_letter) must name another queue, not {self.dead_letter!r}"
-            )
+        check_dead_letter(self.dead_letter, "Retry")
         object.__setattr__(self, "max_retries", count)
         object.__setattr__(self, "delays", tuple(self.delays) or self._backoff(count))
         for delay in self.delays:
@@ -106,38 +106,36 @@ class Retry:
             return None
         return self.delays[min(retries, len(self.delays) - 1)]
 
-    def dead_letter_of(self, queue: str) -> str:
-        """Return the name of the dead-letter queue for a queue."""
-        return self.dead_letter.replace("{queue}", queue)
-
-    def apply(self, message: Any, error: BaseException, requeues: DelayedRequeues) -> str:
+    def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
         """See `FailurePolicy.apply`. Switches: yes, until the copy is confirmed.
 
         Raises:
             GreenconsumeError: The message was not consumed by a consumer that has this policy.
         """
-        retrier = getattr(message, "retrier", None)
-        if not isinstance(retrier, Retrier):
+        recoverer = getattr(message, "recoverer", None)
+        if not isinstance(recoverer, Recoverer):
             raise GreenconsumeError(
                 "Retry needs to be the on_error of the consumer, or a part of it"
             )
-        return retrier.apply(self, message, error)
+        return recoverer.retry(self, message, error)
 
 
 @contextmanager
 def prepared(handling: Any, connection: Any, consumers: list[Any]) -> Iterator[None]:
-    """See `Retrier.prepared`; of handlers that need none, nothing."""
-    if handling.retrier is None:
+    """Have the queues that `consumers` need while they consume; see `Recoverer.prepared`."""
+    with handling.recoverer.prepared(connection, consumers):
         yield
-    else:
-        with handling.retrier.prepared(connection, consumers):
-            yield
 
 
-def retrier_of(policy: FailurePolicy, life: Lifecycle, requeues: DelayedRequeues) -> Retrier | None:
-    """Return what the `Retry` policies in a consumer's policy need; None if there are none."""
-    policies = [each for each in each_policy(policy) if isinstance(each, Retry)]
-    return Retrier(policies, life, requeues) if policies else None
+def recoverer_of(
+    policy: FailurePolicy,
+    life: Lifecycle,
+    requeues: DelayedRequeues,
+    settle_deadline: float | None,
+) -> Recoverer:
+    """Return what the policies of a consumer need to publish the copies of failed messages."""
+    plans = [each for each in each_policy(policy) if isinstance(each, Retry)]
+    return Recoverer(plans, life, requeues, settle_deadline)
 
 
 def _require_exceptions(name: str, value: Any) -> None:

@@ -1,11 +1,11 @@
 """Owns the queues that retries need in the broker: their names, their arguments, their declaration.
 
-Called by `retries`. Holds no message.
+Called by `recoverer`. Holds no message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,38 +14,93 @@ import amqp
 from gevent.event import Event
 from kombu import Connection, Queue
 
+from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.transport import Session
 from greenconsume.errors import InvalidConsumerError
+from greenconsume.failures.delivery_limits import version_of
+from greenconsume.failures.queue_names import retry_prefix
 
 #: Of the delay queues of a quorum queue. A classic one dead-letters what expired while the broker was down
 #: before the quorum queue has a leader again, and so into nothing (RabbitMQ 3.10, seen). From 3.10 on.
-_AT_LEAST_ONCE = {
+_AT_LEAST_ONCE: dict[str, Any] = {
     "x-queue-type": "quorum",
     "x-dead-letter-strategy": "at-least-once",
     "x-overflow": "reject-publish",
 }
 
 
+#: The first RabbitMQ whose virtual hosts have a default type of queue.
+_DEFAULT_TYPES = (3, 11)
+
+
 def delay_queue(queue: str, delay: float) -> str:
     """Return the name of the queue in which messages of a queue wait for `delay` seconds."""
-    return f"{queue}.retry.{_milliseconds(delay)}"
+    return f"{retry_prefix(queue)}{_milliseconds(delay)}"
 
 
-def delay_queues(queue: Queue, delays: Iterable[float]) -> dict[str, dict[str, Any]]:
-    """Return the queues that messages of a queue wait in, by name, with their arguments."""
+def delay_queues(
+    queue: Queue, delays: Iterable[float], quorum: bool | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the queues that messages of a queue wait in, by name, with their arguments.
+
+    Args:
+        queue: The queue that they go back to.
+        delays: For how many seconds each.
+        quorum: Whether it is a quorum queue; by default as its arguments say.
+    """
+    if quorum is None:
+        quorum = _type_of(queue) == "quorum"
     return {
         delay_queue(queue.name, delay): {
             "x-message-ttl": _milliseconds(delay),
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": queue.name,
-            **(_AT_LEAST_ONCE if _is_quorum(queue) else {}),
+            **(_AT_LEAST_ONCE if quorum else {}),
         }
         for delay in delays
     }
 
 
-def _is_quorum(queue: Queue) -> bool:
-    return (queue.queue_arguments or {}).get("x-queue-type") == "quorum"
+def _type_of(queue: Queue) -> str | None:
+    kind: str | None = (queue.queue_arguments or {}).get("x-queue-type")
+    return kind
+
+
+def is_quorum(queue: Queue, session: Session) -> bool:
+    """Whether a queue that was declared is a quorum queue, by its arguments or by its virtual host's default.
+
+    Switches: yes, where only the broker knows.
+    """
+    kind = _type_of(queue)
+    if kind is not None or version_of(session.link.server_properties) < _DEFAULT_TYPES:
+        return kind == "quorum"
+    known = _declared_over(session).quorum
+    if queue.name not in known:
+        known[queue.name] = _proves_quorum(queue, session)
+    return known[queue.name]
+
+
+def _proves_quorum(queue: Queue, session: Session) -> bool:
+    """Declare a queue, which is there, as a classic one: what the broker complains of tells its type."""
+    channel = session.channel()
+    try:
+        channel.queue_declare(queue.name, passive=True)  # what is not there must not come to be
+        arguments = channel.prepare_queue_arguments(
+            {**(queue.queue_arguments or {}), "x-queue-type": "classic"},
+            expires=queue.expires,
+            message_ttl=queue.message_ttl,
+            max_length=queue.max_length,
+            max_length_bytes=queue.max_length_bytes,
+            max_priority=queue.max_priority,
+        )
+        channel.queue_declare(
+            queue.name, durable=queue.durable, auto_delete=False, arguments=arguments
+        )
+    except amqp.ChannelError as exc:
+        return "x-queue-type" in str(exc) and "current is 'quorum'" in str(exc)
+    finally:
+        channel.close()
+    return False
 
 
 def lasts(queue: Queue) -> bool:
@@ -58,6 +113,7 @@ class _Declared:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.quorum: dict[str, bool] = {}  # of queues that do not say their type
         self.pending: dict[str, Event] = {}
 
     @contextmanager
@@ -76,7 +132,7 @@ _declared: WeakKeyDictionary[Any, _Declared] = WeakKeyDictionary()
 
 
 def declare_queues(
-    source: Session | Connection, wanted: dict[str, dict[str, Any] | None], anew: bool = False
+    source: Session | Connection, wanted: Mapping[str, dict[str, Any] | None], anew: bool = False
 ) -> None:
     """Declare durable queues, by name and arguments; with None, one that is there may have any arguments.
 
@@ -119,7 +175,7 @@ def _wait_for(declared: Event, source: Session | Connection) -> None:
         source.wait_for(declared)  # another consumer's declare, which has a deadline of its own
 
 
-def _declare_queue(channel: Any, name: str, arguments: dict[str, Any] | None) -> None:
+def _declare_queue(channel: Channel, name: str, arguments: dict[str, Any] | None) -> None:
     try:
         Queue(name, queue_arguments=arguments).queue_declare(channel=channel)
     except (amqp.PreconditionFailed, amqp.AccessRefused) as exc:

@@ -26,7 +26,7 @@ from kombu.utils import json as kombu_json
 from greenconsume.errors import HandlerTimeout, Interrupt, Shutdown, StoppedError
 from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
 from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
-from greenconsume.failures.retry import retrier_of
+from greenconsume.failures.retry import recoverer_of
 from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.pool import ALONE, HandlerPool, Job
 from greenconsume.handling.settings import Settings
@@ -84,7 +84,7 @@ class Handler:
     def __init__(self, consumer: Any, handling: Handling) -> None:
         self._consumer = consumer
         self._handle = handling.handle if handling.pool is None else handling.submit
-        self._accept = None if handling.retrier is None else handling.retrier.accept
+        self._accept = handling.recoverer.accept
         self._tally = handling.tally
 
     def __call__(self, raw: Any) -> None:
@@ -92,7 +92,7 @@ class Handler:
         to_python = getattr(self._consumer.channel, "message_to_python", None)
         message = to_python(raw) if to_python is not None else raw
         self._tally.received += 1
-        if self._accept is None or self._accept(self._consumer, message, raw):
+        if self._accept(self._consumer, message, raw):
             self._handle(self._consumer, message)
 
 
@@ -109,7 +109,7 @@ class Handling:
         pool: Where they run; None: inline.
         idle: Set while none runs.
         requeues: The failed messages that wait to go back.
-        retrier: What its `Retry` policies need; None if it has none.
+        recoverer: What its failure policies need to publish copies.
         given_back: How many messages were given back that no handler had started.
         cancelled: How many handlers a shutdown ended.
         tally: What becomes of its messages, in all its lives.
@@ -121,7 +121,9 @@ class Handling:
         self.given_back = self.cancelled = 0
         self.tally = life.tally
         self.pool: HandlerPool | None = None
-        self.retrier = retrier_of(settings.on_error, life, self.requeues)
+        self.recoverer = recoverer_of(
+            settings.on_error, life, self.requeues, settings.settle_deadline
+        )
         self._life = life
         self._inline: set[Job] = set()
         if settings.concurrency is None:

@@ -1,0 +1,286 @@
+"""Owns what the failure policies of one consumer need of it: which queue a message is from, and its copies.
+
+A copy is published to a retry queue, to a dead-letter queue, or to the message's own queue. It must never
+ack a message whose copy is not confirmed. Called by the policies, and where handlers run for each message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import time
+from typing import Any, Protocol
+
+from kombu import Connection, Message, Queue
+
+from greenconsume.amqp.transport import Session, Transport
+from greenconsume.errors import GreenconsumeError
+from greenconsume.failures import delivery_limits, message_copy
+from greenconsume.failures.copy_publisher import CopyPublisher, copy_publisher_of
+from greenconsume.failures.message_copy import Copy
+from greenconsume.failures.queue_names import dead_letter_queue
+from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
+from greenconsume.failures.retry_queues import (
+    declare_queues,
+    delay_queue,
+    delay_queues,
+    is_quorum,
+    lasts,
+)
+from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.pool import LinkPool
+
+#: The part of the settle deadline that a copy is waited for: then the broker has the message back.
+_PATIENCE = 0.8
+#: Seconds that a copy is waited for where there is no settle deadline.
+_LONGEST_PATIENCE = 86400.0
+#: Queues with their arguments; None for a queue that may have any.
+Wanted = Mapping[str, dict[str, Any] | None]
+
+
+class RetryPlan(Protocol):
+    """When a message is tried again, how often, and where it ends; `Retry` is one."""
+
+    @property
+    def max_retries(self) -> int | None:
+        """How often a message is tried again."""
+
+    @property
+    def delays(self) -> Sequence[float]:
+        """Seconds before each retry."""
+
+    @property
+    def dead_letter(self) -> str:
+        """The name of the dead-letter queue, with `{queue}` for the queue's own."""
+
+    def delay_after(self, retries: int, error: BaseException) -> float | None:
+        """Return the seconds before the next retry, or None if there is none."""
+
+
+class Recoverer:
+    """What the failure policies of one consumer need to know of it: its queues, and its way out.
+
+    Args:
+        plans: Its `Retry` policies.
+        life: The consumer's lifecycle.
+        requeues: Where a message waits that is not due.
+        settle_deadline: Seconds after which the broker has a message back; None: never.
+    """
+
+    __slots__ = (
+        "_by_tag",
+        "_connection",
+        "_consumers",
+        "_life",
+        "_longest",
+        "_patience",
+        "_plans",
+        "_publisher",
+        "_requeues",
+    )
+
+    def __init__(
+        self,
+        plans: Sequence[RetryPlan],
+        life: Lifecycle,
+        requeues: DelayedRequeues,
+        settle_deadline: float | None,
+    ) -> None:
+        self._plans = plans
+        self._life = life
+        self._requeues = requeues
+        self._patience = settle_deadline * _PATIENCE if settle_deadline else _LONGEST_PATIENCE
+        self._longest = max((delay for plan in plans for delay in plan.delays), default=0.0)
+        self._consumers: list[Any] = []
+        self._by_tag: dict[str, Queue] = {}
+        self._connection: Connection | None = None  # over AMQP, while it consumes
+        self._publisher: CopyPublisher | None = None  # once something was published
+
+    # -- what the consumer calls ------------------------------------------------------------------
+
+    @contextmanager
+    def prepared(self, connection: Any, consumers: list[Any]) -> Iterator[None]:
+        """Have the queues that `consumers` need while they consume from `connection`.
+
+        Raises:
+            InvalidConsumerError: The broker does not let them be declared, or has others of that name.
+
+        Switches: yes, to declare them.
+        """
+        if not isinstance(connection, Connection):  # a test's mock
+            yield
+            return
+        self._consumers = consumers
+        self._by_tag.clear()
+        self._publisher = self._connection = None
+        if isinstance(connection.transport, Transport):
+            self._connection = connection
+        if self._plans:
+            source = connection if self._connection is None else connection.connection
+            queues = [queue for consumer in consumers for queue in getattr(consumer, "queues", ())]
+            declare_queues(source, self._queues_for(queues, source))
+        try:
+            yield
+        finally:
+            self._connection = None
+            if self._publisher is not None:
+                self._publisher.leave(self)
+
+    def accept(self, consumer: Any, message: Message, raw: Any) -> bool:
+        """See a message before its handler does; return False if it is not due and is held instead."""
+        if self._plans or (
+            type(raw) is tuple and raw[2]
+        ):  # else nothing is made of a first failure
+            message.recoverer, message.consumer = self, consumer
+            message_copy.keep_wire_form(message, raw)
+        headers = message.headers
+        if message_copy.EXCHANGE not in headers or message_copy.ROUTING_KEY not in headers:
+            return True
+        message_copy.restore_origin(message)
+        due = headers.get(message_copy.NOT_BEFORE)
+        if isinstance(due, (int, float)) and is_settleable(message):
+            remaining = due - time()
+            if 0 < remaining <= self._longest:
+                self._requeues.add(message, remaining)
+                return False
+        return True
+
+    # -- what the policies call -------------------------------------------------------------------
+
+    def retry(self, plan: RetryPlan, message: Message, error: BaseException) -> str:
+        """Publish a copy of `message` as `plan` says, and ack it; return in words what was done."""
+        if not is_live(message):
+            return "left to the broker, which has it back"
+        queue = self._queue_of(message)
+        copy = self._copy_of(message, queue)
+        retries = message_copy.retries_of(copy.headers)
+        delay = plan.delay_after(retries, error)
+        if delay is None:
+            target = dead_letter_queue(plan.dead_letter, queue.name)
+            copy.headers[message_copy.RETRIES] = retries
+            self._bury(message, copy, target, error)
+            return f"put into {target} after {retries} retries"
+        target = self._delay(copy, queue, retries, delay)
+        self._publish(message, copy, target, lambda source: self._queues_for([queue], source))
+        message.ack()
+        self._life.tally.count_copy(retry=True)
+        return f"retry {retries + 1} of {plan.max_retries} in {delay:g} s"
+
+    def park(
+        self, message: Message, error: BaseException, max_deliveries: int | None, dead_letter: str
+    ) -> str | None:
+        """Put a failed message into a dead-letter queue, if its queue would soon drop it; ack it then.
+
+        Args:
+            message: The message, which has failed.
+            error: Why.
+            max_deliveries: How often it may be delivered; None: as often as its queue lets it.
+            dead_letter: The name of the dead-letter queue, with `{queue}` for the queue's own.
+
+        Returns:
+            What was done, in words; None if the message is to be put back.
+        """
+        count = delivery_limits.count_in(message.headers)
+        if count is None or not is_live(message):
+            return None
+        queue = self._queue_of(message)
+        limit = delivery_limits.limit_of(queue, self._server)
+        if max_deliveries is None:
+            max_deliveries = None if limit is None else delivery_limits.last_count(limit)
+        if max_deliveries is None or count + 1 < max_deliveries:
+            return None
+        target = dead_letter_queue(dead_letter, queue.name)
+        self._bury(message, self._copy_of(message, queue), target, error)
+        why = "" if limit is None else f", before its queue drops it (delivery limit {limit})"
+        return f"put into {target} after {count + 1} deliveries{why}"
+
+    @property
+    def _server(self) -> Mapping[str, object]:
+        session = self._connection.connection if self._connection is not None else None
+        return session.link.server_properties if isinstance(session, Session) else {}
+
+    # -- where a copy goes ------------------------------------------------------------------------
+
+    def _copy_of(self, message: Message, queue: Queue) -> Copy:
+        copy = message_copy.copy_of(message)
+        message_copy.note_origin(copy, message, queue.name)
+        copy.forget_passage(queue.name)
+        copy.put_expiration_aside()
+        return copy
+
+    def _bury(self, message: Message, copy: Copy, target: str, error: BaseException) -> None:
+        copy.headers.pop(message_copy.NOT_BEFORE, None)
+        message_copy.note_failure(copy, error)
+        self._publish(message, copy, target, lambda _source: {target: None})
+        message.ack()
+        self._life.tally.count_copy(retry=False)
+
+    def _delay(self, copy: Copy, queue: Queue, retries: int, delay: float) -> str:
+        copy.headers[message_copy.RETRIES] = retries + 1
+        if self._connection is not None and lasts(queue):
+            return delay_queue(queue.name, delay)
+        copy.headers[message_copy.NOT_BEFORE] = time() + delay
+        return str(queue.name)
+
+    def _publish(
+        self,
+        message: Message,
+        copy: Copy,
+        target: str,
+        wanted: Callable[[Session], Wanted],
+    ) -> None:
+        """Publish a copy; where its queue is not there, `wanted` says what is to be declared first."""
+        if self._connection is None:
+            copy.put_aside(None)
+            channel = message.channel
+            channel.basic_publish(copy.to_virtual(channel), exchange="", routing_key=target)
+            return
+        session: Session = message.channel.connection
+        copy.shorten_to(session.link.frame_max or 131072)
+        if not self._publish_confirmed(message, copy, target):
+            # It was never needed before, or somebody deleted it.
+            declare_queues(session, wanted(session), anew=True)
+            if not self._publish_confirmed(message, copy, target):
+                raise GreenconsumeError(f"there is no queue {target!r}")
+
+    def _publish_confirmed(self, message: Message, copy: Copy, target: str) -> bool:
+        if self._publisher is None:
+            if self._life.links is None:
+                self._life.links = LinkPool()
+            self._publisher = copy_publisher_of(self._life.links, self._connection)
+        return self._publisher.publish(
+            self, copy, target, self._life.stop, self._patience, is_wanted=lambda: is_live(message)
+        )
+
+    def _queue_of(self, message: Message) -> Queue:
+        """Return the queue that a message was consumed from; its routing key need not say."""
+        tag = message.delivery_info.get("consumer_tag")
+        if tag not in self._by_tag:
+            self._note_queues()
+        if tag in self._by_tag:
+            return self._by_tag[tag]
+        queues = list(self._by_tag.values())
+        if len(queues) > 1:  # kombu's virtual transports do not tell; but they can look it up
+            info = message.delivery_info
+            names = message.channel._lookup(info.get("exchange"), info.get("routing_key"))
+            own = {queue.name for queue in getattr(message.consumer, "queues", ())}
+            queues = [queue for queue in queues if queue.name in (own.intersection(names) or names)]
+        if not queues:
+            raise GreenconsumeError("the queue that the message came from is not known")
+        return queues[0]
+
+    def _note_queues(self) -> None:
+        for consumer in self._consumers:
+            for name, tag in getattr(consumer, "_active_tags", {}).items():
+                self._by_tag[tag] = consumer._queues.get(name) or Queue(name)
+
+    def _queues_for(self, queues: Sequence[Queue], source: Session | Connection) -> Wanted:
+        """Return the queues that retries of messages from `queues` need."""
+        wanted: dict[str, dict[str, Any] | None] = {}
+        for plan in self._plans:
+            for queue in queues:
+                wanted[dead_letter_queue(plan.dead_letter, queue.name)] = None
+                if isinstance(source, Session) and lasts(queue):
+                    delays = plan.delays[: plan.max_retries]
+                    wanted |= delay_queues(queue, delays, is_quorum(queue, source))
+        return wanted
