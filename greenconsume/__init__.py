@@ -36,8 +36,6 @@ imports neither gevent nor kombu and patches nothing: the public names are impor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -71,6 +69,8 @@ __all__ = [
     "spawn",
 ]
 
+# As `typing` has it, whose import would take a probe (`greenconsume check`) half its time.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from greenconsume.errors import (
         BlockedError,

@@ -261,6 +261,13 @@ class ConsumersScaled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class GreenletsDumped(Event):
+    """Somebody asked, by SIGUSR1, for the tree of greenlets: it is `tree`."""
+
+    tree: str
+
+
+@dataclass(frozen=True, slots=True)
 class AdminListening(Event):
     """The admin answers at `address`."""
 

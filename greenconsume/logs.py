@@ -29,6 +29,7 @@ from greenconsume.events import (
     DrainFinished,
     DrainStarted,
     Event,
+    GreenletsDumped,
     HandlerFailed,
     HandlerInterrupted,
     HubBlocked,
@@ -320,6 +321,11 @@ def _(event: PrefetchTooSmall) -> Line:
 def _(event: ConsumersScaled) -> Line:
     args = (event.group, event.before, event.replicas)
     return Line("runtime", logging.INFO, "%s is scaled from %d consumers to %d", args)
+
+
+@describe.register
+def _(event: GreenletsDumped) -> Line:
+    return Line("runtime", logging.WARNING, "all greenlets, as asked by SIGUSR1:", stack=event.tree)
 
 
 @describe.register

@@ -1,30 +1,28 @@
 """Owns the run folder: where each process of this user that has an admin says where it is found.
 
-Standard library only: `greenconsume check` imports it, and has 50 ms. It must never trust what others could
-have written: the folder is its user's alone, or is not used. Called by `server`, and by the commands.
+Little of the standard library: `greenconsume check` imports it, and has 50 ms. It must never trust what
+others could have written: the folder is its user's alone, or is not used. Called by `server`, the commands.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
-import tempfile
-from typing import NamedTuple
 
 #: Names the folder, where another one is wanted.
 VARIABLE = "GREENCONSUME_RUN_FOLDER"
 
-_SUFFIX = ".json"
+_SUFFIX = ".process"
 
 
-class Announced(NamedTuple):
-    """A process that announced itself."""
+class Announced:  # no dataclass: what that imports takes as long as all that a probe does
+    """A process that announced itself: its number, its name and where its admin listens."""
 
-    pid: int
-    name: str
-    address: str
+    __slots__ = ("address", "name", "pid")
+
+    def __init__(self, pid: int, name: str, address: str) -> None:
+        self.pid, self.name, self.address = pid, name, address
 
 
 def folder() -> str:
@@ -37,7 +35,8 @@ def folder() -> str:
         return os.path.join(runtime, "greenconsume")
     if os.geteuid() == 0 and os.path.isdir("/run"):
         return "/run/greenconsume"
-    return os.path.join(tempfile.gettempdir(), f"greenconsume-{os.geteuid()}")
+    # Not `tempfile`, whose import takes as long as all that a probe does.
+    return os.path.join(os.environ.get("TMPDIR", "/tmp"), f"greenconsume-{os.geteuid()}")
 
 
 def make_folder() -> str:
@@ -52,27 +51,45 @@ def make_folder() -> str:
     return path
 
 
-def socket_path() -> str:
-    """Return where this process has its Unix socket, if it is not told another place. Raises as above."""
-    return os.path.join(make_folder(), f"{os.getpid()}.sock")
+class Place:
+    """The place of one admin of this process in the folder.
+
+    Raises:
+        OSError: The folder cannot be made, or is not this user's alone.
+    """
+
+    def __init__(self) -> None:
+        self._folder, self._name = make_folder(), ""
+        self._pid = os.getpid()
+        _places[:] = [each for each in _places if each._pid == self._pid]  # others are a parent's
+        taken = {each._name for each in _places}
+        numbered = (f"{self._pid}-{number}" for number in range(2, len(taken) + 3))
+        self._name = next(n for n in (str(self._pid), *numbered) if n not in taken)
+        _places.append(self)
+
+    @property
+    def socket(self) -> str:
+        """Where it has its Unix socket, if it is not told another place."""
+        return os.path.join(self._folder, f"{self._name}.sock")
+
+    def announce(self, address: str) -> None:
+        """Say that the process is found at `address`. Raises `OSError`."""
+        path = os.path.join(self._folder, f"{self._name}{_SUFFIX}")
+        partial = f"{path}.new"
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(f"{address}\n{' '.join(title().split())}\n")
+        os.replace(partial, path)
+
+    def leave(self) -> None:
+        """Take back what it said. Idempotent; in a fork it does nothing. Never raises."""
+        if os.getpid() == self._pid and self in _places:
+            _places.remove(self)
+            _remove(self._folder, self._name)
 
 
-def announce(name: str, address: str) -> None:
-    """Say that this process is found at `address`. Raises as above."""
-    path = _file_of(make_folder(), os.getpid())
-    partial = f"{path}.new"
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump({"name": name, "address": address}, file)
-    os.replace(partial, path)
-
-
-def withdraw(pid: int) -> None:
-    """Take back what a process said of itself. Never raises for what is gone."""
-    try:
-        os.unlink(_file_of(folder(), pid))
-    except OSError:
-        pass
+#: Those of this process. In a container it may have the number of the one that left files here.
+_places: list[Place] = []
 
 
 def announced() -> list[Announced]:
@@ -86,28 +103,34 @@ def announced() -> list[Announced]:
         names = os.listdir(path)
     except OSError:
         return []
-    found = [_read(path, int(n.removesuffix(_SUFFIX))) for n in names if _is_announcement(n)]
-    return sorted(each for each in found if each is not None)
+    found = [_read(path, each.removesuffix(_SUFFIX)) for each in names if _is_announcement(each)]
+    return sorted((each for each in found if each is not None), key=lambda each: each.pid)
 
 
-def _read(path: str, pid: int) -> Announced | None:
+def _read(path: str, name: str) -> Announced | None:
+    pid = int(name.partition("-")[0])
     if not _lives(pid):
-        withdraw(pid)
-        try:
-            os.unlink(os.path.join(path, f"{pid}.sock"))
-        except OSError:
-            pass  # it had none
+        _remove(path, name)
         return None
     try:
-        with open(_file_of(path, pid), encoding="utf-8") as file:
-            said = json.load(file)
-        return Announced(pid, str(said["name"]), str(said["address"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        with open(os.path.join(path, f"{name}{_SUFFIX}"), encoding="utf-8") as file:
+            address, title = file.read().splitlines()
+    except (OSError, ValueError):
         return None  # it is just ending
+    return Announced(pid, title, address)
+
+
+def _remove(path: str, name: str) -> None:
+    for suffix in (_SUFFIX, ".sock"):
+        try:
+            os.unlink(os.path.join(path, f"{name}{suffix}"))
+        except OSError:
+            pass  # it had none, or somebody was faster
 
 
 def _is_announcement(name: str) -> bool:
-    return name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX).isdigit()
+    number, _, further = name.removesuffix(_SUFFIX).partition("-")
+    return name.endswith(_SUFFIX) and number.isdigit() and (not further or further.isdigit())
 
 
 def _lives(pid: int) -> bool:
@@ -118,10 +141,6 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _file_of(path: str, pid: int) -> str:
-    return os.path.join(path, f"{pid}{_SUFFIX}")
 
 
 def _require_private(path: str) -> None:

@@ -59,6 +59,7 @@ class Server:
             addresses.check(self.address, token)
         self._process, self._token, self._stall_after = process, token, stall_after
         self._server: _Server | None = None
+        self._place: run_folder.Place | None = None
         self._pid = 0
 
     def start(self) -> None:
@@ -69,9 +70,12 @@ class Server:
 
         Switches: only where a host name is looked up.
         """
-        if self._in_folder:
-            self.address = addresses.Address(path=_path_in_folder())
-        listener = addresses.listen(self.address)
+        self._place = self._find_place()
+        try:
+            listener = addresses.listen(self.address)
+        except BaseException:
+            self._leave()
+            raise
         if not self.address.is_unix:  # port 0 is any that is free
             self.address = addresses.Address(self.address.host, listener.getsockname()[1])
         app = App(self._process, Gate(self.address, self._token), self._stall_after)
@@ -79,11 +83,32 @@ class Server:
         self._server.start()
         self._pid = os.getpid()
         self._announce()
-        emit(AdminListening(str(self.address)))
+        if not self._in_folder:  # where it is found without being told
+            emit(AdminListening(str(self.address)))
+
+    def _find_place(self) -> run_folder.Place | None:
+        try:
+            place = run_folder.Place()
+        except OSError as exc:
+            if self._in_folder:
+                raise addresses.AddressError(
+                    f"the run folder cannot be used: {exc}; set {run_folder.VARIABLE}"
+                ) from exc
+            _logger.debug("not announced in the run folder: %s", exc)
+            return None
+        if self._in_folder:
+            self.address = addresses.Address(path=place.socket)
+        return place
+
+    def _leave(self) -> None:
+        if self._place is not None:
+            self._place.leave()
 
     def _announce(self) -> None:
+        if self._place is None:
+            return
         try:
-            run_folder.announce(run_folder.title(), str(self.address))
+            self._place.announce(str(self.address))
         except OSError as exc:  # it is served all the same, to who knows the address
             _logger.debug("not announced in the run folder: %s", exc)
 
@@ -94,23 +119,12 @@ class Server:
             return
         server.close()
         server.drop_all()
-        if os.getpid() != self._pid:
-            return  # a fork: the rest is its parent's
-        run_folder.withdraw(self._pid)
-        if self.address.is_unix:
+        self._leave()
+        if self.address.is_unix and os.getpid() == self._pid:  # a fork's is its parent's
             try:
                 os.unlink(self.address.path)
             except OSError:
                 pass  # somebody was faster
-
-
-def _path_in_folder() -> str:
-    try:
-        return run_folder.socket_path()
-    except OSError as exc:
-        raise addresses.AddressError(
-            f"the run folder cannot be used: {exc}; set {run_folder.VARIABLE}"
-        ) from exc
 
 
 class _Server(WSGIServer):  # type: ignore[misc]  # gevent is untyped

@@ -6,6 +6,7 @@ the default. What consuming and stopping is, `runtime` knows. Called by `__main_
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import click
 from click.core import ParameterSource
 
 from greenconsume import __version__, logs
+from greenconsume.admin import run_folder
+from greenconsume.cli.control import COMMANDS
 from greenconsume.cli.dead_letters import dead_letters
 from greenconsume.cli.flags import consumer_flags, flag
 from greenconsume.cli.loading import runtime_of, users_part
@@ -76,11 +79,15 @@ def cli(ctx: click.Context) -> None:
     Examples:
       greenconsume run shop:Orders --broker amqp:// --replicas 20
       greenconsume run --help
+      greenconsume status
+      greenconsume scale Orders 5
     """  # noqa: D301  # \b is click's: leave the paragraph as it is
     table = _table()
     broker = {name: value for name, value in table.items() if name == "broker"}
+    admin = {name: value for name, value in table.items() if name.startswith("admin")}
     looks = dict.fromkeys(dead_letters.commands, broker)
-    ctx.default_map = {"run": table, "dead-letters": looks}
+    asks = {str(command.name): admin for command in COMMANDS}
+    ctx.default_map = {**asks, "run": table, "dead-letters": looks}
 
 
 @cli.command()
@@ -114,6 +121,26 @@ def cli(ctx: click.Context) -> None:
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
     help="Warn of a handler that keeps all others waiting for so long, with its stack.",
+)
+@flag(
+    "--admin",
+    metavar="ADDRESS",
+    default="run",
+    help="Where to show its state and take commands: HOST:PORT, unix:/PATH, `run` for a Unix socket in the "
+    "run folder, where the other commands find it, or `none`.",
+)
+@flag(
+    "--admin-token",
+    metavar="TOKEN",
+    show_default=False,
+    help="To be shown to steer it over a port, or to see it from another machine. Better in the environment.",
+)
+@flag(
+    "--stall-after",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    default=300.0,
+    help="A handler that still runs then counts as stalled.",
 )
 @flag(
     "--log-level",
@@ -162,10 +189,28 @@ def run(
     }
     handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
     others = {name: value for name, value in options.items() if name not in OPTIONS}
-    _serve(runtime_of(target, others, given, handled))
+    runtime = runtime_of(target, others, given, handled)
+    if "admin" not in given:
+        _admit(runtime)
+    _serve(runtime)
 
 
 cli.add_command(dead_letters)
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
+def _admit(runtime: Runtime) -> None:
+    """Have a runtime found by the other commands, if nothing is said of it and there can be a run folder."""
+    try:
+        run_folder.make_folder()
+    except OSError as exc:
+        logging.getLogger("greenconsume.cli").debug(
+            "no admin: the run folder cannot be used: %s", exc
+        )
+        runtime.admin = None if runtime.admin == "run" else runtime.admin
+    else:
+        runtime.admin = runtime.admin or "run"
 
 
 def _serve(runtime: Runtime) -> None:

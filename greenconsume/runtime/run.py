@@ -59,6 +59,7 @@ class Run:
         self._timeouts = (options.value_of("drain_timeout"), options.value_of("cancel_timeout"))
         self._block_warning = block_warning
         self._bound: DrainBound | None = None
+        self._at_end: list[Callable[[], None]] = []
         self._pid = os.getpid()
         self._links = LinkPool(link_count, self._on_refused)
         self.supervisor = Supervisor(restart, stop, self._links, self.rungs, options, slots)
@@ -76,8 +77,8 @@ class Run:
         return "running" if self._starting is None else "starting"
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called, in the hub, once all of it has ended; it must not wait."""
-        self._greenlet.rawlink(lambda _greenlet: callback())
+        """Have `callback` called when all of it has ended, before `join` returns; it must not wait."""
+        self._at_end.append(callback)
 
     @property
     def ended(self) -> bool:
@@ -147,6 +148,8 @@ class Run:
                 # A forked child has a copy of this greenlet; the links are its parent's.
                 if os.getpid() == self._pid:
                     self._drain()
+                for callback in self._at_end:
+                    callback()
 
     def _drain(self) -> None:
         began, end = monotonic(), Deadline(sum(self._timeouts))

@@ -44,7 +44,7 @@ class Runtime:
     Attributes:
         connection: The kombu `Connection` that classes and factories are called with; never connected.
         children: A `Child` for each consumer, in the order of their `spawn`.
-        links: As given, like `options` and `restart`; the next start goes by them.
+        links: As given, like `options`, `restart` and `admin`; the next start goes by them.
         control: Its state, and what can be asked of its consumers by name.
     """
 
@@ -74,7 +74,7 @@ class Runtime:
                 says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
                 that time.
             admin: Where its state is shown and commands are taken while it runs: `127.0.0.1:9191`,
-                `unix:/run/shop.sock`, or `run` for a Unix socket in the run folder; None: nowhere.
+                `unix:/run/shop.sock`, or `run` for a Unix socket in the run folder; None or `none`: nowhere.
             admin_token: What must be shown to steer it over a port, or to see it from another machine.
             stall_after: Seconds after which a handler that still runs counts as stalled; None: never.
 
@@ -95,7 +95,10 @@ class Runtime:
         self._stop = StopSignal()
         self._run: Run | None = None
         self.control = Control(self._groups, lambda: self._run, self.stop)
-        self._admin = _admin_of(self.control, admin, admin_token, stall_after)
+        self.admin = admin
+        self.admin_token = admin_token
+        self.stall_after = stall_after
+        self._make_admin()  # to say now what is wrong with it
         self._pid: int | None = None  # of the process that started it
 
     def spawn(
@@ -152,8 +155,7 @@ class Runtime:
         if self._stop.is_set():
             return
         self._run = run = self._new_run()
-        if self._admin is not None:
-            self._start_admin(self._admin, run)
+        self._start_admin(run)
         try:
             run.start(list(self.children))
         except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
@@ -287,14 +289,23 @@ class Runtime:
         slots = None if limit is None else Slots(limit)
         return Run(self._stop, self.restart, self.links, self.options, slots, self.block_warning)
 
-    def _start_admin(self, admin: Server, run: Run) -> None:
+    def _make_admin(self) -> Server | None:
+        if self.admin in (None, "none"):
+            return None
+        from greenconsume.admin.server import Server  # not above: it brings gevent's WSGI server
+
+        return Server(self.control, self.admin, self.admin_token, self.stall_after)
+
+    def _start_admin(self, run: Run) -> None:
         """Have it answer from before the first consumer starts until after the last has ended."""
         try:
-            admin.start()
+            admin = self._make_admin()
+            if admin is not None:
+                admin.start()
+                run.on_end(admin.stop)
         except BaseException:
             self._run = None
             raise
-        run.on_end(admin.stop)
         run.on_end(self.control.close)
 
     def _finish(self, run: Run, timeout: float | None) -> bool:
@@ -317,16 +328,6 @@ class Runtime:
     def _check_process(self) -> None:
         if self._pid is not None and os.getpid() != self._pid:
             raise ForkedError("this Runtime")
-
-
-def _admin_of(
-    control: Control, where: str | None, token: str | None, stall_after: float | None
-) -> Server | None:
-    if where is None:
-        return None
-    from greenconsume.admin.server import Server  # not above: it brings gevent's WSGI server
-
-    return Server(control, where, token, stall_after)
 
 
 def _check(links: int, max_handlers: int | None, block_warning: float | None) -> None:

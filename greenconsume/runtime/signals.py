@@ -1,34 +1,41 @@
-"""Owns what SIGTERM and SIGINT do to a runtime: the first drains it, each further one cuts the drain shorter.
+"""Owns what signals do to a runtime: SIGTERM and SIGINT drain it, SIGUSR1 has its greenlets logged.
 
-Called by `runtime`; afterwards the process hears signals as it did before.
+The first one drains, each further one cuts the drain shorter. Called by `runtime`; afterwards the process
+hears signals as it did before.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import gevent
 
-from greenconsume.events import DrainEscalated, emit
+from greenconsume.admin.greenlets import tree
+from greenconsume.events import DrainEscalated, GreenletsDumped, emit
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_DUMP = signal.SIGUSR1
 
 
 @contextmanager
 def rungs_on_signals(runtime: Drainable) -> Iterator[None]:
     """Have SIGTERM and SIGINT stop a runtime, within the block; each further one goes a rung down.
 
-    In another thread than the main one they are left alone.
+    Also, SIGUSR1 has the tree of greenlets logged, unless the program has its own use for it. In another
+    thread than the main one they are left alone.
     """
     if not gevent.get_hub().main_hub:  # signals belong to the main thread
         yield
         return
     ladder = _Ladder(runtime)
-    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-    watchers = [gevent.signal_handler(signum, ladder.climb, signum) for signum in _SIGNALS]
+    actions: dict[int, Callable[[int], None]] = dict.fromkeys(_SIGNALS, ladder.climb)
+    if signal.getsignal(_DUMP) is signal.SIG_DFL:
+        actions[_DUMP] = _dump
+    before = {signum: signal.getsignal(signum) for signum in actions}
+    watchers = [gevent.signal_handler(signum, act, signum) for signum, act in actions.items()]
     try:
         yield
     finally:
@@ -37,6 +44,10 @@ def rungs_on_signals(runtime: Drainable) -> Iterator[None]:
         for signum, handler in before.items():
             if handler is not None:  # one that Python did not set, it cannot set again
                 signal.signal(signum, handler)
+
+
+def _dump(_signum: int) -> None:
+    emit(GreenletsDumped(tree()))
 
 
 class Drainable(Protocol):

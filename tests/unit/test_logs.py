@@ -52,6 +52,7 @@ LINES = [
     (events.HandlerInterrupted("C-1", 7, "SIGTERM", True), "handling", "WARNING"),
     (events.PrefetchTooSmall("C-1", 10, 50), "handling", "WARNING"),
     (events.ConsumersScaled("C", 1, 20), "runtime", "INFO"),
+    (events.GreenletsDumped("hub"), "runtime", "WARNING"),
     (events.AdminListening("127.0.0.1:9191"), "admin", "INFO"),
     (events.AdminAsked("pause", "C-1"), "admin", "INFO"),
     (events.AdminRefused("POST", "/pause", "needs a token", 3), "admin", "WARNING"),

@@ -112,7 +112,7 @@ def test_a_start_that_fails_leaves_no_admin(tmp_path):
 
 def test_what_dead_processes_left_in_the_run_folder_is_removed(folder):
     folder.mkdir(mode=0o700)
-    (folder / "4194305.json").write_text('{"name": "x", "address": "unix:/x"}')  # above the highest
+    (folder / "4194305.process").write_text("unix:/x\nx\n")  # above the highest
     (folder / "4194305.sock").write_text("")
     assert run_folder.announced() == []
     assert os.listdir(folder) == []
@@ -125,3 +125,24 @@ def test_a_run_folder_that_others_may_write_to_is_not_used(folder):
         with Runtime(admin="run"):
             pass
     assert run_folder.announced() == []
+
+
+def test_two_runtimes_of_a_process_are_both_found(folder):
+    first, second = Runtime(admin="run"), Runtime(admin="run")
+    with first, second:
+        addresses = [each.address for each in run_folder.announced()]
+        assert len(set(addresses)) == 2
+        assert all(ask(each.removeprefix("unix:"))[0] == 200 for each in addresses)
+    assert os.listdir(folder) == []
+
+
+def test_a_runtime_starts_again_where_one_of_its_number_left_its_files(folder):
+    """In a container every process may have the number 1."""
+    folder.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / f"{os.getpid()}.sock"))
+    (folder / f"{os.getpid()}.process").write_text("unix:/nowhere\nx\n")
+    for _ in range(2):
+        with Runtime(admin="run"):
+            (found,) = run_folder.announced()
+            assert ask(found.address.removeprefix("unix:"), "GET /livez")[0] == 200
