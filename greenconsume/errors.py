@@ -139,6 +139,30 @@ class HandlerTimeout(Interrupt):
         self.seconds = seconds
 
 
+class HandlerHung(Interrupt):
+    """The handler kept its whole process waiting until whoever watches over that ended it.
+
+    It is not raised, but told, and what the failure policy gets: give it one that does not put the message
+    back into its queue, for it would hang the next process, too.
+
+    Attributes:
+        consumer: The consumer's name.
+        delivery_tag: Which of its messages.
+        seconds: For how long everything had waited, at the least.
+        stack: Where it hung.
+    """
+
+    def __init__(self, consumer: str, delivery_tag: object, seconds: float, stack: str) -> None:
+        super().__init__(
+            f"{consumer} kept the whole process waiting for {seconds:g} s with message {delivery_tag}, "
+            f"and was ended here:\n{stack}"
+        )
+        self.consumer = consumer
+        self.delivery_tag = delivery_tag
+        self.seconds = seconds
+        self.stack = stack
+
+
 class PublishError(GreenconsumeError):
     """A message was not published, or nobody can tell whether it was.
 

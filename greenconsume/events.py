@@ -218,6 +218,19 @@ class PublishFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class GarbageFrozen(Event):
+    """A runtime has taken what exists out of the garbage collector's sight, as `freeze_gc` has it.
+
+    Attributes:
+        count: How many objects.
+        seconds: For how long that held up everything.
+    """
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class DrainStarted(Event):
     """A runtime begins to stop its consumers."""
 

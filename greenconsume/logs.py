@@ -29,6 +29,7 @@ from greenconsume.events import (
     DrainFinished,
     DrainStarted,
     Event,
+    GarbageFrozen,
     GreenletsDumped,
     HandlerFailed,
     HandlerInterrupted,
@@ -261,6 +262,12 @@ def _(event: PublishFailed) -> Line:
     text = "%d messages for %s that nobody waited for were not published; the first: %s"
     args = (event.count, redact(event.uri), _words(event.error))
     return Line("publishing", logging.ERROR, text, args)
+
+
+@describe.register
+def _(event: GarbageFrozen) -> Line:
+    text = "all consume: %d objects are exempt from garbage collection from now on (%.0f ms)"
+    return Line("runtime", logging.INFO, text, (event.count, event.seconds * 1000))
 
 
 @describe.register

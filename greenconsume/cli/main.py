@@ -123,6 +123,11 @@ def cli(ctx: click.Context) -> None:
     help="Warn of a handler that keeps all others waiting for so long, with its stack.",
 )
 @flag(
+    "--freeze-gc",
+    is_flag=True,
+    help="Exempt what exists once all consume from garbage collection, whose pauses grow with it.",
+)
+@flag(
     "--admin",
     metavar="ADDRESS",
     default="run",

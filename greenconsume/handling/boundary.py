@@ -11,6 +11,7 @@ consumer's context variables. Called by `mixins`; `draining` ends what runs here
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from json.scanner import make_scanner
 from time import monotonic
@@ -23,7 +24,7 @@ from gevent.event import Event
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
-from greenconsume.errors import HandlerTimeout, Interrupt, Shutdown, StoppedError
+from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
 from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
 from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
 from greenconsume.failures.retry import recoverer_of
@@ -258,6 +259,8 @@ class Handling:
             self.cancelled += 1
             self.tally.cancelled += 1
             self.give_back(job.message, started=True)
+        elif isinstance(job.interrupted, HandlerHung):
+            self._failed(job, job.interrupted)  # whatever it made of the exception that ended it
         elif isinstance(exc, GreenletExit) and job.interrupted is not None:
             self._failed(job, job.interrupted)  # it swallowed its timeout, and was killed
         else:
@@ -364,12 +367,32 @@ class Handling:
 
 def handler_in(frame: FrameType | None) -> tuple[str, Any]:
     """Return the consumer and the delivery tag whose handler a stack of frames runs, or ("", None)."""
-    while frame is not None:
-        if frame.f_code is Handling._work.__code__:
-            handling, job = frame.f_locals["self"], frame.f_locals["job"]
-            return handling._life.name, job.message.delivery_tag
+    found = _work_in(frame)
+    if found is None:
+        return "", None
+    return found.f_locals["self"]._life.name, found.f_locals["job"].message.delivery_tag
+
+
+def note_hang(frame: FrameType | None, seconds: float) -> None:
+    """Have the handler that a stack of frames runs, if it does, fail with `HandlerHung` when it is ended.
+
+    Args:
+        frame: The innermost one, as a signal handler finds it.
+        seconds: For how long everything has waited at the least.
+
+    Switches: never. From a signal handler.
+    """
+    found = _work_in(frame)
+    if found is not None:
+        name, tag = handler_in(found)
+        stack = "".join(traceback.format_stack(frame)).rstrip()
+        found.f_locals["job"].interrupted = HandlerHung(name, tag, seconds, stack)
+
+
+def _work_in(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_code is not Handling._work.__code__:
         frame = frame.f_back
-    return "", None
+    return frame
 
 
 class _Alarm:

@@ -39,6 +39,7 @@ LINES = [
     (events.HubBlocked("C-1", 7, 2.5, "  File"), "runtime", "WARNING"),
     (events.HubBlocked("", None, 2.5, "  File"), "runtime", "WARNING"),
     (events.PublishFailed(URI, 3, ERROR), "publishing", "ERROR"),
+    (events.GarbageFrozen(900_000, 0.2), "runtime", "INFO"),
     (events.DrainStarted(20, "SIGTERM", 30.0), "runtime", "INFO"),
     (events.DrainEscalated("kill what is left", 2, "SIGTERM"), "runtime", "WARNING"),
     (events.DrainFinished(20, 0, 500, 300, 0, 0, 0.5), "runtime", "INFO"),

@@ -1,0 +1,81 @@
+"""Owns consumers in gunicorn's gevent workers, beside HTTP: one runtime in each worker process.
+
+In a `gunicorn.conf.py`::
+
+    from greenconsume.gunicorn import consumers
+
+    worker_class = "gevent"
+    post_worker_init = consumers("myapp.consumers:runtime")
+
+This module is imported by the arbiter, which stays unpatched: it must import neither gevent nor kombu.
+Everything else here runs in a worker. Signals, respawning, hang detection and graceful restarts stay
+gunicorn's. Read `host`, then `ending`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+__all__ = ["consumers"]
+
+
+def consumers(
+    target: str,
+    *,
+    only_in: int | None = None,
+    freeze_gc: bool = False,
+    on_failure: Literal["report", "exit"] = "report",
+    **options: Any,
+) -> Callable[[Any], None]:
+    """Return a `post_worker_init` hook that runs consumers in each worker.
+
+    They start when the worker has loaded its application, and never hold it up: while the broker is away
+    HTTP is served, and they come when it does. They are drained, within `graceful_timeout`, from the moment
+    that gunicorn tells the worker to end, whatever tells it; at `max_requests` they are drained first,
+    while HTTP is served.
+
+    Every worker has its own: with `workers = 4` there are four times the consumers. A reload (HUP) starts
+    new workers before the old ones have drained, so for a while there are twice as many again; where that
+    must not be, use `exclusive` or single active consumers.
+
+    To have a hook of your own as well, call this one in it.
+
+    Args:
+        target: "MODULE:TARGET", which names a Runtime, a consumer class, a consumer, or a function that
+            returns one of these, as `greenconsume run` takes it.
+        only_in: In how many of the workers they run; another takes over when one of these ends. None: in all.
+        freeze_gc: Exempt what exists once all consume from garbage collection: see `Runtime`.
+        on_failure: What follows when the target cannot be loaded, the broker refuses, or consumers are
+            given up. "report": one line in gunicorn's log, and HTTP is served on without them. "exit": the
+            worker also ends, in order and not within its first 10 seconds, and gunicorn starts another.
+        **options: What `Runtime` and `ConsumerOptions` take, `broker` and `concurrency` for two, and
+            `replicas`, for a target that is no Runtime.
+
+    Raises:
+        TypeError: `target` is no string.
+        ValueError: It is no MODULE:TARGET, or another argument is out of its range.
+    """
+    if not isinstance(target, str):
+        raise TypeError(f'the target must be a string such as "myapp:runtime", not {target!r}')
+    if ":" not in target:
+        raise ValueError(f'the target must be a string such as "myapp:runtime", not {target!r}')
+    if only_in is not None and not only_in >= 1:
+        raise ValueError(f"only_in must be 1 or more, or None, not {only_in!r}")
+    if on_failure not in ("report", "exit"):
+        raise ValueError(f'on_failure must be "report" or "exit", not {on_failure!r}')
+    if freeze_gc:
+        options["freeze_gc"] = True
+    turns = None
+    if only_in is not None:
+        from greenconsume.gunicorn.turns import turns_of
+
+        turns = turns_of(target, only_in)
+
+    def post_worker_init(worker: Any) -> None:
+        # Not above: gevent and kombu are the worker's to import, once it has patched itself.
+        from greenconsume.gunicorn.host import Host
+
+        Host(worker, target, options, turns, on_failure).start()
+
+    return post_worker_init

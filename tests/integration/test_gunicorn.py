@@ -1,0 +1,197 @@
+"""Consumers beside HTTP in gunicorn's workers: how they start, what refuses, where they run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from tests.messages import declare, publish
+from tests.servers import HOST, free_port
+from tests.waiting import wait_until
+
+SECOND = "from tests.webapp import *\n"
+
+
+@pytest.mark.parametrize("worker_class", ["gevent", "gevent_pywsgi"])
+def test_consumers_run_beside_http(amqp_url, queue_name, start, worker_class):
+    server = start(f"worker_class = {worker_class!r}\n")
+    publish(amqp_url, queue_name, 20)
+    server.wait_serving()
+    wait_until(lambda: server.count("finished") == 20)
+    server.signal(signal.SIGTERM)
+    server.wait_end()
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gthread"])
+def test_any_other_worker_class_is_refused(start, worker_class):
+    server = start(f"worker_class = {worker_class!r}\n", consuming=0)
+    assert server.process.wait(30) == 3
+    assert 'set worker_class = "gevent" or "gevent_pywsgi" in gunicorn.conf.py' in server.log
+
+
+def test_http_is_served_while_the_broker_is_away_and_consumers_come_with_it(
+    rabbitmq_fault, amqp_url, queue_name, start
+):
+    declare(amqp_url, queue_name)
+    rabbitmq_fault.stop()
+    server = start(consuming=0)
+    server.wait_serving()
+    server.wait_log("cannot connect")
+    assert server.get() is not None
+    rabbitmq_fault.start()
+    server.wait_consuming(within=15.0)
+    server.signal(signal.SIGTERM)
+    server.wait_end()
+
+
+def test_a_worker_ends_at_once_while_the_broker_is_away(start):
+    server = start(consuming=0, BROKER=f"amqp://guest:guest@{HOST}:{free_port()}//")
+    server.wait_log("cannot connect")
+    server.signal(signal.SIGTERM)
+    assert server.wait_end() < 2.5
+
+
+def wrong_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"guest:wrong@{parts.hostname}:{parts.port}").geturl()
+
+
+def test_a_wrong_password_is_one_line_and_http_is_served_on(amqp_url, start):
+    server = start(consuming=0, BROKER=wrong_password(amqp_url))
+    server.wait_serving()
+    server.wait_log("no consumers of tests.webapp:runtime in this worker")
+    (line,) = [each for each in server.log.splitlines() if "refused" in each]
+    assert line.endswith("; HTTP is served on")
+    assert "wrong" not in server.log
+    assert "Traceback" not in server.log
+    assert server.get() is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("tests.webapp:nothing", "tests.webapp has no nothing"),
+        ("tests.absent:runtime", "No module named 'tests.absent'"),
+        ("tests.webapp:BROKER", "is no consumer"),
+    ],
+)
+def test_a_target_that_cannot_be_loaded_is_one_line(start, target, said):
+    server = start(f"post_worker_init = consumers({target!r})\n", consuming=0)
+    server.wait_serving()
+    server.wait_log(f"no consumers of {target} in this worker")
+    assert said in server.log
+    assert "Traceback" not in server.log
+
+
+def test_a_failure_can_take_the_worker_down_and_never_in_a_loop(amqp_url, start):
+    """Nor does it take the arbiter along, as a worker that fails to boot would."""
+    conf = "post_worker_init = consumers('tests.webapp:runtime', on_failure='exit')\n"
+    server = start(conf, consuming=0, BROKER=wrong_password(amqp_url))
+    server.wait_log("; the worker ends")
+    server.wait_serving()
+    (worker,) = server.workers
+    born = psutil.Process(worker).create_time()
+    wait_until(lambda: not psutil.pid_exists(worker))
+    wait_until(lambda: server.workers)
+    assert psutil.Process(server.workers[0]).create_time() - born > 9.0
+    assert server.log.count("; the worker ends") <= 2
+    assert server.process.poll() is None
+
+
+def test_a_runtime_that_was_made_before_the_fork_works_in_each_worker(amqp_url, queue_name, start):
+    """HAZARDS row 23: preload_app, with a Runtime and a Publisher at the module's top."""
+    server = start("preload_app = True\nworkers = 2\n", consuming=2)
+    server.wait_serving()
+    for _ in range(20):
+        assert server.get(f"/publish?{queue_name}")[0] == 200
+    wait_until(lambda: server.count("finished") == 20)
+    server.signal(signal.SIGTERM)
+    server.wait_end()
+    assert "Traceback" not in server.log
+
+
+def test_a_runtime_that_was_started_before_the_fork_is_refused(tmp_path, start):
+    """HAZARDS row 23: the remedy is in the line."""
+    (tmp_path / "eager.py").write_text(
+        "from gevent import monkey; monkey.patch_all()\n" + SECOND + "runtime.start()\n"
+    )
+    server = start(
+        f"preload_app = True\npythonpath = {str(tmp_path)!r}\nwsgi_app = 'eager:app'\n"
+        "post_worker_init = consumers('eager:runtime')\n",
+        app=None,
+    )
+    server.wait_log("start, consume and publish in the child alone")
+    assert "no consumers of eager:runtime in this worker" in server.log
+
+
+def test_what_was_imported_before_the_worker_patched_is_mended(amqp_url, queue_name, start):
+    """HAZARDS row 10: a gunicorn.conf.py that imports kombu does so in the arbiter."""
+    server = start("from kombu import Exchange\nimport kombu.transport.pyamqp\n")
+    publish(amqp_url, queue_name, 5)
+    wait_until(lambda: server.count("finished") == 5)
+    assert "imported before" not in server.log
+
+
+def test_consumers_can_run_in_one_worker_alone_and_move_when_it_dies(amqp_url, queue_name, start):
+    conf = "workers = 3\npost_worker_init = consumers('tests.webapp:runtime', only_in=1)\n"
+    server = start(conf)
+    wait_until(lambda: server.log.count("run in another worker") == 2)
+    (first,) = {entry.pid for entry in server.journal}
+    for sig in (signal.SIGKILL, signal.SIGTERM):
+        runs = server.count("consuming")
+        server.signal(sig, server.journal[-1].pid)
+        server.wait_consuming(runs + 1)
+    pids = [entry.pid for entry in server.journal]
+    assert len(set(pids)) == 3, pids
+    assert first == pids[0]
+
+
+def test_a_reload_hands_a_single_runtime_over_without_an_overlap(amqp_url, queue_name, start):
+    conf = "workers = 2\npost_worker_init = consumers('tests.webapp:runtime', only_in=1)\n"
+    server = start(conf, WORK="1.5,1.5")
+    publish(amqp_url, queue_name, 20)
+    wait_until(lambda: server.count("begun") == 10)
+    server.signal(signal.SIGHUP)
+    server.wait_consuming(2)
+    wait_until(lambda: server.count("finished") == 20)
+    entries = server.journal
+    started = [entry.at for entry in entries if entry.kind == "consuming"][1]
+    old = entries[0].pid
+    assert max(entry.at for entry in entries if entry.pid == old) <= started
+
+
+def test_a_hook_of_the_users_own_is_called_too(start):
+    conf = (
+        "ours = consumers('tests.webapp:runtime')\n"
+        "def post_worker_init(worker):\n"
+        "    ours(worker)\n"
+        "    worker.log.info('and mine: %s', worker.alive)\n"
+        "def worker_int(worker):\n"
+        "    worker.log.info('worker_int is mine')\n"
+    )
+    server = start(conf)
+    server.wait_log("and mine: True")
+    server.signal(signal.SIGINT)
+    server.wait_end()
+    assert "worker_int is mine" in server.log
+
+
+def test_garbage_is_frozen_once_all_consume(start):
+    server = start("post_worker_init = consumers('tests.webapp:runtime', freeze_gc=True)\n")
+    server.wait_log("objects are exempt from garbage collection from now on")
+
+
+def test_the_arbiter_imports_neither_gevent_nor_kombu():
+    """It would fork what they have made; and it stays unpatched."""
+    code = (
+        "import sys; from greenconsume.gunicorn import consumers; consumers('a:b', only_in=1);"
+        "print(sorted({'gevent', 'kombu', 'amqp', 'gunicorn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
