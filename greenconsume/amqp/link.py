@@ -42,6 +42,7 @@ from greenconsume.amqp.frames import (
 )
 from greenconsume.amqp.publish_gate import PublishGate
 from greenconsume.amqp.send_queue import Outgoing
+from greenconsume.amqp.tls import TLSTransport
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
 from greenconsume.stopping import Deadline, StopSignal, wait
@@ -170,6 +171,15 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         if self.heartbeat:
             gevent.spawn(self._beat).name = f"heartbeat of {self.uri}"
         emit(LinkUp(self.uri))
+
+    def Transport(  # noqa: N802  # py-amqp's plug point
+        self, host: str, connect_timeout: float, ssl: Any = False, *timeouts: Any, **options: Any
+    ) -> Any:
+        """Make the socket that `connect` opens; with TLS, one that verifies names."""
+        if not ssl:
+            return super().Transport(host, connect_timeout, ssl, *timeouts, **options)
+        options |= zip(("read_timeout", "write_timeout"), timeouts, strict=False)
+        return TLSTransport(host, connect_timeout, ssl, **options)
 
     def _open_socket(self) -> None:
         self.transport = self.Transport(

@@ -14,11 +14,13 @@ from gevent.lock import BoundedSemaphore
 from kombu.transport import pyamqp
 from kombu.utils.imports import symbol_by_name
 
+from greenconsume.amqp import tls
 from greenconsume.amqp.link import DEFAULT_HEARTBEAT, Link, LinkLostError
 from greenconsume.amqp.session import Session
 from greenconsume.patching import require_patched
 from greenconsume.stopping import StopSignal
 
+DEFAULT_HOST = "localhost"
 #: What says that the broker was reached and refused; trying again does not help by itself.
 REFUSALS = (amqp.AccessRefused, amqp.NotAllowed)
 
@@ -29,6 +31,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     `transport_options` are those of `amqp.Connection`, and `close_timeout` and `call_timeout` of `Link`.
     Heartbeats are on, every 30 s, unless `heartbeat` says otherwise; `{"heartbeat": 0}` turns them off.
     A callable password, or a `credential_provider`, is asked anew for each link that is dialled.
+    Over TLS the broker's certificate has to have its name: see `tls.verified`.
     """
 
     wakes = True
@@ -40,6 +43,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dialling = BoundedSemaphore(1)
+        self._host = DEFAULT_HOST
         self._session: Session | None = None
 
     def establish_connection(self) -> Session:
@@ -62,7 +66,13 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
             NotPatchedError: The process is not patched by gevent, so that the link would wait for ever.
         """
         require_patched()
-        link: Link = super().establish_connection()
+        client = self.client
+        self._host = hostname = client.hostname or DEFAULT_HOST
+        try:
+            link: Link = super().establish_connection()
+        finally:
+            # kombu makes an address of localhost, whose name is then unknown the next time.
+            client.hostname = hostname
         link.client = None
         return link
 
@@ -74,6 +84,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         provider = getattr(client, "credential_provider", None)  # older kombus have none
         if provider:
             options.update(_credentials_from(provider))
+        options["ssl"] = tls.verified(client.ssl, self._host)
         link = Link(**options)
         link.uri = client.as_uri()
         return link

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +24,8 @@ from tests.integration.consumers import SOON, Recorder, consuming, green_connect
 from tests.messages import publish
 from tests.servers import HOST
 from tests.waiting import wait_until
+
+STRANGER = "broker.example.org"
 
 
 @pytest.fixture
@@ -77,6 +80,88 @@ def test_a_certificate_for_another_name_is_refused(amqps_url, tls):
     with green_connection(amqps_url, ssl=tls | {"server_hostname": "example.org"}) as connection:
         with pytest.raises(ssl.SSLCertVerificationError, match=r"example\.org"):
             connection.transport.establish_connection()
+
+
+# -- the name in the certificate ------------------------------------------------------------------
+
+
+@pytest.fixture
+def trusting(rabbitmq) -> dict[str, Any]:
+    """Trusts the broker's authority, and says nothing of names."""
+    return {"ca_certs": str(rabbitmq.ca_path)}
+
+
+@pytest.fixture
+def stranger_url(amqps_url, tmp_path, monkeypatch) -> str:
+    """The broker by a name of this machine that its certificate does not have."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **kw: resolve(HOST if host == STRANGER else host, *args, **kw),
+    )
+    return amqps_url.replace("localhost", STRANGER)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"server_hostname": None}, {"cert_reqs": ssl.CERT_REQUIRED}]
+)
+def test_a_trusted_certificate_of_another_host_is_refused_in_words(
+    rabbitmq, stranger_url, trusting, options
+):
+    """It is given no password."""
+    with green_connection(stranger_url, ssl=trusting | options) as connection:
+        with pytest.raises(ssl.SSLCertVerificationError) as refused:
+            connection.transport.establish_connection()
+    words = str(refused.value)
+    assert f"is for localhost, {HOST}, and {STRANGER} was expected" in words
+    assert "check_hostname" in words
+
+
+@pytest.mark.parametrize("named", ["localhost", HOST])
+def test_a_certificate_of_the_brokers_name_is_taken(amqps_url, trusting, named):
+    url = amqps_url.replace("localhost", named)
+    with green_connection(url, ssl=trusting) as connection:
+        for _ in range(2):  # kombu takes localhost for an address, the second time
+            connection.transport.dial().close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"check_hostname": False},
+        {"check_hostname": False, "server_hostname": "sni.example.org"},
+        {"server_hostname": "localhost"},
+        {"cert_reqs": ssl.CERT_NONE},
+    ],
+)
+def test_who_says_so_takes_any_name_or_expects_another(stranger_url, trusting, options):
+    with green_connection(stranger_url, ssl=trusting | options) as connection:
+        connection.transport.dial().close()
+
+
+def test_a_context_of_options_verifies_names_as_well(stranger_url, amqps_url, rabbitmq):
+    options = {"context": {"cafile": str(rabbitmq.ca_path)}}
+    with green_connection(stranger_url, ssl=options) as connection:
+        with pytest.raises(ssl.SSLCertVerificationError, match=STRANGER):
+            connection.transport.dial()
+    for taken in (
+        {"check_hostname": False},
+        {"context": options["context"] | {"check_hostname": False}},
+    ):
+        with green_connection(stranger_url, ssl=options | taken) as connection:
+            connection.transport.dial().close()
+
+
+def test_each_url_that_is_failed_over_to_has_its_own_name(
+    stranger_url, amqps_url, trusting, queue_name
+):
+    """One of them is a stranger's; the other is used."""
+    consumer = Recorder(green_connection(f"{stranger_url};{amqps_url}", ssl=trusting), queue_name)
+    with observed(ConnectFailed) as failures, consuming(consumer):
+        wait_until(lambda: failures, SOON)
+    assert all(STRANGER in str(failure.error) for failure in failures)
+    assert failures
 
 
 @pytest.mark.parametrize("scheme", ["amqp", "amqps"])
