@@ -16,6 +16,7 @@ Where it is written. A package imports only what stands below it, and says what 
     runtime      Runtime, spawn: many consumers, what restarts them and what stops them
     admin        how a process is seen and steered: health, metrics, a live page, commands
     mixins       ConsumerMixin, ConsumerProducerMixin: kombu's interface, which users subclass
+    consuming    the engine of a consumer: connect, receive, drain, close, by kombu's methods alone
     handling     the callbacks of a consumer: how many run at once, their timeouts, their drain
     failures     what becomes of a message whose callback failed: Requeue, Reject, Retry, dead letters
     publishing   Publisher: confirmed publishing from many greenlets

@@ -1,13 +1,12 @@
-"""Owns what the package keeps about one consumer: its name, stop signal, state and readiness.
+"""Owns what everything that concerns one consumer has to know: its name, stop signal, state and readiness.
 
-The one state machine: the mixin enters the states, greenlets, supervisor and runtime read them.
+The one state machine: the engine enters the states, greenlets, supervisor and runtime read them. It must know
+nothing of handlers or links.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
-from typing import Any
 
 from gevent.event import Event
 
@@ -15,55 +14,34 @@ from greenconsume.events import ConsumerChanged, ConsumerState, emit
 from greenconsume.stopping import Rungs, StopSignal
 from greenconsume.tally import Tally
 
-_ATTRIBUTE = "_greenconsume"
-_numbers = count(1)
-
 
 class Lifecycle:
-    """One consumer's life; made when it is first asked for, and kept on the consumer itself."""
+    """One consumer's life.
 
-    __slots__ = (
-        "_rungs",
-        "around",
-        "drain",
-        "links",
-        "name",
-        "on_enter",
-        "owned",
-        "queues",
-        "ready",
-        "session",
-        "slots",
-        "state",
-        "stop",
-        "switch",
-        "tally",
-    )
+    Attributes:
+        name: What logs and events call it.
+        stop: Ends it, in an orderly way.
+        leave: Ends consuming: the stop signal, or that of a kill switch, which a stop sets as well.
+        state: Where it is.
+        ready: Set while it consumes.
+        tally: What becomes of its messages; a runtime's consumer has one through all its restarts.
+        on_enter: Called after each change of the state; for its supervisor.
+    """
+
+    __slots__ = ("_rungs", "leave", "name", "on_enter", "ready", "state", "stop", "tally")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.stop = StopSignal()
+        self.stop = self.leave = StopSignal()
         self.state = ConsumerState.STARTING
-        self.ready = Event()  # set while consuming
-        self.links: Any = None  # the LinkPool it connects over; None: one of its own
-        self.drain: Any = None  # its handlers and how they end, once it connected
-        self.around: tuple[Any, ...] = ()  # the options that its spawn and its runtime say
-        self.slots: Any = None  # the places that a runtime's handlers share
-        self.switch: Any = None  # its kill switch, while it runs
-        self.tally = Tally()  # a runtime's consumer has the same one through all its restarts
-        self.queues: tuple[str, ...] = ()  # those that it consumes from, or did last
-        self.session: Any = None  # its share of an AMQP link, while it consumes
+        self.ready = Event()
+        self.on_enter: Callable[[], object] | None = None
+        self.tally = Tally()
         self._rungs: Rungs | None = None
-        self.on_enter: Callable[[], object] | None = (
-            None  # its supervisor is told of each new state
-        )
-        self.owned = False  # it runs in a ConsumerGreenlet: no foreign code below it on the stack
 
-    @property
-    def leave(self) -> StopSignal:
-        """The signal that ends consuming: the stop signal, or the kill switch's, which a stop sets, too."""
-        leave: StopSignal = self.stop if self.switch is None else self.switch.leave
-        return leave
+    def leave_by(self, signal: StopSignal | None) -> None:
+        """Have `signal` end consuming; with None, the stop signal again. Never switches."""
+        self.leave = self.stop if signal is None else signal
 
     @property
     def rungs(self) -> Rungs:
@@ -87,13 +65,3 @@ class Lifecycle:
             if self.on_enter is not None:
                 self.on_enter()
             emit(ConsumerChanged(self.name, old, state))
-
-
-def lifecycle_of(consumer: object) -> Lifecycle:
-    """Return the consumer's lifecycle, making it on first use: users' `__init__` need not call ours."""
-    found = vars(consumer).get(_ATTRIBUTE)
-    if found is None:
-        name = f"{type(consumer).__name__}-{next(_numbers)}"
-        found = vars(consumer)[_ATTRIBUTE] = Lifecycle(name)
-    assert isinstance(found, Lifecycle)
-    return found

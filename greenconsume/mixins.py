@@ -9,32 +9,34 @@ delivery, the stop signal or a deadline, whichever comes first. Users subclass i
 from __future__ import annotations
 
 import logging
-import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from kombu import Connection, Consumer, Producer
+from kombu import Producer
+from kombu import mixins as kombu_mixins
 from kombu.common import ignore_errors
 from kombu.utils.compat import nested
 from kombu.utils.encoding import safe_repr
 from kombu.utils.limits import TokenBucket
 
-from greenconsume.amqp.transport import LinkLostError, Session
-from greenconsume.errors import InvalidConsumerError, StoppedError
-from greenconsume.events import ConsumerState
-from greenconsume.failures.retry import prepared
-from greenconsume.handling.boundary import Handler, Handling
-from greenconsume.handling.drain import Drain, drain_of, seen_off
-from greenconsume.handling.kill_switch import fit_switch, leaving, switched
+from greenconsume.amqp.transport import LinkLostError
+from greenconsume.consuming.connecting import Attempt
+from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.receiving import Loop
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.settings import settings_of
-from greenconsume.handling.shield import shield_channels
-from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links.pool import LinkPool
-from greenconsume.stopping import Deadline, StopSignal
+from greenconsume.stopping import StopCheck, StopSignal
 from greenconsume.transports import registry
+
+if TYPE_CHECKING:
+    # kombu's are untyped, and ours have all that is in them.
+    class _KombuConsumer: ...
+
+    class _KombuConsumerProducer: ...
+else:
+    _KombuConsumer = kombu_mixins.ConsumerMixin
+    _KombuConsumerProducer = kombu_mixins.ConsumerProducerMixin
 
 logger = logging.getLogger(__name__)
 debug, info, warn, error = logger.debug, logger.info, logger.warning, logger.error
@@ -48,7 +50,9 @@ def sleep(seconds: float, stop: StopSignal) -> None:
     stop.wait(seconds)
 
 
-class ConsumerMixin:
+# Subclasses of kombu's, of which they override all: so each takes the place of kombu's in a class that was
+# derived from that one (`runtime.adapter`), and `isinstance` finds them wherever kombu's are expected.
+class ConsumerMixin(_KombuConsumer):
     """A consumer: give it a `connection` and `get_consumers`, then `spawn` it or call `run`.
 
     The interface is that of `kombu.mixins.ConsumerMixin` 5.7. Everything below `run` may switch.
@@ -147,27 +151,20 @@ class ConsumerMixin:
         registry.register()  # before kombu looks up the transport of our own connection, for good
         restart_limit = self.restart_limit
         errors = (*self.connection.connection_errors, *self.connection.channel_errors)
-        stopping = self._stopping()
-        try:
-            kill_switch = settings_of(self).kill_switch
-            with seen_off(self), switched(lifecycle_of(self), kill_switch) as switch:
-                while not stopping():
-                    try:
-                        if restart_limit.can_consume(_tokens):
-                            for _ in self.consume(limit=switch.limit, **kwargs):
-                                pass
-                            switch.wait_out(stopping)
-                        else:
-                            sleep(restart_limit.expected_time(_tokens), lifecycle_of(self).stop)
-                    except LinkLostError as exc:
-                        debug("%s: %s", lifecycle_of(self).name, exc)  # its link said so, for all
-                    except errors:
-                        warn(W_CONN_LOST, exc_info=True)
-        finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Called when `run` ends, however it does."""
+        engine, stopping = engine_of(self), _stop_check(self)
+        with engine.running() as switch:
+            while not stopping.is_set():
+                try:
+                    if restart_limit.can_consume(_tokens):
+                        for _ in self.consume(limit=switch.limit, **kwargs):
+                            pass
+                        switch.wait_out(stopping)
+                    else:
+                        sleep(restart_limit.expected_time(_tokens), engine.life.stop)
+                except LinkLostError as exc:
+                    debug("%s: %s", engine.life.name, exc)  # its link said so, for all
+                except errors:
+                    warn(W_CONN_LOST, exc_info=True)
 
     def consume(
         self,
@@ -189,93 +186,17 @@ class ConsumerMixin:
             TimeoutError: No message came for `timeout` seconds (`socket.timeout` is its old name).
             OSError: The link was lost, among others of `connection_errors`.
         """
-        life = lifecycle_of(self)
-        life.enter(ConsumerState.CONNECTING)
-        try:
-            with self.consumer_context(**kwargs) as (conn, _channel, _consumers):
-                if not life.stop.is_set():
-                    life.enter(ConsumerState.CONSUMING)
-                if isinstance(conn, Connection):
-                    yield from self._consume(conn, limit, timeout, safety_interval)
-                else:
-                    yield from self._consume_plain(conn, limit, timeout, safety_interval)
-        except StoppedError:
-            if not self._stopping()():
-                raise
-        finally:
-            if life.drain is not None and life.stop.is_set():
-                life.drain.finish()
-        debug("consume exiting")
-
-    def _consume(
-        self, conn: Connection, limit: int | None, timeout: float | None, safety_interval: float
-    ) -> Iterator[None]:
-        drain, waits = self._drain_of(conn)
-        tick = safety_interval if self._needs_ticks() or not waits else None
-        on_iteration = self.on_iteration if _is_overridden(self, "on_iteration") else int
-        stopping = leaving(self._stopping(), lifecycle_of(self).switch)
-        handled, idle = 0, Deadline(timeout or None)
-        while not stopping() and not (limit and handled >= limit):
-            on_iteration()  # int, which does nothing, where there is none
-            try:
-                drain(_least(tick, idle.remaining) if timeout else tick)
-            except socket.timeout:
-                if not waits:
-                    conn.heartbeat_check()
-                if idle.expired:
-                    raise
-            except (OSError, StoppedError):
-                if not stopping():  # else an orderly end: `on_consume_end` is yet to be called
-                    raise
-            else:
-                handled += 1
-                yield
-                if timeout:
-                    idle = Deadline(timeout)
-
-    def _stopping(self) -> Callable[[], bool]:
-        """Return what tells whether to stop: for each message, so without detours."""
-        stop = lifecycle_of(self).stop
-        if _shadows_should_stop(self):
-            return lambda: stop.is_set() or bool(self.should_stop)
-        return stop.is_set
-
-    def _drain_of(self, conn: Connection) -> tuple[Callable[..., object], bool]:
-        """Return what waits for one message, and whether it is woken (or polls)."""
-        if not getattr(conn.transport, "wakes", False):
-            return lambda seconds: conn.drain_events(timeout=seconds), False
-        stop = lifecycle_of(self).leave
-        session = _session_of(conn)
-        if session is None:
-            return lambda seconds: conn.drain_events(timeout=seconds, stop=stop), True
-        session.begin_consuming()
-        # Not kombu's: where a link was lost it would connect again, and wait without any consumer.
-        return partial(session.drain_events, stop=stop), True
-
-    def _consume_plain(
-        self, conn: Any, limit: int | None, timeout: float | None, safety_interval: float
-    ) -> Iterator[None]:
-        """The path for what is no kombu connection (a test's mock): as kombu drives it."""
-        handled, elapsed, stopping = 0, 0.0, self._stopping()
-        while not stopping() and not (limit and handled >= limit):
-            self.on_iteration()
-            try:
-                conn.drain_events(timeout=safety_interval)
-            except socket.timeout:
-                conn.heartbeat_check()
-                elapsed += safety_interval
-                if timeout and elapsed >= timeout:
-                    raise
-            except OSError:
-                if not stopping():
-                    raise
-            else:
-                handled += 1
-                yield
-                elapsed = 0.0
-
-    def _needs_ticks(self) -> bool:
-        return _is_overridden(self, "on_iteration") or _shadows_should_stop(self)
+        engine, stopping = engine_of(self), _stop_check(self)
+        iterates = _is_overridden(self, "on_iteration")
+        loop = Loop(
+            limit,
+            timeout,
+            safety_interval,
+            engine.leaving(stopping),
+            self.on_iteration if iterates else None,
+            ticks=iterates or not stopping.signalled,
+        )
+        return engine.consume(loop, stopping, kwargs)
 
     # -- connecting -----------------------------------------------------------------------------
 
@@ -287,96 +208,21 @@ class ConsumerMixin:
                 self.on_consume_ready(connection, channel, consumers, **kwargs)
                 yield connection, channel, consumers
 
-    @contextmanager
-    def Consumer(self) -> Iterator[tuple[Any, Any, Any]]:
+    def Consumer(self) -> AbstractContextManager[tuple[Any, Any, Any]]:
         """Connect, and cancel and close in the end, which `close_timeout` bounds."""
-        with self.establish_connection() as conn:
-            self.on_connection_revived()
-            if logger.isEnabledFor(logging.DEBUG):
-                debug("Connected to %s", conn.as_uri())
-            session = _session_of(conn)
-            if session is not None:
-                session.heartbeat_tick()  # raises; kombu would connect again, deaf to a stop
-            channel = conn.default_channel
-            cls = partial(Consumer, channel, on_decode_error=self.on_decode_error)
-            drain = drain_of(self)
-            consumers = self._guarded(self.get_consumers(cls, channel), drain.handling)
-            with prepared(drain.handling, conn, consumers), self._consume_from(*consumers) as used:
-                with self._ending(conn, drain):
-                    yield conn, channel, used
-            debug("Consumers canceled")
-            self.on_consume_end(conn, channel)
-        debug("Connection closed")
-
-    def _guarded(self, consumers: Any, handling: Handling) -> list[Any]:
-        """Put the boundary around what the consumers call; they register it when they are entered."""
-        if not isinstance(consumers, (list, tuple)) and not hasattr(consumers, "__iter__"):
-            raise InvalidConsumerError(
-                f"{type(self).__name__}.get_consumers returned {consumers!r}: "
-                "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
-            )
-        guarded = list(consumers)
-        lifecycle_of(self).queues = _queues_of(guarded)
-        for consumer in guarded:
-            consumer._receive_callback = Handler(consumer, handling)
-            handling.fit_prefetch(consumer)
-            fit_switch(consumer, lifecycle_of(self).switch)
-        return guarded
-
-    @contextmanager
-    def _ending(self, conn: Any, drain: Drain) -> Iterator[None]:
-        """From its exit on handlers are drained, then every wait for the broker has one deadline."""
-        life = lifecycle_of(self)
-        try:
-            with drain.consuming(_session_of(conn), _errors_of(conn)):
-                yield
-        finally:
-            life.enter(ConsumerState.DRAINING if life.stop.is_set() else ConsumerState.CONNECTING)
-            _bound_close(conn)
+        return engine_of(self).consumers()
 
     def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]:
         entered: AbstractContextManager[Any] = nested(*consumers)
         return entered
 
-    @contextmanager
-    def establish_connection(self) -> Iterator[Any]:
+    def establish_connection(self) -> AbstractContextManager[Any]:
         """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop."""
-        session: Session | None = None
-        try:
-            with self.create_connection() as conn:
-                self._connect(conn)
-                session = _session_of(conn)
-                try:
-                    yield conn
-                finally:
-                    _bound_close(conn)
-        finally:
-            if session is not None and not session.left:
-                session.collect()  # a kill cut its close short, in kombu's code
+        return engine_of(self).connection(_attempt(self))
 
     def create_connection(self) -> Any:
         """Return the connection to consume with: a clone of `connection`."""
         return self.connection.clone()
-
-    def _connect(self, conn: Any, publishing: bool = False) -> None:
-        if not isinstance(conn, Connection):
-            conn.ensure_connection(self.on_connection_error, self.connect_max_retries)
-            return
-        life = lifecycle_of(self)
-        if life.links is None:
-            life.links = LinkPool()
-        tell = self.on_connection_error if _is_overridden(self, "on_connection_error") else None
-        stop, retries = life.stop, self.connect_max_retries
-        if publishing and stop.is_set():
-            stop, retries = StopSignal(), 0  # for a handler that finishes: one attempt
-        ask = (lambda: self.should_stop) if _shadows_should_stop(self) else None
-        life.links.connect(conn, stop, tell, retries, publishing, ask)
-        shield_channels(conn)
-        session = _session_of(conn)
-        if session is not None and publishing:
-            session.begin_publishing(life.stop)  # a broker may block its publishers for hours
-        elif session is not None:
-            session.begin_setup(life.stop)  # until it consumes, a stop ends its calls
 
     def maybe_conn_error(self, fun: Callable[[], object]) -> Any:
         """Call `fun`, ignoring connection and channel errors."""
@@ -400,19 +246,21 @@ class ConsumerMixin:
         return errors
 
 
-class ConsumerProducerMixin(ConsumerMixin):
+class ConsumerProducerMixin(_KombuConsumerProducer, ConsumerMixin):
     """A consumer that also publishes, over another link: a consuming link publishes nothing."""
 
     _producer_connection: Any = None
 
+    def run(self, _tokens: int = 1, **kwargs: Any) -> None:
+        """Consume as `ConsumerMixin.run`; in the end the producer's connection is closed."""
+        try:
+            super().run(_tokens, **kwargs)
+        finally:
+            _close_producer(self)
+
     def on_consume_end(self, connection: Any, channel: Any) -> None:
         """Close the producer's connection."""
-        self._let_go()
-
-    def _let_go(self) -> None:
-        conn, self._producer_connection = self._producer_connection, None
-        if conn is not None:
-            conn.close()
+        _close_producer(self)
 
     @property
     def producer(self) -> Any:
@@ -422,16 +270,17 @@ class ConsumerProducerMixin(ConsumerMixin):
     @property
     def producer_connection(self) -> Any:
         """The connection to publish with, made when it is first asked for."""
+        engine = engine_of(self)
         if self._producer_connection is None:
             conn = self.connection.clone()
-            self._connect(conn, publishing=True)
+            engine.connect_to_publish(conn, _attempt(self))
             if self._producer_connection is None:
                 self._producer_connection = conn
             else:  # another greenlet of this consumer was faster
                 conn.close()
         elif not self._producer_connection.connected:
             # Not left to kombu, which would wait for the broker deaf to a stop.
-            self._connect(self._producer_connection, publishing=True)
+            engine.connect_to_publish(self._producer_connection, _attempt(self))
         return self._producer_connection
 
 
@@ -445,40 +294,33 @@ def request_stop(consumer: Any, reason: str = "stop") -> None:
             pass  # a property without a setter; the signal is heard all the same
 
 
-def _session_of(conn: Any) -> Session | None:
-    """Return what an AMQP connection holds; unlike `conn.connection`, never a new one."""
-    session = conn._connection if isinstance(conn, Connection) else None
-    return session if isinstance(session, Session) else None
+# -- outside the classes, whose names are kombu's and their users' ----------------------------------
 
 
-def _bound_close(conn: Any) -> None:
-    """Give all that is still to be said to the broker one deadline; the first call counts."""
-    session = _session_of(conn)
-    if session is not None:
-        session.begin_close()
+def _close_producer(consumer: ConsumerProducerMixin) -> None:
+    conn, consumer._producer_connection = consumer._producer_connection, None
+    if conn is not None:
+        conn.close()
 
 
-def _queues_of(consumers: Iterable[Any]) -> tuple[str, ...]:
-    """Return the names of the queues that `kombu.Consumer`s consume from."""
-    queues = (queue for each in consumers for queue in getattr(each, "queues", None) or ())
-    return tuple(dict.fromkeys(str(getattr(queue, "name", queue)) for queue in queues))
+def _attempt(consumer: ConsumerMixin) -> Attempt:
+    told = _is_overridden(consumer, "on_connection_error")
+    on_failed = consumer.on_connection_error if told else None
+    return Attempt(consumer.connect_max_retries, on_failed, _stop_check(consumer))
 
 
-def _errors_of(conn: Any) -> tuple[type[BaseException], ...]:
-    if not isinstance(conn, Connection):
-        return ()
-    return (*conn.connection_errors, *conn.channel_errors)
+def _stop_check(consumer: ConsumerMixin) -> StopCheck:
+    stop = lifecycle_of(consumer).stop
+    if _shadows_should_stop(consumer):
+        return StopCheck(lambda: stop.is_set() or bool(consumer.should_stop), signalled=False)
+    return StopCheck(stop.is_set, signalled=True)
 
 
-def _is_overridden(consumer: Any, name: str) -> bool:
+def _is_overridden(consumer: object, name: str) -> bool:
     if name in vars(consumer):
         return True
     return getattr(type(consumer), name) is not getattr(ConsumerMixin, name)
 
 
-def _shadows_should_stop(consumer: Any) -> bool:
+def _shadows_should_stop(consumer: object) -> bool:
     return getattr(type(consumer), "should_stop", None) is not ConsumerMixin.should_stop
-
-
-def _least(*seconds: float | None) -> float | None:
-    return min((s for s in seconds if s is not None), default=None)

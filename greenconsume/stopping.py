@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Protocol
@@ -96,6 +97,19 @@ class StopSignal:
 
     def __repr__(self) -> str:
         return f"<StopSignal {'unset' if self.reason is None else self.reason!r}>"
+
+
+@dataclass(frozen=True, slots=True)
+class StopCheck:
+    """The test for whether a consumer stops.
+
+    Attributes:
+        is_set: Tells it. Called for each message, and so without detours.
+        signalled: The stop signal says it, and so wakes whoever waits; else it must be asked now and then.
+    """
+
+    is_set: Callable[[], bool]
+    signalled: bool
 
 
 class Rungs:

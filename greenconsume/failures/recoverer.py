@@ -63,6 +63,7 @@ class Recoverer:
     Args:
         plans: Its `Retry` policies.
         life: The consumer's lifecycle.
+        links: Returns the links that copies are published over.
         requeues: Where a message waits that is not due.
         settle_deadline: Seconds after which the broker has a message back; None: never.
     """
@@ -72,6 +73,7 @@ class Recoverer:
         "_connection",
         "_consumers",
         "_life",
+        "_links",
         "_longest",
         "_patience",
         "_plans",
@@ -83,11 +85,12 @@ class Recoverer:
         self,
         plans: Sequence[RetryPlan],
         life: Lifecycle,
+        links: Callable[[], LinkPool],
         requeues: DelayedRequeues,
         settle_deadline: float | None,
     ) -> None:
         self._plans = plans
-        self._life = life
+        self._life, self._links = life, links
         self._requeues = requeues
         self._patience = settle_deadline * _PATIENCE if settle_deadline else _LONGEST_PATIENCE
         self._longest = max((delay for plan in plans for delay in plan.delays), default=0.0)
@@ -245,9 +248,7 @@ class Recoverer:
 
     def _publish_confirmed(self, message: Message, copy: Copy, target: str) -> bool:
         if self._publisher is None:
-            if self._life.links is None:
-                self._life.links = LinkPool()
-            self._publisher = copy_publisher_of(self._life.links, self._connection)
+            self._publisher = copy_publisher_of(self._links(), self._connection)
         return self._publisher.publish(
             self, copy, target, self._life.stop, self._patience, is_wanted=lambda: is_live(message)
         )

@@ -14,7 +14,7 @@ the consumer holds it, unsettled, until then. `recoverer` publishes the copies. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from greenconsume.failures.queue_names import check_dead_letter
 from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
 from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.pool import LinkPool
 
 #: The longest delay that RabbitMQ takes, in seconds: 2**32 - 1 ms, not quite 50 days.
 MAX_DELAY = 4294967.0
@@ -130,12 +131,13 @@ def prepared(handling: Any, connection: Any, consumers: list[Any]) -> Iterator[N
 def recoverer_of(
     policy: FailurePolicy,
     life: Lifecycle,
+    links: Callable[[], LinkPool],
     requeues: DelayedRequeues,
     settle_deadline: float | None,
 ) -> Recoverer:
     """Return what the policies of a consumer need to publish the copies of failed messages."""
     plans = [each for each in each_policy(policy) if isinstance(each, Retry)]
-    return Recoverer(plans, life, requeues, settle_deadline)
+    return Recoverer(plans, life, links, requeues, settle_deadline)
 
 
 def _require_exceptions(name: str, value: Any) -> None:

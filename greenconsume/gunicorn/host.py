@@ -20,7 +20,7 @@ from greenconsume.cli.loading import runtime_of
 from greenconsume.errors import GreenconsumeError
 from greenconsume.gunicorn.ending import Ending, is_gevent
 from greenconsume.gunicorn.turns import Turns
-from greenconsume.handling.boundary import note_hang
+from greenconsume.handling.jobs import note_hang
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.patching import patch_all, require_patched
 from greenconsume.runtime.runtime import Runtime

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import gevent
@@ -19,11 +19,14 @@ import gevent
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import PrefetchTooSmall, emit
 from greenconsume.failures.requeues import is_live, is_settleable
-from greenconsume.handling.boundary import Handling, decode
+from greenconsume.handling.boundary import Handling
+from greenconsume.handling.decoding import decode
+from greenconsume.handling.jobs import ALONE, Job
+from greenconsume.handling.kill_switch import Switch
 from greenconsume.handling.options import MAX_PREFETCH
-from greenconsume.handling.pool import Job
 from greenconsume.handling.settings import Settings
 from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.pool import LinkPool
 
 
 class Batch(Sequence[tuple[Any, Any]]):
@@ -97,8 +100,15 @@ class Batching(Handling):
     job by itself, which calls `on_decode_error`. A kill switch takes a batch for one message.
     """
 
-    def __init__(self, life: Lifecycle, settings: Settings) -> None:
-        super().__init__(life, settings)
+    def __init__(
+        self,
+        life: Lifecycle,
+        settings: Settings,
+        switch: Switch | None = None,
+        owned: bool = False,
+        links: Callable[[], LinkPool] = LinkPool,
+    ) -> None:
+        super().__init__(life, settings, switch, owned, links)
         assert settings.batch_size is not None
         self._size = settings.batch_size
         self._open: dict[Any, _Gathering] = {}  # by kombu consumer: what takes its next message
@@ -129,7 +139,7 @@ class Batching(Handling):
             self._hand_over(job)
 
     def _begin(self, consumer: Any) -> _Gathering:
-        job = self._open[consumer] = _Gathering(consumer)
+        job = self._open[consumer] = _Gathering(consumer, self._life.name)
         self._unstarted[job] = None
         job.timer = gevent.get_hub().loop.timer(self.settings.batch_timeout)
         job.timer.start(self._time_is_up, job)
@@ -240,9 +250,9 @@ class _Gathering(Job):
 
     __slots__ = ("handed_over", "pairs", "timer", "waiter")
 
-    def __init__(self, consumer: Any) -> None:
+    def __init__(self, consumer: Any, owner: str) -> None:
         batch = Batch()
-        super().__init__(batch, consumer)
+        super().__init__(batch, consumer, ALONE, owner)
         self.pairs = batch._pairs
         self.timer: Any = None
         self.waiter: Any = None

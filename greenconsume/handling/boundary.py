@@ -10,63 +10,28 @@ consumer's context variables. Called by `mixins`; `draining` ends what runs here
 
 from __future__ import annotations
 
-import json
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from json.scanner import make_scanner
 from time import monotonic
-from types import FrameType
 from typing import Any
 
 import gevent
 from gevent import GreenletExit
 from gevent.event import Event
-from kombu import serialization
-from kombu.utils import json as kombu_json
 
 from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
-from greenconsume.events import HandlerFailed, HandlerInterrupted, PrefetchTooSmall, emit
+from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
 from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
 from greenconsume.failures.retry import recoverer_of
+from greenconsume.handling.alarm import Alarm
+from greenconsume.handling.decoding import decode
+from greenconsume.handling.jobs import ALONE, Job
+from greenconsume.handling.kill_switch import Switch
 from greenconsume.handling.options import MAX_PREFETCH
-from greenconsume.handling.pool import ALONE, HandlerPool, Job
+from greenconsume.handling.pool import HandlerPool
 from greenconsume.handling.settings import Settings
 from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import FORK
-
-#: Seconds between two attempts to kill a handler that goes on, where `cancel_timeout` says less.
-_PATIENCE = 1.0
-#: What `json.loads` calls in the end; without white space around, nothing else is left of it.
-_scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
-
-
-def decode(message: Any) -> Any:
-    """Return the decoded body, as `message.decode()` does, sooner for plain JSON.
-
-    kombu builds a decoder for each message, and calls a Python function for each object in it, to bring
-    back types that it marks with "__type__". A text without that mark, nor an escape that could
-    hide it, needs neither.
-    """
-    body = message.body
-    if (
-        message.content_type != "application/json"
-        or type(body) is not str
-        or not body
-        or "__type__" in body
-        or "\\" in body
-        or (message.accept is not None and "application/json" not in message.accept)
-        or serialization.registry._decoders.get("application/json") is not kombu_json.loads
-        or "application/json" in serialization.registry._disabled_content_types
-    ):
-        return message.decode()
-    try:
-        decoded, end = _scan(body, 0)
-    except (ValueError, StopIteration, RecursionError):
-        return message.decode()  # which says what is wrong with it in kombu's words
-    if end != len(body):
-        return message.decode()
-    message._decoded_cache = decoded
-    return decoded
 
 
 class Handler:
@@ -101,10 +66,12 @@ class Handling:
     """One consumer's handlers: where they run, and what becomes of their messages.
 
     Args:
-        life: The consumer's lifecycle. In a greenlet that is not greenconsume's own (`owned`), what is no
-            `Exception` (a kill, a `gevent.Timeout`, `SystemExit`) may be meant for somebody else's
-            code, and passes.
+        life: The consumer's lifecycle.
         settings: How they run.
+        switch: The consumer's kill switch, which is told how each message fared.
+        owned: They run in a greenlet of greenconsume's own. In another's, what is no `Exception` (a kill, a
+            `gevent.Timeout`, `SystemExit`) may be meant for somebody else's code, and passes.
+        links: Returns the links that copies of failed messages are published over.
 
     Attributes:
         pool: Where they run; None: inline.
@@ -116,16 +83,23 @@ class Handling:
         tally: What becomes of its messages, in all its lives.
     """
 
-    def __init__(self, life: Lifecycle, settings: Settings) -> None:
+    def __init__(
+        self,
+        life: Lifecycle,
+        settings: Settings,
+        switch: Switch | None = None,
+        owned: bool = False,
+        links: Callable[[], LinkPool] = LinkPool,
+    ) -> None:
         self.settings = settings
         self.requeues = DelayedRequeues()
         self.given_back = self.cancelled = 0
         self.tally = life.tally
         self.pool: HandlerPool | None = None
         self.recoverer = recoverer_of(
-            settings.on_error, life, self.requeues, settings.settle_deadline
+            settings.on_error, life, links, self.requeues, settings.settle_deadline
         )
-        self._life = life
+        self._life, self._switch, self._owned = life, switch, owned
         self._inline: set[Job] = set()
         if settings.concurrency is None:
             self.idle = Event()
@@ -141,7 +115,7 @@ class Handling:
     def submit(self, consumer: Any, message: Any) -> None:
         """Handle `message` in the pool; one that the stop overtakes is given back."""
         assert self.pool is not None
-        job = Job(message, consumer)
+        job = Job(message, consumer, ALONE, self._life.name)
         if self.settings.partition is not None:
             try:
                 key = self.settings.partition(message)
@@ -162,7 +136,7 @@ class Handling:
         if self._life.leave.is_set() and self._is_unsettled(message):
             self.give_back(message)
             return
-        job = Job(message, consumer)
+        job = Job(message, consumer, ALONE, self._life.name)
         self._inline.add(job)
         self.idle.clear()
         try:
@@ -208,15 +182,15 @@ class Handling:
             if self.settings.handler_timeout is None:
                 self._receive(job.consumer, job.message)
             else:
-                with _Alarm(self, job, self.settings.handler_timeout):
+                with Alarm(job, self.settings.handler_timeout, self.settings.cancel_timeout):
                     self._receive(job.consumer, job.message)
             if job.interrupted is not None and self._is_unsettled(job.message):
                 raise job.interrupted  # it was swallowed, and the work is not done
             if self.settings.auto_settle and self._is_unsettled(job.message):
                 job.message.ack()
             self.tally.ok += 1
-            if self._life.switch is not None:
-                self._life.switch.note(failed=False)
+            if self._switch is not None:
+                self._switch.note(failed=False)
         except BaseException as exc:  # the boundary: what the user's code raises ends here
             job.shields += 1  # what follows is not the handler's any more
             if not self._ends_here(job, exc):
@@ -277,7 +251,7 @@ class Handling:
             return True  # a forked child that exits, in a copy of the handler
         if job.killed or job.interrupted is not None or job not in self._inline:
             return False
-        return not self._life.owned or getattr(gevent.getcurrent(), "killed", False)
+        return not self._owned or getattr(gevent.getcurrent(), "killed", False)
 
     def _is_cancelled(self, job: Job, exc: BaseException) -> bool:
         # Whatever a handler makes of its Shutdown: it has not failed by itself.
@@ -292,8 +266,8 @@ class Handling:
         routing_key = str(message.delivery_info.get("routing_key", ""))
         count = len(message) if isinstance(message, Sequence) else 1
         emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome, count))
-        if self._life.switch is not None:
-            self._life.switch.note(failed=True)
+        if self._switch is not None:
+            self._switch.note(failed=True)
 
     def _outcome_of(self, message: Any, exc: BaseException) -> str:
         """Have a failed message meet the policy, and return in words what became of it."""
@@ -343,16 +317,6 @@ class Handling:
         """Return the jobs that run now."""
         return [*self._inline, *(self.pool.jobs if self.pool is not None else ())]
 
-    def interrupt(self, job: Job, interrupt: Interrupt, reason: str) -> None:
-        """Raise `interrupt` in a running handler. Never switches."""
-        emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, False))
-        job.interrupt(interrupt)
-
-    def kill(self, job: Job, reason: str, by_force: bool) -> None:
-        """Kill a handler that did not end, and no more than it: see `Job.kill`. Never switches."""
-        emit(HandlerInterrupted(self._life.name, job.message.delivery_tag, reason, True))
-        job.kill(by_force)
-
     def retire(self) -> None:
         """Let go of what waits and of idle greenlets: the channel closes. Never switches.
 
@@ -363,66 +327,3 @@ class Handling:
             pass  # forgotten
         if self.pool is not None:
             self.pool.close()
-
-
-def handler_in(frame: FrameType | None) -> tuple[str, Any]:
-    """Return the consumer and the delivery tag whose handler a stack of frames runs, or ("", None)."""
-    found = _work_in(frame)
-    if found is None:
-        return "", None
-    return found.f_locals["self"]._life.name, found.f_locals["job"].message.delivery_tag
-
-
-def note_hang(frame: FrameType | None, seconds: float) -> None:
-    """Have the handler that a stack of frames runs, if it does, fail with `HandlerHung` when it is ended.
-
-    Args:
-        frame: The innermost one, as a signal handler finds it.
-        seconds: For how long everything has waited at the least.
-
-    Switches: never. From a signal handler.
-    """
-    found = _work_in(frame)
-    if found is not None:
-        name, tag = handler_in(found)
-        stack = "".join(traceback.format_stack(frame)).rstrip()
-        found.f_locals["job"].interrupted = HandlerHung(name, tag, seconds, stack)
-
-
-def _work_in(frame: FrameType | None) -> FrameType | None:
-    while frame is not None and frame.f_code is not Handling._work.__code__:
-        frame = frame.f_back
-    return frame
-
-
-class _Alarm:
-    """Interrupts one handler at its `handler_timeout`, and kills it where it goes on all the same."""
-
-    __slots__ = ("_handling", "_job", "_seconds", "_timer")
-
-    def __init__(self, handling: Handling, job: Job, seconds: float) -> None:
-        self._handling, self._job, self._seconds = handling, job, seconds
-
-    def __enter__(self) -> None:
-        self._start(self._seconds, self._time_out)
-
-    def __exit__(self, *_exc: object) -> None:
-        self._timer.stop()
-        self._timer.close()
-
-    def _start(self, seconds: float, action: Callable[[], None]) -> None:
-        self._timer = gevent.get_hub().loop.timer(seconds)
-        self._timer.start(action)
-
-    def _again(self, seconds: float, action: Callable[[], None]) -> None:
-        self.__exit__()
-        self._start(seconds, action)
-
-    def _time_out(self) -> None:
-        reason = f"handler_timeout of {self._seconds:g} s is over"
-        self._again(self._handling.settings.cancel_timeout, self._kill)
-        self._handling.interrupt(self._job, HandlerTimeout(self._seconds), reason)
-
-    def _kill(self) -> None:
-        self._again(max(self._handling.settings.cancel_timeout, _PATIENCE), self._kill)
-        self._handling.kill(self._job, "it goes on after its handler_timeout", by_force=False)

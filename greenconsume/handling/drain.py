@@ -33,10 +33,8 @@ from gevent import GreenletExit
 from greenconsume.errors import Shutdown
 from greenconsume.events import ConsumerDrained, ConsumerState, HandlerInterrupted, Outcome, emit
 from greenconsume.handling import unsettled_watch
-from greenconsume.handling.batches import Batching
 from greenconsume.handling.boundary import Handling
-from greenconsume.handling.settings import settings_of
-from greenconsume.lifecycle import Lifecycle, lifecycle_of
+from greenconsume.lifecycle import Lifecycle
 from greenconsume.stopping import Deadline, StopSignal, wait_open
 
 #: Seconds that killed handlers have to end.
@@ -57,7 +55,7 @@ class Drain:
     """
 
     def __init__(self, life: Lifecycle, handling: Handling) -> None:
-        self.handling = handling
+        self._handling = handling
         self.finished = self.killed = 0
         self.told = False
         self._life = life
@@ -88,7 +86,7 @@ class Drain:
             # An idle `timeout` is an OSError, too, but there the link is well.
             if not isinstance(exc, broker_errors) or isinstance(exc, socket.timeout):
                 self.end(orderly=isinstance(exc, socket.timeout))
-            elif session is not None and session.connected and self.handling.holds_live:
+            elif session is not None and session.connected and self._handling.holds_live:
                 self.end()  # one queue, or one channel of several, is gone: what runs is still ours
             raise
         else:
@@ -98,12 +96,11 @@ class Drain:
 
     def _begin(self, session: Any) -> None:
         self._climbed = False
-        self._life.session = session
-        if self.handling.pool is not None:
-            self.handling.pool.open()
+        if self._handling.pool is not None:
+            self._handling.pool.open()
         if session is not None:
             self._life.leave.link(session.announce_stop)
-            deadline = self.handling.settings.settle_deadline
+            deadline = self._handling.settings.settle_deadline
             if deadline is not None:
                 unsettled_watch.watch(session, self._life.name, deadline)
         self._life.stop.link(self._on_stop)
@@ -111,7 +108,7 @@ class Drain:
     def _on_stop(self) -> None:
         # In the hub. An idle consumer, one of thousands, needs no greenlet to be drained.
         self._life.enter(ConsumerState.DRAINING)
-        if self._climber is None and self.handling.busy:
+        if self._climber is None and self._handling.busy:
             self._climber = gevent.spawn(self._climb)
 
     def end(self, orderly: bool = False) -> None:
@@ -125,10 +122,10 @@ class Drain:
         try:
             self._orderly = orderly and not self._life.leave.is_set()
             if self._orderly:
-                self.handling.complete()
+                self._handling.complete()
             if self._life.stop.is_set():
                 self._life.enter(ConsumerState.DRAINING)
-            if self._climber is None and self.handling.busy:
+            if self._climber is None and self._handling.busy:
                 self._climber = gevent.spawn(self._climb)
             if self._climber is not None:
                 self._climber.join()
@@ -147,7 +144,7 @@ class Drain:
         if self.told:
             return
         began = monotonic()
-        if self.handling.busy and not self._climbed:
+        if self._handling.busy and not self._climbed:
             self.end()
         self.told = True
         found, seconds = self.outcome, monotonic() - began
@@ -158,31 +155,30 @@ class Drain:
     @property
     def outcome(self) -> Outcome:
         """What has become of the messages in hand, so far."""
-        handling = self.handling
+        handling = self._handling
         return Outcome(self.finished, handling.given_back, handling.cancelled, self.killed)
 
     def abandon(self) -> None:
         """The consumer was killed: its handlers are, too; their messages are left to the broker."""
-        self.handling.retire()
-        for job in self.handling.running():
+        self._handling.retire()
+        for job in self._handling.running():
             if not job.killed and job.greenlet is not gevent.getcurrent():
                 self.killed += 1
-                self.handling.kill(job, "its consumer was killed", by_force=True)
+                job.kill("its consumer was killed", by_force=True)
 
     def _retire(self, session: Any) -> None:
-        self._life.session = None
         self._life.stop.unlink(self._on_stop)
         if session is not None:
             unsettled_watch.unwatch(session)
             self._life.leave.unlink(session.announce_stop)
-            self.handling.given_back += session.given_back_count
+            self._handling.given_back += session.given_back_count
             self._life.tally.given_back += session.given_back_count
-        self.handling.retire()
+        self._handling.retire()
 
     # -- the ladder -------------------------------------------------------------------------------
 
     def _climb(self) -> None:
-        handling, settings, rungs = self.handling, self.handling.settings, self._life.rungs
+        handling, settings, rungs = self._handling, self._handling.settings, self._life.rungs
         started = sum(job.greenlet is not None for job in handling.running())
         before = handling.cancelled + self.killed
         if not self._orderly:
@@ -201,64 +197,26 @@ class Drain:
         self._climbed = True  # who goes on all the same is not waited for again
 
     def _give_back(self) -> None:
-        for job in self.handling.unstarted():
+        for job in self._handling.unstarted():
             try:
-                self.handling.give_back(job.message)
+                self._handling.give_back(job.message)
             except Exception:  # the broker's: it has the message back when the channel closes
                 pass
 
     def _ended(self, seconds: float, hurry: StopSignal | None) -> bool:
         """Wait until no handler runs, for `seconds` or until it is hurried; return whether none does."""
-        return not self.handling.busy or wait_open(self.handling.idle, Deadline(seconds), hurry)
+        return not self._handling.busy or wait_open(self._handling.idle, Deadline(seconds), hurry)
 
     def _cancel(self, why: str) -> None:
-        for job in self.handling.running():
-            self.handling.interrupt(job, Shutdown(why), why)
+        for job in self._handling.running():
+            job.interrupt(Shutdown(why), why)
         gevent.sleep(0)  # most end at once, also where they are left no time to
 
     def _kill(self, why: str) -> None:
-        for job in self.handling.running():
+        for job in self._handling.running():
             self.killed += 1
-            self.handling.kill(job, why, by_force=True)
+            job.kill(why, by_force=True)
         if not self._ended(_LAST, None):
-            for job in self.handling.running():
+            for job in self._handling.running():
                 tag, reason = job.message.delivery_tag, "it goes on although it was killed"
                 emit(HandlerInterrupted(self._life.name, tag, reason, True))
-
-
-def drain_of(consumer: Any) -> Drain:
-    """Return the drain of a consumer that connects, and with it its handlers.
-
-    Handlers that a lost link left running count towards the concurrency of the next, and so keep theirs.
-
-    Raises:
-        InvalidConsumerError: The consumer's settings make no sense.
-    """
-    life = lifecycle_of(consumer)
-    if life.drain is None or life.drain.told or not life.drain.handling.busy:
-        settings = settings_of(consumer)
-        kind = Handling if settings.batch_size is None else Batching
-        life.drain = Drain(life, kind(life, settings))
-    drain: Drain = life.drain
-    return drain
-
-
-@contextmanager
-def seen_off(consumer: Any) -> Iterator[None]:
-    """Around a consumer's run: handlers that a lost link left running are seen to their end, too.
-
-    Switches: at its end, if a handler runs.
-    """
-    life = lifecycle_of(consumer)
-    try:
-        yield
-    except GreenletExit:
-        if life.drain is not None:
-            life.drain.abandon()
-        raise
-    except BaseException:  # whatever ended the run, it goes on when the handlers have ended
-        if life.drain is not None:
-            life.drain.finish()
-        raise
-    if life.drain is not None:
-        life.drain.finish()

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
 from greenconsume.lifecycle import Lifecycle
-from greenconsume.stopping import Deadline, StopSignal
+from greenconsume.links.polled_stop import ASK_INTERVAL
+from greenconsume.stopping import Deadline, StopCheck, StopSignal
 
 #: The share of a pause by which it is longer by chance, so that a fleet does not try in step.
 _JITTER = 0.1
-#: Seconds between two looks whether a consumer stops that is not woken for it.
-_TICK = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +90,12 @@ class Switch:
         self._outcome: bool | None = None
         self._since = 0.0
         life.stop.link(self.leave.set)
+        life.leave_by(self.leave)
 
     def close(self) -> None:
         """The consumer has ended. Never switches."""
         self._life.stop.unlink(self.leave.set)
+        self._life.leave_by(None)
 
     def note(self, failed: bool) -> None:
         """Take note of how a message fared. Never switches."""
@@ -141,18 +140,18 @@ class Switch:
         """How many messages are to be consumed now; None: all."""
         return 1 if self.half_open else None
 
-    def wait_out(self, stopping: Callable[[], bool]) -> None:
+    def wait_out(self, stopping: StopCheck) -> None:
         """The consumer has left its loop: wait, if the switch has tripped, until it is to come back.
 
         Args:
-            stopping: Tells whether the consumer stops; looked at now and then if the signal does not say it.
+            stopping: Tells whether the consumer stops; asked now and then where no signal says it.
 
         Switches: yes, if the switch has tripped.
         """
         deadline, stop = Deadline(self.pause()), self._life.stop
-        while not (deadline.remaining is None or deadline.expired or stopping()):
+        while not (deadline.remaining is None or deadline.expired or stopping.is_set()):
             seconds = deadline.remaining
-            stop.wait(seconds if stopping == stop.is_set else min(_TICK, seconds))
+            stop.wait(seconds if stopping.signalled else min(ASK_INTERVAL, seconds))
         self.resume()
 
     def _reset(self) -> None:
@@ -170,30 +169,11 @@ class NoSwitch:
 
     limit = None
 
-    def wait_out(self, stopping: Callable[[], bool]) -> None:
+    def wait_out(self, stopping: StopCheck) -> None:
         """Do nothing."""
-
-
-@contextmanager
-def switched(life: Lifecycle, settings: KillSwitch | None) -> Iterator[Switch | NoSwitch]:
-    """Give a consumer its switch while it runs, if it is to have one."""
-    if settings is None:
-        yield NoSwitch()
-        return
-    life.switch = switch = Switch(settings, life)
-    try:
-        yield switch
-    finally:
-        life.switch = None
-        switch.close()
 
 
 def fit_switch(consumer: Any, switch: Switch | None) -> None:
     """Have the broker send a `kombu.Consumer` one message, if it is to consume no more."""
     if switch is not None and switch.half_open:
         consumer.qos(prefetch_count=1)
-
-
-def leaving(stopping: Callable[[], bool], switch: Switch | None) -> Callable[[], bool]:
-    """Return what tells whether a consumer leaves its loop: it stops, or its switch has tripped."""
-    return stopping if switch is None else lambda: stopping() or switch.leave.is_set()

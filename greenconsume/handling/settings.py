@@ -15,8 +15,7 @@ from greenconsume.failures.policies import ByError, FailurePolicy
 from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.options import APART, OPTIONS, ConsumerOptions, options_of
-from greenconsume.handling.pool import Slots
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.handling.slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +73,6 @@ def resolve(
     said["on_error"] = _policy(levels)
     said["settle_deadline"] = said["settle_deadline"] or None
     return Settings(partition=_partition(by, consumer), slots=slots, **said)
-
-
-def settings_of(consumer: Any) -> Settings:
-    """Return the settings of a consumer, by its own options and by what its lifecycle says of those around.
-
-    Raises:
-        InvalidConsumerError: What was said does not go together.
-    """
-    life = lifecycle_of(consumer)
-    return resolve(life.name, consumer, life.around, life.slots)
 
 
 def _first(levels: Sequence[ConsumerOptions], option: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from gevent.lock import RLock
 
 from greenconsume.events import StaleSettle, emit
-from greenconsume.handling.pool import shielded
+from greenconsume.handling.jobs import shielded
 
 _SETTLES = ("basic_ack", "basic_reject")
 _CALLS = (

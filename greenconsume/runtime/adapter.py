@@ -1,6 +1,6 @@
 """Owns how a plain `kombu.mixins` consumer becomes one of ours: its class is replaced, in place.
 
-Called by `greenlets` for everything that is spawned. A class of ours passes unchanged.
+Called by `greenlet` for everything that is spawned. A class of ours passes unchanged.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from typing import Any
 
 from kombu import mixins as kombu_mixins
 
+from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.errors import InvalidConsumerError
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
+
+_adapted_classes: dict[type, type] = {}
 
 
 def adapt(consumer: object) -> Any:
@@ -22,7 +24,7 @@ def adapt(consumer: object) -> Any:
     Raises:
         InvalidConsumerError: It is no consumer.
     """
-    if isinstance(consumer, (ConsumerMixin, _Consumer)):
+    if isinstance(consumer, ConsumerMixin):
         return consumer
     if not callable(getattr(consumer, "get_consumers", None)) or not callable(
         getattr(consumer, "run", None)
@@ -38,26 +40,13 @@ def adapt(consumer: object) -> Any:
     return consumer
 
 
-def _in_place_of(theirs: type, ours: type) -> type:
-    """Return a subclass of kombu's mixin with all that ours has.
-
-    As a further base of the user's class it comes after it and before kombu's, also for `super()`.
-    """
-    skipped = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"}
-    names = {name: value for name, value in vars(ours).items() if name not in skipped}
-    return type(ours.__name__, (theirs,), names)
-
-
-_Consumer = _in_place_of(kombu_mixins.ConsumerMixin, ConsumerMixin)
-_ConsumerProducer = _in_place_of(kombu_mixins.ConsumerProducerMixin, ConsumerProducerMixin)
-
-_adapted_classes: dict[type, type] = {}
-
-
 def _adapted(cls: type) -> type:
-    """Return a subclass of `cls` that takes from us what `cls` takes from kombu."""
+    """Return a subclass of `cls` that takes from us what `cls` takes from kombu.
+
+    Ours is a subclass of kombu's, and so comes before it and after `cls`, also for `super()`.
+    """
     if cls not in _adapted_classes:
         produces = issubclass(cls, kombu_mixins.ConsumerProducerMixin)
-        ours = (_ConsumerProducer, _Consumer) if produces else (_Consumer,)
-        _adapted_classes[cls] = type(cls.__name__, (cls, *ours), {"__module__": cls.__module__})
+        ours = ConsumerProducerMixin if produces else ConsumerMixin
+        _adapted_classes[cls] = type(cls.__name__, (cls, ours), {"__module__": cls.__module__})
     return _adapted_classes[cls]

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.events import ConsumerState
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import lifecycle_of
-from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.tally import Tally
@@ -94,7 +93,7 @@ class Child:
         self.given_up = self.ended = False
         self._restarts.clear()
 
-    def make(self, links: LinkPool) -> ConsumerGreenlet:
+    def make(self) -> ConsumerGreenlet:
         """Make the consumer, or take the same instance again, and a greenlet for it: not started.
 
         Raises:
@@ -107,7 +106,7 @@ class Child:
         context = self._context.copy()
         consumer = context.run(self._make)
         greenlet = ConsumerGreenlet(consumer, context)
-        self._prepare(greenlet, links)
+        self._prepare(greenlet)
         self.consumer, self.greenlet, self.error = greenlet.consumer, greenlet, None
         return greenlet
 
@@ -146,10 +145,10 @@ class Child:
         self.restart_count += 1
         return policy.delay(len(self._restarts))
 
-    def _prepare(self, greenlet: ConsumerGreenlet, links: LinkPool) -> None:
+    def _prepare(self, greenlet: ConsumerGreenlet) -> None:
         lifecycle = lifecycle_of(greenlet.consumer)
         lifecycle.name = greenlet.name = self.name
-        lifecycle.links, lifecycle.tally = links, self.tally
+        lifecycle.tally = self.tally
         greenlet.supervised = True
         if self._asked and greenlet.consumer is self.consumer:
             self._revive()

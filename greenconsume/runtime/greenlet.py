@@ -15,10 +15,11 @@ from gevent import GreenletExit
 from gevent.event import Event
 
 import greenconsume.logs  # noqa: F401  # for its hook: a consumer's errors belong in the log
+from greenconsume.consuming.engine import engine_of
 from greenconsume.errors import AlreadyRunningError
 from greenconsume.events import ConsumerGivenUp, ConsumerState, emit
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import Lifecycle, lifecycle_of
+from greenconsume.lifecycle import Lifecycle
 from greenconsume.mixins import request_stop
 from greenconsume.patching import require_patched
 from greenconsume.runtime.adapter import adapt
@@ -43,7 +44,7 @@ def spawn(consumer: object, options: ConsumerOptions | None = None) -> ConsumerG
     Switches: never. From any greenlet.
     """
     greenlet = ConsumerGreenlet(consumer)
-    lifecycle_of(greenlet.consumer).around = () if options is None else (options,)
+    engine_of(greenlet.consumer).surround(options)
     greenlet.start()
     return greenlet
 
@@ -67,11 +68,12 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         # Now, as the caller may use the same `Connection`: it keeps the transport that it first finds.
         registry.register()
         adapted = adapt(consumer)
-        lifecycle = lifecycle_of(adapted)
-        if lifecycle.owned:
+        engine = engine_of(adapted)
+        lifecycle = engine.life
+        if engine.owned:
             raise AlreadyRunningError(f"consumer {lifecycle.name} has a greenlet already")
         super().__init__()
-        lifecycle.owned = True
+        engine.owned = True
         self.consumer = adapted
         self.supervised = False
         self.name = lifecycle.name
@@ -220,7 +222,8 @@ class Readiness:
 
 def _release(greenlet: ConsumerGreenlet) -> None:
     """Let the consumer be spawned again; runs in the hub however the greenlet ended."""
-    lifecycle = lifecycle_of(greenlet.consumer)
-    lifecycle.owned = False
+    engine = engine_of(greenlet.consumer)
+    engine.owned = False
+    lifecycle = engine.life
     if lifecycle.state not in _ENDED:  # killed before it began
         lifecycle.enter(ConsumerState.STOPPED)

@@ -19,7 +19,7 @@ import gevent
 from gevent import monkey
 
 from greenconsume.events import HubBlocked, emit
-from greenconsume.handling.boundary import handler_in
+from greenconsume.handling.jobs import job_on
 
 
 class BlockWatch:
@@ -61,7 +61,8 @@ class BlockWatch:
 
     def _tell(self, seconds: float) -> None:
         frame = sys._current_frames().get(self._thread)
-        consumer, tag = handler_in(frame)
+        job = job_on(self._thread)
+        consumer, tag = (job.owner, job.message.delivery_tag) if job is not None else ("", None)
         stack = "".join(traceback.format_stack(frame)).rstrip() if frame is not None else ""
         emit(HubBlocked(consumer, tag, seconds, stack))
 

@@ -11,8 +11,8 @@ from time import monotonic
 from typing import Any
 
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, RunningHandler
+from greenconsume.consuming.engine import Engine, engine_of
 from greenconsume.events import ConsumerState
-from greenconsume.lifecycle import Lifecycle, lifecycle_of
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.pool import LinkPool
 from greenconsume.logs import redact
@@ -28,9 +28,9 @@ _UNKNOWN = float("inf")
 def status_of(child: Child, now: float) -> ConsumerStatus:
     """Return how a consumer fares."""
     tally = child.tally
-    life = lifecycle_of(child.consumer) if child.consumer is not None else None
+    engine = engine_of(child.consumer) if child.consumer is not None else None
     minute = tally.timings.last_minute(now) if tally.timings is not None else None
-    known: dict[str, Any] = _work_of(life, now) if life is not None else {}
+    known: dict[str, Any] = _work_of(engine, now) if engine is not None else {}
     if minute is not None:
         known.update(rate=minute.rate, p50=minute.quantile(0.5), p99=minute.quantile(0.99))
     return ConsumerStatus(
@@ -55,7 +55,8 @@ def handlers_of(child: Child, now: float) -> tuple[RunningHandler, ...]:
     """Return all handlers of a consumer that run, the oldest first."""
     if child.consumer is None:
         return ()
-    jobs = _jobs_of(lifecycle_of(child.consumer))
+    handling = engine_of(child.consumer).handling
+    jobs = handling.running() if handling is not None else []
     return tuple(_running(job, now) for job in sorted(jobs, key=_began))
 
 
@@ -80,24 +81,24 @@ def _link_of(dialer: Dialer, now: float) -> LinkStatus:
     )
 
 
-def _work_of(life: Lifecycle, now: float) -> dict[str, Any]:
+def _work_of(engine: Engine, now: float) -> dict[str, Any]:
     """Return what the handlers of a consumer that connects or consumes do, and what waits for them."""
-    drain = life.drain
-    known: dict[str, Any] = {"queues": life.queues}
-    if drain is None:
+    handling = engine.handling
+    known: dict[str, Any] = {"queues": engine.queues}
+    if handling is None:
         return known
-    settings, jobs = drain.handling.settings, drain.handling.running()
+    settings, jobs = handling.settings, handling.running()
     free = (settings.concurrency or 1) - len(jobs)
     if settings.slots is not None:
         free = min(free, settings.slots.free)
     known.update(
         concurrency=settings.concurrency,
         in_progress=len(jobs),
-        idle=max(0, free) if life.state is ConsumerState.CONSUMING else 0,
+        idle=max(0, free) if engine.life.state is ConsumerState.CONSUMING else 0,
         running=tuple(_running(job, now) for job in nsmallest(SHOWN_HANDLERS, jobs, key=_began)),
     )
-    if life.session is not None:
-        known.update(_inbox_of(life.session, now))
+    if engine.session is not None:
+        known.update(_inbox_of(engine.session, now))
     return known
 
 
@@ -112,10 +113,6 @@ def _inbox_of(session: Any, now: float) -> dict[str, Any]:
         "oldest_unsettled": None if oldest is None else now - oldest,
         "prefetch": max((each.prefetch_count for each in channels), default=0),
     }
-
-
-def _jobs_of(life: Lifecycle) -> list[Any]:
-    return life.drain.handling.running() if life.drain is not None else []
 
 
 def _began(job: Any) -> float:

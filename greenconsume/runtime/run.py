@@ -15,7 +15,7 @@ from greenconsume import hub
 from greenconsume.errors import RestartLimitError
 from greenconsume.events import DrainFinished, emit
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.pool import Slots
+from greenconsume.handling.slots import Slots
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.bound import DrainBound, hurried
 from greenconsume.runtime.child import Child

@@ -14,7 +14,7 @@ import kombu
 
 from greenconsume.errors import AlreadyRunningError, ForkedError, RestartLimitError
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.pool import Slots
+from greenconsume.handling.slots import Slots
 from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
 from greenconsume.runtime.bound import DrainBound

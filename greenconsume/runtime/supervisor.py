@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import count
 from time import monotonic
-from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from greenconsume.consuming.engine import Engine, engine_of
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
@@ -34,9 +34,7 @@ from greenconsume.events import (
     emit,
 )
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.pool import Slots
-from greenconsume.handling.settings import settings_of
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.handling.slots import Slots
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.greenlet import ConsumerGreenlet
@@ -203,9 +201,9 @@ class Supervisor:
                 self._rungs.kill,
             ),
         ):
-            longest = max(
-                [seconds, *(getattr(each.handling.settings, name) for each in self._drains)]
-            )
+            used = (each.handling for each in self._drained_engines)
+            own = [getattr(each.settings, name) for each in used if each is not None]
+            longest = max([seconds, *own])
             self._await_ended(Deadline(longest), hurry)
             if self._live:
                 why = hurry.reason or f"{name} of {longest:g} s is over"
@@ -215,14 +213,13 @@ class Supervisor:
     @property
     def outcome(self) -> Outcome:
         """The sum of what became of the messages that its consumers held when the drain began."""
-        return sum((each.outcome for each in self._drains), self._ended_before)
+        return sum((each.outcome for each in self._drained_engines), self._ended_before)
 
     @property
-    def _drains(self) -> list[Any]:
-        """The drains of the consumers that were stopped; one that has not connected has none."""
+    def _drained_engines(self) -> list[Engine]:
+        """The engines of the consumers that were stopped."""
         consumers = {id(child.consumer): child.consumer for child in self._drained}
-        found = (lifecycle_of(consumer).drain for consumer in consumers.values())
-        return [drain for drain in found if drain is not None]
+        return [engine_of(consumer) for consumer in consumers.values()]
 
     def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
@@ -238,16 +235,15 @@ class Supervisor:
             wait(self._wake, deadline, hurry)
 
     def _launch(self, child: Child) -> None:
-        greenlet = child.make(self._links)
-        lifecycle = lifecycle_of(greenlet.consumer)
-        lifecycle.rungs, lifecycle.slots = self._rungs, self._slots
-        levels = (child.options, self._options)
-        lifecycle.around = tuple(level for level in levels if level is not None)
-        lifecycle.on_enter = self.changed.set
+        greenlet = child.make()
+        engine = engine_of(greenlet.consumer)
+        engine.join_fleet(self._links, self._rungs, self._slots)
+        engine.surround(child.options, self._options)
+        engine.life.on_enter = self.changed.set
         try:  # now, for it would else be found out when it has connected
-            settings_of(greenlet.consumer)
+            engine.settings()
         except InvalidConsumerError:
-            lifecycle.owned = False  # by a greenlet that will not start
+            engine.owned = False  # by a greenlet that will not start
             raise
         if self.closed or child.retired:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
@@ -290,8 +286,7 @@ class Supervisor:
     def _end(self, child: Child, given_up: bool) -> None:
         child.ended, child.given_up = True, given_up
         if not self.closed and child.greenlet is not None:
-            drain = lifecycle_of(child.greenlet.consumer).drain
-            self._ended_before += drain.outcome if drain is not None else Outcome()
+            self._ended_before += engine_of(child.greenlet.consumer).outcome
         if given_up:
             if not (self.closed or self._stop.is_set()):
                 self.failed.append(child)

@@ -15,8 +15,8 @@ from gevent.pool import Group
 from kombu import Producer
 
 from greenconsume import ConsumerProducerMixin, Runtime, spawn
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.events import ConsumerRestarting, HandlerFailed, LinkDown, LinkUp
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.fault.consumers import (
@@ -157,7 +157,7 @@ def test_kills_at_random_moments_under_load_disturb_no_neighbour(
         consumer = Collector(connection_to(amqp_url), queue_name, handled, prefetch=5)
         consumer.work = lambda body: gevent.sleep(0) if body % 3 else None
         say(consumer, concurrency=concurrency)
-        lifecycle_of(consumer).links = pool
+        engine_of(consumer).links = pool
         return consumer
 
     sent, seconds = 0, []

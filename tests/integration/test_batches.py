@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -14,10 +15,10 @@ from gevent.event import Event
 from kombu import Connection, Queue
 
 from greenconsume import Batch, ConsumerMixin, HandlerTimeout, Reject, Requeue, Runtime, Shutdown
+from greenconsume.consuming.engine import engine_of
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkDown, StaleSettle
 from greenconsume.failures.retry import Retry
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import lifecycle_of
 from tests.brokers import RabbitMQ
 from tests.integration.consumers import SOON, consuming, green_connection, observed, pause_for
 from tests.messages import declare, publish, queue_depth
@@ -90,7 +91,7 @@ def put(url: str, queue: str, count: int) -> None:
 
 def gathered(consumer: Gatherer) -> int:
     """Return how many messages wait in batches that have not started."""
-    return int(lifecycle_of(consumer).drain.handling.gathered)
+    return int(engine_of(consumer).handling.gathered)
 
 
 def settled(broker: RabbitMQ, url: str, queue: str) -> Callable[[], bool]:
@@ -166,7 +167,7 @@ def test_a_batch_takes_one_of_a_runtimes_places(rabbitmq, amqp_url, queue_name):
     most: list[int] = []
 
     class Counted(Gatherer):
-        options = ConsumerOptions(batch_timeout=0.02)
+        options = replace(Gatherer.options, batch_timeout=0.02)
 
         def on_batch(self, batch: Batch) -> None:
             inside.add(self.queue.name)

@@ -15,9 +15,9 @@ from gevent.event import Event
 from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, Reject, Runtime, Shutdown
+from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.events import ConsumerDrained, ConsumerState, DrainFinished, HandlerFailed
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import lifecycle_of
 from tests.integration.consumers import SOON, Recorder, consuming, observed
 from tests.messages import channel, declare, publish, queue_depth
 from tests.options import say

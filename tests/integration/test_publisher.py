@@ -17,6 +17,7 @@ from gevent.event import Event
 from kombu import Connection, Exchange, Producer, Queue
 
 from greenconsume import Publisher
+from greenconsume.consuming.engine import engine_of
 from greenconsume.errors import (
     BlockedError,
     NackedError,
@@ -26,7 +27,6 @@ from greenconsume.errors import (
     UnconfirmedError,
 )
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links.pool import LinkPool
 from tests.brokers import client_tls
 from tests.integration.consumers import (
@@ -363,7 +363,7 @@ def test_a_consumers_handler_publishes_over_the_pools_other_link(rabbitmq, amqp_
             Recorder(amqp_url, f"{queue_name}-{n}", lambda body, _: publish(body)) for n in (0, 1)
         ]
         for recorder in recorders:
-            lifecycle_of(recorder).links = pool
+            engine_of(recorder).links = pool
         with consuming(*recorders):
             for n in range(40):
                 publisher.publish(n, f"{queue_name}-{n % 2}")

@@ -8,8 +8,8 @@ from typing import Any
 
 import gevent
 
+from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.events import ConsumerState, Event, subscribe
-from greenconsume.lifecycle import lifecycle_of
 
 
 class Idle:

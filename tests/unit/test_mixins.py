@@ -20,11 +20,11 @@ from kombu.exceptions import OperationalError
 from kombu.utils.limits import TokenBucket
 
 import greenconsume.mixins
+from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerChanged, ConsumerState, HandlerFailed, LinkUp
 from greenconsume.failures.policies import Requeue
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.links import polled_stop
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin, request_stop
 from greenconsume.runtime.adapter import adapt
@@ -114,8 +114,9 @@ def members(cls):
 def own_and_inherited(name):
     ours = getattr(greenconsume.mixins, name)
     found = {}
-    for cls in reversed(ours.__mro__[:-1]):
-        found.update(members(cls))
+    for cls in reversed(ours.__mro__):
+        if cls.__module__ == greenconsume.mixins.__name__:  # what it has from kombu's is not ours
+            found.update(members(cls))
     return found
 
 

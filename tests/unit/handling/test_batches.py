@@ -20,6 +20,7 @@ from kombu.exceptions import DecodeError
 from kombu.utils.limits import TokenBucket
 
 from greenconsume import Batch, ConsumerMixin, Reject, Requeue, spawn
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, Shutdown
 from greenconsume.events import (
     ConsumerDrained,
@@ -35,10 +36,9 @@ from greenconsume.handling.batches import Batching
 from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.settings import settings_of
-from greenconsume.lifecycle import Lifecycle, lifecycle_of
+from greenconsume.lifecycle import Lifecycle
 from greenconsume.transports import registry
-from tests.options import say
+from tests.options import say, settings_of
 from tests.unit.fakes import of_type, recording
 from tests.waiting import wait_until
 
@@ -774,7 +774,7 @@ def test_a_stopped_consumer_leaves_no_timer_behind(put):
         wait_until(lambda: consumer_depth(consumer) == 0)
         greenlet.stop()
         assert greenlet.join(30)
-        return weakref.ref(lifecycle_of(consumer).drain.handling)
+        return weakref.ref(engine_of(consumer).handling)
 
     handling = stopped()
     wait_until(lambda: gc.collect() >= 0 and handling() is None)
@@ -928,7 +928,7 @@ def test_a_lost_link_forgets_what_was_gathered_and_the_next_one_begins_anew(peer
     started(consumer)
     deliver = deliverer(peer)
     deliver(1, "old")
-    wait_until(lambda: lifecycle_of(consumer).drain.handling.gathered == 1)
+    wait_until(lambda: engine_of(consumer).handling.gathered == 1)
     peer.hang_up()
     deliver = deliverer(peer, count=2)
     for tag in range(1, 4):
@@ -961,4 +961,4 @@ def test_a_batch_whose_link_is_lost_while_it_waits_for_a_place_is_not_started(
         consumer.wait_for(["runs"] * 3, ["comes again"])
     assert peer.wait_for("basic.ack").args == [1, False]
     assert len(of_type(events, StaleSettle)) == 3  # of the one that ran
-    assert lifecycle_of(consumer).drain.handling.given_back == 0
+    assert engine_of(consumer).handling.given_back == 0

@@ -18,11 +18,11 @@ from kombu import Connection, Message, Producer, Queue, serialization
 from kombu import Consumer as KombuConsumer
 from kombu.exceptions import ContentDisallowed, DecodeError
 
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.errors import HandlerTimeout, Shutdown
 from greenconsume.events import HandlerFailed
 from greenconsume.failures.policies import Reject, Requeue
-from greenconsume.handling.boundary import decode
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.handling.decoding import decode
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime.greenlet import spawn
 from greenconsume.transports import registry
@@ -44,7 +44,7 @@ class Desk(ConsumerMixin):
         self.consumer_options = consumer or {}
         say(self, **{"on_error": Requeue(0.01), **options})
         self.life = lifecycle_of(self)
-        self.life.owned = owned
+        engine_of(self).owned = owned
         self._loop = self.consume(timeout=1)
 
     def get_consumers(self, Consumer, channel):

@@ -14,6 +14,7 @@ from gevent import GreenletExit
 from gevent.event import Event
 from kombu import Connection, Producer, Queue
 
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, Shutdown, StoppedError
 from greenconsume.events import (
     ConsumerDrained,
@@ -25,11 +26,10 @@ from greenconsume.events import (
 )
 from greenconsume.events import Event as AnyEvent
 from greenconsume.failures.policies import Reject, Requeue
-from greenconsume.handling import boundary, drain
+from greenconsume.handling import alarm, drain
+from greenconsume.handling.jobs import shielded
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.pool import shielded
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn
@@ -136,7 +136,7 @@ def make_desk(queue_name: str) -> Iterator[Callable[..., Desk]]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler that swallows even its kill is not waited for long."""
     monkeypatch.setattr(drain, "_LAST", 0.02)
-    monkeypatch.setattr(boundary, "_PATIENCE", 0.02)
+    monkeypatch.setattr(alarm, "PATIENCE", 0.02)
 
 
 class Gate:
@@ -223,8 +223,8 @@ def test_the_runtime_gives_a_concurrency_to_those_that_have_none(queue_name: str
     runtime.spawn(Worker(queue_name, Gate()))
     runtime.spawn(Worker(queue_name, Gate(), concurrency=2))
     with runtime:
-        drains = [lifecycle_of(child.consumer).drain for child in runtime.children]
-        assert [drain.handling.pool.size for drain in drains] == [4, 2]
+        used = [engine_of(child.consumer).handling for child in runtime.children]
+        assert [handling.pool.size for handling in used] == [4, 2]
 
 
 def test_max_handlers_bounds_all_consumers_of_a_runtime_together(queue_name: str, make_desk):
@@ -671,7 +671,7 @@ def test_a_handler_that_acked_before_it_was_cancelled_is_not_given_back(make_des
     desk = make_desk(handle, concurrency=1, drain_timeout=0.01)
     desk.put(1)
     running = desk.run()
-    wait_until(lambda: lifecycle_of(desk.worker).drain.handling.busy)
+    wait_until(lambda: engine_of(desk.worker).handling.busy)
     desk.runtime.stop()
     assert running.get(timeout=30) is False
     assert (desk.depth, drained(events)) == (0, [(0, 0, 1, 0)])
@@ -941,7 +941,7 @@ def test_what_waited_for_its_partition_when_the_link_was_lost_does_not_run(peer:
     with over(peer, gate, concurrency=2, partition_by=lambda message: 1) as worker:
         deliver(peer, 1, 2)
         gate.wait(1)
-        pool = lifecycle_of(worker).drain.handling.pool
+        pool = engine_of(worker).handling.pool
         wait_until(lambda: pool._room.free < pool._room.count)
         peer.hang_up()
         peer.wait_for("basic.consume", 2)
@@ -956,7 +956,7 @@ def test_what_waited_for_a_place_when_the_link_was_lost_does_not_run(peer: Peer)
     with over(peer, gate, concurrency=1) as worker:
         deliver(peer, 1, 2)
         gate.wait(1)
-        wait_until(lambda: lifecycle_of(worker).drain.handling.pool._slots._queue)
+        wait_until(lambda: engine_of(worker).handling.pool._slots._queue)
         peer.hang_up()
         wait_until(lambda: peer.open_count == 0)
         gate.opened.set()
@@ -1187,7 +1187,7 @@ def test_what_a_polled_transport_brings_after_the_stop_is_given_back(make_desk):
     Producer(desk.channel).publish("late", routing_key=other.name)
     message = other.get()
     with desk.runtime:
-        handling = lifecycle_of(desk.worker).drain.handling
+        handling = engine_of(desk.worker).handling
         desk.worker.should_stop = True
         handling.handle(desk.worker.consumers[0], message)
     assert gate.came == []

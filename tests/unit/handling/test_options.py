@@ -8,23 +8,26 @@ from typing import Any
 
 import pytest
 
+from greenconsume.consuming.engine import engine_of
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, InvalidOptionsError
 from greenconsume.failures.policies import ByError, FailurePolicy, Reject, Requeue, each_policy
 from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
-from greenconsume.handling.pool import Slots
-from greenconsume.handling.settings import Settings, resolve, settings_of
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.handling.settings import Settings, resolve
+from greenconsume.handling.slots import Slots
+from greenconsume.links.pool import LinkPool
 from greenconsume.mixins import ConsumerMixin
+from greenconsume.stopping import Rungs
+from tests.options import settings_of
 
 
 def consumer(around: dict[str, Any] | None = None, **options: Any) -> Any:
     """An instance of a class that has these options, in a runtime that has others."""
     kind = type("Orders", (ConsumerMixin,), {"options": ConsumerOptions(**options)})
     made = kind()
-    life = lifecycle_of(made)
-    life.name = "orders"
-    life.around = (ConsumerOptions(**(around or {})),)
+    engine = engine_of(made)
+    engine.life.name = "orders"
+    engine.surround(ConsumerOptions(**(around or {})))
     return made
 
 
@@ -41,7 +44,7 @@ def test_the_defaults_are_kombus_where_kombu_has_them():
 def test_a_consumer_goes_before_its_runtime_and_that_before_the_defaults():
     slots = Slots(5)
     made = consumer({"concurrency": 10, "drain_timeout": 1.0, "on_error": Reject()}, concurrency=3)
-    lifecycle_of(made).slots = slots
+    engine_of(made).join_fleet(LinkPool(), Rungs(), slots)
     found = settings_of(made)
     assert (found.concurrency, found.drain_timeout, found.cancel_timeout) == (3, 1.0, 5.0)
     assert (found.on_error, found.slots) == (Reject(), slots)

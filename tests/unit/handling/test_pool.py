@@ -16,14 +16,9 @@ from hypothesis import strategies as st
 
 from greenconsume.errors import HandlerTimeout, Shutdown
 from greenconsume.handling import pool
-from greenconsume.handling.pool import (
-    HandlerGreenlet,
-    HandlerPool,
-    Job,
-    Slots,
-    current_job,
-    shielded,
-)
+from greenconsume.handling.jobs import Job, current_job, shielded
+from greenconsume.handling.pool import HandlerGreenlet, HandlerPool
+from greenconsume.handling.slots import Slots
 from greenconsume.stopping import StopSignal
 from tests.waiting import wait_until
 
@@ -83,7 +78,7 @@ def make_bench() -> Iterator[Callable[..., Bench]]:
     for bench in benches:
         bench.stop.set()
         for job in bench.pool.jobs:
-            job.kill(by_force=True)
+            job.kill("test", by_force=True)
         bench.settle()
         bench.pool.close()
         assert bench.free == bench.pool.size
@@ -513,7 +508,7 @@ def test_an_interrupt_is_raised_where_the_handler_waits(bench: Bench):
     job = bench.put(1, catching(caught, Event()))
     gevent.idle()
     shutdown = Shutdown("enough")
-    job.interrupt(shutdown)
+    job.interrupt(shutdown, "test")
     bench.settle()
     assert caught == [shutdown]
     assert job.interrupted is shutdown
@@ -526,8 +521,8 @@ def test_an_interrupt_of_a_handler_that_has_ended_meets_nobody(make_bench):
     bench.settle()
     bench.put(2, catching(caught, gate))
     gevent.idle()
-    first.interrupt(Shutdown("late"))
-    first.kill(by_force=True)
+    first.interrupt(Shutdown("late"), "test")
+    first.kill("test", by_force=True)
     gevent.idle()
     gate.set()
     bench.settle()
@@ -549,7 +544,7 @@ def test_an_interrupt_does_not_count_as_a_kill_of_the_greenlet():
     worker = Marking(lambda: job.run(catching(caught, Event())))
     worker.start()
     gevent.idle()
-    job.interrupt(HandlerTimeout(1.0))
+    job.interrupt(HandlerTimeout(1.0), "test")
     worker.join(30)
     assert isinstance(caught[0], HandlerTimeout)
     assert marked == []
@@ -560,7 +555,7 @@ def test_a_kill_raises_greenlet_exit_in_the_handler(bench: Bench, by_force: bool
     caught: list[BaseException] = []
     job = bench.put(1, catching(caught, Event()))
     gevent.idle()
-    job.kill(by_force)
+    job.kill("test", by_force)
     bench.settle()
     assert [type(exc) for exc in caught] == [GreenletExit]
     assert job.killed is by_force
@@ -579,7 +574,7 @@ def test_a_shielded_handler_finishes_what_it_writes_before_it_is_interrupted(ben
 
     job = bench.put(1, lambda job: guarded(job, writes, steps))
     gevent.idle()
-    job.interrupt(Shutdown("enough"))
+    job.interrupt(Shutdown("enough"), "test")
     gevent.idle()
     assert steps == []
     written.set()
@@ -601,7 +596,7 @@ def test_the_outermost_shield_counts(bench: Bench):
 
     job = bench.put(1, lambda job: guarded(job, writes, steps))
     gevent.idle()
-    job.kill(by_force=False)
+    job.kill("test", by_force=False)
     gevent.idle()
     written.set()
     bench.settle()
@@ -618,7 +613,7 @@ def test_a_kill_by_force_heeds_no_shield(bench: Bench):
 
     job = bench.put(1, lambda job: guarded(job, writes, steps))
     gevent.idle()
-    job.kill(by_force=True)
+    job.kill("test", by_force=True)
     bench.settle()
     assert steps == ["GreenletExit"]
 

@@ -10,9 +10,9 @@ import pytest
 from gevent.event import Event
 from gevent.pool import Group
 
+from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.errors import AlreadyRunningError, InvalidConsumerError, NotPatchedError
 from greenconsume.events import ConsumerGivenUp, ConsumerState
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime import greenlet as greenlet_module
 from greenconsume.runtime.greenlet import ConsumerGreenlet, spawn

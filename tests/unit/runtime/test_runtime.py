@@ -20,6 +20,7 @@ from gevent.event import Event
 from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 
 import greenconsume
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.errors import (
     AlreadyRunningError,
     BrokerRefusedError,
@@ -41,7 +42,6 @@ from greenconsume.events import (
 from greenconsume.events import Event as AnyEvent
 from greenconsume.failures.policies import Requeue
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.mixins import ConsumerMixin
 from greenconsume.runtime import run as run_module
 from greenconsume.runtime import runtime as runtime_module
@@ -115,8 +115,8 @@ class Calling(Idle):
             super().run()
 
     def dial(self, connection: kombu.Connection) -> None:
-        life = lifecycle_of(self)
-        life.links.connect(connection, life.stop)
+        engine = engine_of(self)
+        engine.links.connect(connection, engine.life.stop)
 
 
 class Counting(ConsumerMixin):
@@ -212,7 +212,7 @@ def test_each_replica_is_an_instance_with_a_name_and_the_runtimes_connection(run
     assert [child.name for child in children] == ["Idle-1", "Idle-2", "Idle-3"]
     assert len({child.consumer for child in children}) == 3
     assert {child.consumer.connection for child in children} == {runtime.connection}
-    assert len({id(lifecycle_of(child.consumer).links) for child in children}) == 1
+    assert len({id(engine_of(child.consumer).links) for child in children}) == 1
 
 
 def test_a_factory_makes_a_consumer_from_the_connection(runtime: Runtime):
@@ -481,8 +481,8 @@ def test_a_broker_that_refuses_only_to_be_published_to_fails_no_start(
 
     class Publishing(Calling):
         def dial(self, connection: kombu.Connection) -> None:
-            life = lifecycle_of(self)
-            life.links.connect(connection, life.stop, publishing=publishing)
+            engine = engine_of(self)
+            engine.links.connect(connection, engine.life.stop, publishing=publishing)
 
     runtime = Runtime("door://localhost//")
     runtime.spawn(Publishing)
@@ -1001,7 +1001,7 @@ import os, signal
 import gevent
 from greenconsume import ConsumerOptions, Runtime
 from greenconsume.events import ConsumerState, subscribe
-from greenconsume.lifecycle import lifecycle_of
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 
 class Undead:
     connection = None

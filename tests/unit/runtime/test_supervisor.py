@@ -9,6 +9,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
+from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
@@ -18,9 +19,7 @@ from greenconsume.events import (
     DrainStarted,
 )
 from greenconsume.events import Event as AnyEvent
-from greenconsume.handling.drain import drain_of
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.lifecycle import lifecycle_of
 from greenconsume.runtime import supervisor as supervisor_module
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.restart_policy import RestartPolicy
@@ -107,8 +106,8 @@ def test_a_class_makes_a_fresh_instance_for_each_restart(nursery: Nursery):
     wait_until(lambda: child.started)
     assert [consumer.runs for consumer in made] == [1, 1]
     assert child.consumer is made[1]
-    life = lifecycle_of(made[1])
-    assert (life.name, life.links) == ("child-1", "links")
+    engine = engine_of(made[1])
+    assert (engine.life.name, engine.links) == ("child-1", "links")
     assert child.greenlet is not None
     assert child.greenlet.name == "child-1"
 
@@ -391,7 +390,7 @@ def test_a_consumer_with_a_longer_timeout_of_its_own_is_left_it(
     supervisor.add([slow, other])
     gevent.idle()
     say(slow.consumer, **{name: 0.15})
-    assert drain_of(slow.consumer).handling.settings
+    assert engine_of(slow.consumer).handlers()[0].settings
     stop.set()
     began = monotonic()
     assert supervisor.drain(0.0, 0.0) == (0, 2)

@@ -1,0 +1,315 @@
+"""Owns the engine of one consumer: it connects, receives, drains and closes, and keeps the consumer's state.
+
+It calls the consumer by kombu's methods (`interface`), in kombu's order: connect, `on_connection_revived`,
+`get_consumers`, consume, `extra_context`, `on_consume_ready`, `on_iteration` and a message again and again,
+cancel, `on_consume_end`, close. Called by `mixins`; a runtime's supervisor reads what it keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Any, cast
+
+from gevent import GreenletExit
+from kombu import Connection, Consumer
+
+from greenconsume.amqp.transport import Session
+from greenconsume.consuming.connecting import (
+    Attempt,
+    bound_close,
+    connect,
+    connect_to_publish,
+    errors_of,
+    session_of,
+)
+from greenconsume.consuming.interface import Context, KombuConsumer
+from greenconsume.consuming.receiving import Loop, receive, receive_from_double
+from greenconsume.errors import InvalidConsumerError, StoppedError
+from greenconsume.events import ConsumerState, Outcome
+from greenconsume.failures.retry import prepared
+from greenconsume.handling.batches import Batching
+from greenconsume.handling.boundary import Handler, Handling
+from greenconsume.handling.drain import Drain
+from greenconsume.handling.kill_switch import NoSwitch, Switch, fit_switch
+from greenconsume.handling.options import ConsumerOptions
+from greenconsume.handling.settings import Settings, resolve
+from greenconsume.handling.slots import Slots
+from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.pool import LinkPool
+from greenconsume.stopping import Rungs, StopCheck
+
+logger = logging.getLogger(__name__)
+
+#: The one attribute of a consumer that is ours.
+ATTRIBUTE = "_greenconsume"
+_numbers = count(1)
+
+
+class Engine:
+    """Connects one consumer, receives its messages, drains it and closes; made when it is first asked for.
+
+    Attributes:
+        life: The consumer's name, state and stop signal.
+        owned: It runs in a `ConsumerGreenlet`: no foreign code is below it on the stack.
+        links: The links that it connects over; None: one of its own, once it connects.
+        handling: Its handlers, once it has connected.
+        drain: How they end.
+        queues: The names of the queues that it consumes from, or did last.
+        session: Its share of an AMQP link, while it consumes.
+    """
+
+    __slots__ = (
+        "_around",
+        "_consumer",
+        "_places",
+        "_switch",
+        "drain",
+        "handling",
+        "life",
+        "links",
+        "owned",
+        "queues",
+        "session",
+    )
+
+    def __init__(self, consumer: object) -> None:
+        self.life = Lifecycle(f"{type(consumer).__name__}-{next(_numbers)}")
+        self.owned = False
+        self.links: LinkPool | None = None
+        self.handling: Handling | None = None
+        self.drain: Drain | None = None
+        self.queues: tuple[str, ...] = ()
+        self.session: Session | None = None
+        self._consumer = cast(KombuConsumer, consumer)
+        self._around: tuple[ConsumerOptions, ...] = ()
+        self._places: Slots | None = None
+        self._switch: Switch | None = None
+
+    # -- what surrounds it ----------------------------------------------------------------------
+
+    def surround(self, *options: ConsumerOptions | None) -> None:
+        """Have options hold where the consumer does not say: its spawn's, its runtime's."""
+        self._around = tuple(each for each in options if each is not None)
+
+    def join_fleet(self, links: LinkPool, rungs: Rungs, places: Slots | None) -> None:
+        """Share what the consumers of a runtime share.
+
+        Args:
+            links: Over which it connects.
+            rungs: What hurries its drain.
+            places: Where its handlers run, if there is a limit for all.
+        """
+        self.links, self.life.rungs, self._places = links, rungs, places
+
+    def settings(self) -> Settings:
+        """Return how its handlers are to run.
+
+        Raises:
+            InvalidConsumerError: What was said does not go together.
+        """
+        return resolve(self.life.name, self._consumer, self._around, self._places)
+
+    def serves(self, consumer: object) -> bool:
+        """Return whether it is this consumer's, and not that of one which it was copied from."""
+        return self._consumer is consumer
+
+    def link_pool(self) -> LinkPool:
+        """Return the links that it connects over."""
+        if self.links is None:
+            self.links = LinkPool()
+        return self.links
+
+    @property
+    def outcome(self) -> Outcome:
+        """The numbers of messages that were in hand in its last drain, by what became of them."""
+        return Outcome() if self.drain is None else self.drain.outcome
+
+    # -- a run ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self) -> Iterator[Switch | NoSwitch]:
+        """Give the consumer its kill switch; in the end, see the handlers off that a lost link left.
+
+        Switches: at its end, if a handler runs.
+        """
+        kill_switch = self.settings().kill_switch
+        self._switch = None if kill_switch is None else Switch(kill_switch, self.life)
+        try:
+            try:
+                yield self._switch or NoSwitch()
+            finally:
+                self._close_switch()
+        except GreenletExit:
+            self._abandon()
+            raise
+        except BaseException:  # whatever ended the run, it goes on when the handlers have ended
+            self._finish()
+            raise
+        self._finish()
+
+    def _close_switch(self) -> None:
+        switch, self._switch = self._switch, None
+        if switch is not None:
+            switch.close()
+
+    def _abandon(self) -> None:
+        if self.drain is not None:
+            self.drain.abandon()
+
+    def _finish(self) -> None:
+        if self.drain is not None:
+            self.drain.finish()
+
+    # -- consuming ------------------------------------------------------------------------------
+
+    def consume(self, loop: Loop, stopping: StopCheck, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Connect and receive; yield after each message. See `ConsumerMixin.consume`.
+
+        Switches: yes.
+        """
+        life = self.life
+        life.enter(ConsumerState.CONNECTING)
+        try:
+            with self._consumer.consumer_context(**kwargs) as (conn, _channel, _consumers):
+                if not life.stop.is_set():
+                    life.enter(ConsumerState.CONSUMING)
+                if isinstance(conn, Connection):
+                    yield from receive(conn, loop, life.leave)
+                else:
+                    yield from receive_from_double(conn, loop)
+        except StoppedError:
+            if not stopping.is_set():
+                raise
+        finally:
+            if life.stop.is_set():
+                self._finish()
+        logger.debug("consume exiting")
+
+    def leaving(self, stopping: StopCheck) -> Callable[[], bool]:
+        """Return what tells whether the consumer leaves its loop: it stops, or its switch has tripped."""
+        switch, is_set = self._switch, stopping.is_set
+        return is_set if switch is None else lambda: is_set() or switch.leave.is_set()
+
+    @contextmanager
+    def consumers(self) -> Iterator[Context]:
+        """Connect, have the consumers made and consume; cancel and close in the end.
+
+        Switches: yes.
+        """
+        consumer = self._consumer
+        with consumer.establish_connection() as conn:
+            consumer.on_connection_revived()
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("Connected to %s", conn.as_uri())
+            session = session_of(conn)
+            if session is not None:
+                session.heartbeat_tick()  # raises; kombu would connect again, deaf to a stop
+            channel = conn.default_channel
+            make = partial(Consumer, channel, on_decode_error=consumer.on_decode_error)
+            handling, drain = self.handlers()
+            consumers = self._guarded(consumer.get_consumers(make, channel), handling)
+            with prepared(handling, conn, consumers):
+                with consumer._consume_from(*consumers) as used:
+                    self.session = session
+                    try:
+                        with drain.consuming(session, errors_of(conn)):
+                            yield conn, channel, used
+                    finally:
+                        self._leave(conn)
+            logger.debug("Consumers canceled")
+            consumer.on_consume_end(conn, channel)
+        logger.debug("Connection closed")
+
+    def handlers(self) -> tuple[Handling, Drain]:
+        """Return its handlers: new ones, or those that a lost link left running.
+
+        These count towards the concurrency, and so keep theirs.
+        """
+        handling, drain = self.handling, self.drain
+        if handling is None or drain is None or drain.told or not handling.busy:
+            settings = self.settings()
+            kind = Handling if settings.batch_size is None else Batching
+            handling = kind(self.life, settings, self._switch, self.owned, self.link_pool)
+            self.handling, self.drain = handling, Drain(self.life, handling)
+        assert self.drain is not None
+        return handling, self.drain
+
+    def _guarded(self, consumers: Any, handling: Handling) -> list[Any]:
+        """Put the boundary around what the consumers call; they register it when they are entered."""
+        if not hasattr(consumers, "__iter__"):
+            raise InvalidConsumerError(
+                f"{type(self._consumer).__name__}.get_consumers returned {consumers!r}: "
+                "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
+            )
+        guarded = list(consumers)
+        self.queues = _queues_of(guarded)
+        for consumer in guarded:
+            consumer._receive_callback = Handler(consumer, handling)
+            handling.fit_prefetch(consumer)
+            fit_switch(consumer, self._switch)
+        return guarded
+
+    def _leave(self, conn: Any) -> None:
+        """The handlers were drained: from here on every wait for the broker has one deadline."""
+        self.session = None
+        stopped = self.life.stop.is_set()
+        self.life.enter(ConsumerState.DRAINING if stopped else ConsumerState.CONNECTING)
+        bound_close(conn)
+
+    # -- connecting -----------------------------------------------------------------------------
+
+    @contextmanager
+    def connection(self, attempt: Attempt) -> Iterator[Any]:
+        """Connect, trying again until it succeeds, the retries are used up, or a stop.
+
+        Switches: yes.
+        """
+        session = None
+        try:
+            with self._consumer.create_connection() as conn:
+                if isinstance(conn, Connection):
+                    connect(conn, self.link_pool(), self.life, attempt)
+                else:
+                    conn.ensure_connection(self._consumer.on_connection_error, attempt.max_retries)
+                session = session_of(conn)
+                try:
+                    yield conn
+                finally:
+                    bound_close(conn)
+        finally:
+            if session is not None and not session.left:
+                session.collect()  # a kill cut its close short, in kombu's code
+
+    def connect_to_publish(self, conn: Any, attempt: Attempt) -> None:
+        """Connect what is to publish, over a link of its own. Switches: yes."""
+        if isinstance(conn, Connection):
+            connect_to_publish(conn, self.link_pool(), self.life, attempt)
+        else:
+            conn.ensure_connection(self._consumer.on_connection_error, attempt.max_retries)
+
+
+def _queues_of(consumers: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of the queues that `kombu.Consumer`s consume from."""
+    queues = (queue for each in consumers for queue in getattr(each, "queues", None) or ())
+    return tuple(dict.fromkeys(str(getattr(queue, "name", queue)) for queue in queues))
+
+
+def engine_of(consumer: object) -> Engine:
+    """Return the consumer's engine; the first call makes it and keeps it on the consumer.
+
+    A user's `__init__` need not call ours, so there is no other moment at which to make it.
+    """
+    found = vars(consumer).get(ATTRIBUTE)
+    if isinstance(found, Engine) and found.serves(consumer):
+        return found
+    made = vars(consumer)[ATTRIBUTE] = Engine(consumer)
+    return made
+
+
+def lifecycle_of(consumer: object) -> Lifecycle:
+    """Return the life of the consumer's engine, which the first call makes."""
+    return engine_of(consumer).life

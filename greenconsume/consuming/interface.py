@@ -1,0 +1,44 @@
+"""Owns what the engine calls on a consumer: kombu's methods, in the order in which it calls them.
+
+A method that is not listed here is none of the engine's business. Implemented by `mixins`, and by whatever
+a user overrides of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+#: Connection, channel and consumers, as kombu's context managers give them.
+Context = tuple[Any, Any, Any]
+
+
+class KombuConsumer(Protocol):
+    """A consumer as kombu's mixins define it."""
+
+    connection: Any
+    connect_max_retries: int | None
+    should_stop: bool
+
+    def consumer_context(self, **kwargs: Any) -> AbstractContextManager[Context]: ...
+
+    def Consumer(self) -> AbstractContextManager[Context]: ...
+
+    def establish_connection(self) -> AbstractContextManager[Any]: ...
+
+    def create_connection(self) -> Any: ...
+
+    def on_connection_error(self, exc: BaseException, interval: float) -> None: ...
+
+    def on_connection_revived(self) -> None: ...
+
+    def get_consumers(self, Consumer: Any, channel: Any) -> Iterable[Any]: ...
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None: ...
+
+    def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]: ...
+
+    def on_iteration(self) -> None: ...
+
+    def on_consume_end(self, connection: Any, channel: Any) -> None: ...

@@ -1,0 +1,42 @@
+"""Owns how a body is decoded: as kombu does, sooner for plain JSON. Called by `boundary` and `batches`."""
+
+from __future__ import annotations
+
+import json
+from json.scanner import make_scanner
+from typing import Any
+
+from kombu import serialization
+from kombu.utils import json as kombu_json
+
+#: What `json.loads` calls in the end; without white space around, nothing else is left of it.
+_scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
+
+
+def decode(message: Any) -> Any:
+    """Return the decoded body, as `message.decode()` does, sooner for plain JSON.
+
+    kombu builds a decoder for each message, and calls a Python function for each object in it, to bring
+    back types that it marks with "__type__". A text without that mark, nor an escape that could
+    hide it, needs neither.
+    """
+    body = message.body
+    if (
+        message.content_type != "application/json"
+        or type(body) is not str
+        or not body
+        or "__type__" in body
+        or "\\" in body
+        or (message.accept is not None and "application/json" not in message.accept)
+        or serialization.registry._decoders.get("application/json") is not kombu_json.loads
+        or "application/json" in serialization.registry._disabled_content_types
+    ):
+        return message.decode()
+    try:
+        decoded, end = _scan(body, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return message.decode()  # which says what is wrong with it in kombu's words
+    if end != len(body):
+        return message.decode()
+    message._decoded_cache = decoded
+    return decoded
