@@ -15,7 +15,7 @@ from greenconsume.amqp.calls import Calls, Life
 from greenconsume.amqp.consumers import ChannelConsumer, Consumers
 from greenconsume.amqp.frames import Delivery
 from greenconsume.amqp.inbox import Inbox
-from greenconsume.amqp.ledger import REQUEUE, Ledger, encode
+from greenconsume.amqp.ledger import GIVE_BACK, Ledger, encode
 from greenconsume.events import StaleSettle, emit
 
 #: An enum's member takes longer to look up, and this is looked at for every message.
@@ -83,7 +83,7 @@ class Deliveries:
         """Return to its queue what nobody has started."""
         if self._calls.link.failure is None:
             self._inbox.count_given_back()
-            self._ledger.settle(delivery_tag, REQUEUE)
+            self._ledger.settle(delivery_tag, GIVE_BACK)
             self._flush_soon()
 
     def put_error(self, error: BaseException) -> None:

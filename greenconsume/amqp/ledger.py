@@ -2,6 +2,10 @@
 
 Does no I/O and knows no channel, so that a model can be held against it. A merged frame (`multiple`)
 covers only deliveries that were each settled, in the same way: nobody's message is settled for him.
+
+What goes back says why (law 11): a message that nobody has failed on goes by `basic.nack`, several in one
+frame; a failed one by `basic.reject`, each in a frame of its own, as there is none for several. From
+RabbitMQ 4.3 on a quorum queue counts only the second towards its delivery limit.
 """
 
 from __future__ import annotations
@@ -9,13 +13,16 @@ from __future__ import annotations
 from struct import Struct
 from time import monotonic
 
-ACK, REQUEUE, REJECT = range(3)
+#: Handled; failed, to be delivered again; failed for good; not failed, to be delivered again.
+ACK, REQUEUE, REJECT, GIVE_BACK = range(4)
+_MERGED = (ACK, GIVE_BACK)
 
 #: (how, delivery tag, whether all before it are meant too)
 Settle = tuple[int, int, bool]
 
 _frame = Struct(">BHIHHQBB")
 _BASIC, _ACK, _REJECT, _NACK = 60, 80, 90, 120
+_REQUEUED = 2  # the second bit of a Nack
 _END = 0xCE
 
 
@@ -68,7 +75,7 @@ class Ledger:
             if how is None:
                 break  # from here on nothing can be merged: this one is still open
             prefix.append(tag)
-            if sent and sent[-1][0] == how:
+            if sent and sent[-1][0] == how and how in _MERGED:
                 sent[-1] = (how, tag, True)
             else:
                 sent.append((how, tag, False))
@@ -93,12 +100,12 @@ class Ledger:
 
 
 def encode(channel: int, settle: Settle) -> bytes:
-    """Return the frame of one settle: Ack, Nack for several, or Reject for one."""
+    """Return the frame of one settle: Ack, Nack for what is given back, or Reject for what has failed."""
     how, tag, multiple = settle
     if how == ACK:
         method, bits = _ACK, int(multiple)
-    elif multiple:
-        method, bits = _NACK, 3 if how == REQUEUE else 1
+    elif how == GIVE_BACK:
+        method, bits = _NACK, int(multiple) | _REQUEUED
     else:
         method, bits = _REJECT, int(how == REQUEUE)
     return _frame.pack(1, channel, 13, _BASIC, method, tag, bits, _END)

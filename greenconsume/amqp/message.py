@@ -12,7 +12,7 @@ import amqp
 from kombu.transport import pyamqp
 
 from greenconsume.amqp.frames import Delivery, decode_content
-from greenconsume.amqp.ledger import ACK
+from greenconsume.amqp.ledger import ACK, GIVE_BACK
 
 
 class Settles(Protocol):
@@ -57,7 +57,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
 
     def ack(self, multiple: bool = False) -> None:
         """As `kombu.Message.ack`. Never switches."""
-        if not multiple and self._state == "RECEIVED" and self._settled_at_once():
+        if not multiple and self._state == "RECEIVED" and self._settled_at_once(ACK):
             self._state = "ACK"
         elif not self._settled_stale("ACK"):
             super().ack(multiple=multiple)
@@ -72,12 +72,19 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
         if not self._settled_stale("REQUEUED"):
             super().requeue()
 
-    def _settled_at_once(self) -> bool:
+    def give_back(self) -> None:
+        """Requeue it as a message that has not failed: a queue may count failures. Never switches."""
+        if self._state == "RECEIVED" and self._settled_at_once(GIVE_BACK):
+            self._state = "REQUEUED"
+        else:
+            self.requeue()
+
+    def _settled_at_once(self, how: int) -> bool:
         channel: MessageChannel | None = self.channel
         if channel is None:
             return False
         deliveries = channel.deliveries
-        return self.epoch == deliveries.epoch and deliveries.settle(self.delivery_tag, ACK)
+        return self.epoch == deliveries.epoch and deliveries.settle(self.delivery_tag, how)
 
     def _settled_stale(self, state: str) -> bool:
         channel: MessageChannel | None = self.channel

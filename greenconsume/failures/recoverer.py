@@ -144,7 +144,7 @@ class Recoverer:
         if isinstance(due, (int, float)) and is_settleable(message):
             remaining = due - time()
             if 0 < remaining <= self._longest:
-                self._requeues.add(message, remaining)
+                self._requeues.add(message, remaining, failed=False)
                 return False
         return True
 

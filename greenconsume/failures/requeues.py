@@ -6,15 +6,14 @@ the broker's again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import gevent
+from kombu import Message
 
 #: Seconds until another try to give back what could not be given back.
 _AGAIN = 1.0
 
 
-def is_settleable(message: Any) -> bool:
+def is_settleable(message: Message) -> bool:
     """Whether the message still waits for its settlement: nobody settled it, and the broker wants one."""
     if message.acknowledged or message.channel is None:
         return False
@@ -30,13 +29,19 @@ def is_settleable(message: Any) -> bool:
     return tag in delivered and tag not in getattr(qos, "_dirty", ())
 
 
-def is_live(message: Any) -> bool:
+def is_live(message: Message) -> bool:
     """Whether the channel that the message came from can still settle it."""
     channel = message.channel
     holds = getattr(channel, "holds", None)
     if holds is not None and hasattr(message, "epoch"):
         return bool(holds(message.epoch))
     return not getattr(channel, "closed", False)
+
+
+def give_back(message: Message) -> None:
+    """Return a message to its queue as one that has not failed, where the transport knows the difference."""
+    given_back = getattr(message, "give_back", message.requeue)
+    given_back()
 
 
 class DelayedRequeues:
@@ -51,23 +56,33 @@ class DelayedRequeues:
     def __init__(self) -> None:
         self._timers: set[gevent.Greenlet[..., None]] = set()
 
-    def add(self, message: Any, delay: float) -> None:
-        """Requeue `message` in `delay` seconds, unless it is settled by then. Never switches."""
+    def add(self, message: Message, delay: float, failed: bool = True) -> None:
+        """Requeue `message` in `delay` seconds, unless it is settled by then. Never switches.
+
+        Args:
+            message: A message.
+            delay: Seconds.
+            failed: Its handler has failed; else it only waits for its time.
+        """
         # One that the broker has back already is only counted.
-        timer = gevent.spawn_later(delay if is_live(message) else 0, self._requeue, message)
+        wait = delay if is_live(message) else 0
+        timer = gevent.spawn_later(wait, self._requeue, message, failed)
         self._timers.add(timer)
         timer.rawlink(self._timers.discard)
 
-    def _requeue(self, message: Any) -> None:
+    def _requeue(self, message: Message, failed: bool) -> None:
         # From here on it is not killed: on some transports this is a write to the broker.
         self._timers.discard(gevent.getcurrent())
         if not is_settleable(message):
             return
         try:
-            message.requeue()
+            if failed:
+                message.requeue()
+            else:
+                give_back(message)
         except Exception:  # the broker's: if it was not its end, another try may succeed
             if is_live(message):
-                self.add(message, _AGAIN)
+                self.add(message, _AGAIN, failed)
 
     def cancel(self) -> None:
         """Forget them all: their channel is about to close. Never switches."""

@@ -20,7 +20,7 @@ from gevent.event import Event
 
 from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
 from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
-from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
+from greenconsume.failures.requeues import DelayedRequeues, give_back, is_live, is_settleable
 from greenconsume.failures.retry import recoverer_of
 from greenconsume.handling.alarm import Alarm
 from greenconsume.handling.decoding import decode
@@ -290,7 +290,7 @@ class Handling:
         if is_settleable(message) and is_live(message):
             self.given_back += not started
             self.tally.given_back += not started
-            message.requeue()
+            give_back(message)
 
     def complete(self) -> None:
         """No more messages come, though the consumer was not stopped: here, nothing waits for more."""

@@ -15,10 +15,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE, Ledger, encode
+from greenconsume.amqp.ledger import ACK, GIVE_BACK, REJECT, REQUEUE, Ledger, encode
 from tests import frames
 
-HOW = st.sampled_from([ACK, REQUEUE, REJECT])
+HOW = st.sampled_from([ACK, REQUEUE, REJECT, GIVE_BACK])
 
 
 class BrokerChannel:
@@ -137,8 +137,18 @@ def test_runs_of_different_settles_are_merged_each_for_itself() -> None:
     ledger = Ledger()
     for tag in range(1, 6):
         ledger.deliver(tag)
-        ledger.settle(tag, ACK if tag < 3 else REQUEUE)
-    assert ledger.flush() == [(ACK, 2, True), (REQUEUE, 5, True)]
+        ledger.settle(tag, ACK if tag < 3 else GIVE_BACK)
+    assert ledger.flush() == [(ACK, 2, True), (GIVE_BACK, 5, True)]
+
+
+@pytest.mark.parametrize("how", [REQUEUE, REJECT])
+def test_what_has_failed_is_said_of_each_message_by_itself(how: int) -> None:
+    """AMQP rejects several in one frame only by a nack, which says that nobody failed on them."""
+    ledger = Ledger()
+    for tag in range(1, 6):
+        ledger.deliver(tag)
+        ledger.settle(tag, ACK if tag == 1 else how)
+    assert ledger.flush() == [(ACK, 1, False), *((how, tag, False) for tag in range(2, 6))]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +158,8 @@ def test_runs_of_different_settles_are_merged_each_for_itself() -> None:
         ((ACK, 7, True), "basic.ack", [7, True]),
         ((REQUEUE, 7, False), "basic.reject", [7, True]),
         ((REJECT, 7, False), "basic.reject", [7, False]),
-        ((REQUEUE, 7, True), "basic.nack", [7, True, True]),
-        ((REJECT, 7, True), "basic.nack", [7, True, False]),
+        ((GIVE_BACK, 7, True), "basic.nack", [7, True, True]),
+        ((GIVE_BACK, 7, False), "basic.nack", [7, False, True]),
     ],
 )
 def test_a_settle_is_encoded_as_amqp_has_it(

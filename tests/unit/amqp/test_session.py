@@ -302,9 +302,9 @@ def test_the_broker_is_told_to_send_no_more_before_it_gets_messages_back(connect
         peer.deliver(n, f"t{n}", 1)
     wait_until(lambda: connection.connection.backlog == 2)
     connection.connection.announce_stop()
-    peer.wait_for("basic.reject", 2)
-    names = [name for name in peer.names if name in ("basic.cancel", "basic.reject")]
-    assert names == ["basic.cancel", "basic.cancel", "basic.reject", "basic.reject"]
+    peer.wait_for("basic.nack", 2)
+    names = [name for name in peer.names if name in ("basic.cancel", "basic.nack")]
+    assert names == ["basic.cancel", "basic.cancel", "basic.nack", "basic.nack"]
 
 
 def positions(data, dense=400, stride=61):
@@ -364,7 +364,7 @@ def check_stopped(consumer, outcome, peer):
     if consumer.handled:
         assert outcome == {(1, 1): ["basic.ack"]}
     else:
-        assert outcome in ({}, {(1, 1): ["basic.reject"]})
+        assert outcome in ({}, {(1, 1): ["basic.nack"]})
 
 
 @pytest.mark.parametrize("body", [b"{}", b""])

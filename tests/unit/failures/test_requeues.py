@@ -9,7 +9,7 @@ import pytest
 from gevent.event import Event
 from kombu import Connection, Consumer, Producer, Queue
 
-from greenconsume.failures.requeues import DelayedRequeues, is_settleable
+from greenconsume.failures.requeues import DelayedRequeues, give_back, is_settleable
 from greenconsume.transports import registry
 from tests import frames
 from tests.unit.fakes import recording
@@ -154,3 +154,39 @@ def test_a_message_whose_channel_was_closed_meanwhile_is_only_counted(peer, requ
     assert "basic.reject" not in peer.names
     assert message.channel.stale_count == 1
     connection.collect()
+
+
+@pytest.mark.parametrize(("failed", "said"), [(True, "basic.reject"), (False, "basic.nack")])
+def test_the_broker_is_told_whether_a_message_has_failed_or_only_waited(
+    peer, requeues, failed, said
+):
+    """From RabbitMQ 4.3 on a quorum queue counts a reject towards its limit, and a nack not."""
+    connection, message = amqp_message(peer)
+    requeues.add(message, 0.001, failed=failed)
+    frame = peer.wait_for(said)
+    assert frame.args == ([1, True] if failed else [1, False, True])
+    assert {"basic.reject", "basic.nack"} & set(peer.names) == {said}
+    connection.collect()
+
+
+def test_the_users_own_requeue_and_reject_are_rejects(peer):
+    connection, message = amqp_message(peer)
+    message.requeue()
+    assert peer.wait_for("basic.reject").args == [1, True]
+    assert "basic.nack" not in peer.names
+    connection.collect()
+
+
+def test_what_a_stop_overtakes_goes_back_as_not_failed(peer):
+    connection, message = amqp_message(peer)
+    give_back(message)
+    assert peer.wait_for("basic.nack").args == [1, False, True]
+    assert message.acknowledged
+    connection.collect()
+
+
+def test_a_message_of_a_transport_that_knows_no_difference_is_requeued(channel):
+    queue, message = received(channel)
+    give_back(message)
+    assert message.acknowledged
+    assert channel.basic_get(queue).payload == {"n": 1}
