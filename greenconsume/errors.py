@@ -142,8 +142,8 @@ class HandlerTimeout(Interrupt):
 class HandlerHung(Interrupt):
     """The handler kept its whole process waiting until whoever watches over that ended it.
 
-    It is not raised, but told, and what the failure policy gets: give it one that does not put the message
-    back into its queue, for it would hang the next process, too.
+    It is not raised, but told, and what the failure policy gets. `Requeue`, the default, puts the message
+    into its dead letters then, for it would hang the next process, too.
 
     Attributes:
         consumer: The consumer's name.
@@ -154,7 +154,7 @@ class HandlerHung(Interrupt):
 
     def __init__(self, consumer: str, delivery_tag: object, seconds: float, stack: str) -> None:
         super().__init__(
-            f"{consumer} kept the whole process waiting for {seconds:g} s with message {delivery_tag}, "
+            f"{consumer} kept the whole process waiting for {seconds:.1f} s with message {delivery_tag}, "
             f"and was ended here:\n{stack}"
         )
         self.consumer = consumer

@@ -15,8 +15,7 @@ from typing import Any
 
 from kombu import Queue
 
-from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Reject, Runtime
-from greenconsume.errors import HandlerHung
+from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Runtime
 
 BROKER = os.environ.get("BROKER", "memory://")
 ARGUMENTS = json.loads(os.environ.get("QUEUE_ARGUMENTS", "{}"))
@@ -35,7 +34,7 @@ def note(kind: str, body: object = "-", more: object = "") -> None:
 
 
 class Worker(ConsumerMixin):
-    options = ConsumerOptions(concurrency=CONCURRENCY, on_error={HandlerHung: Reject()})
+    options = ConsumerOptions(concurrency=CONCURRENCY)
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection

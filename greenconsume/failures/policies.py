@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kombu import Message
 
+from greenconsume.errors import HandlerHung
 from greenconsume.failures.queue_names import check_dead_letter
 from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
@@ -50,7 +51,8 @@ class Requeue:
     where it says none). Before that the message is put into a dead-letter queue, confirmed and with its
     error, and said in the log; `greenconsume dead-letters` brings it back. Where the queue's arguments have
     a dead-letter exchange its broker's way is left to work. A lower limit that a policy of the broker sets
-    cannot be seen from here: say `max_deliveries` then.
+    cannot be seen from here: say `max_deliveries` then. What hung a whole process (`HandlerHung`) is put
+    there at once, for it would hang the next one.
 
     Args:
         delay: Seconds; 0 requeues at once.
@@ -79,7 +81,10 @@ class Requeue:
         """See `FailurePolicy.apply`. Switches: where it is put into a dead-letter queue."""
         recoverer = getattr(message, "recoverer", None)
         if isinstance(recoverer, Recoverer):
-            parked = recoverer.park(message, error, self.max_deliveries, self.dead_letter)
+            if isinstance(error, HandlerHung):
+                parked = recoverer.set_aside(message, error, self.dead_letter)
+            else:
+                parked = recoverer.park(message, error, self.max_deliveries, self.dead_letter)
             if parked is not None:
                 return parked
         if self.delay:

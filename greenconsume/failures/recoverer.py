@@ -134,7 +134,7 @@ class Recoverer:
         if self._plans or (
             type(raw) is tuple and raw[2]
         ):  # else nothing is made of a first failure
-            message.recoverer, message.consumer = self, consumer
+            self.take_on(consumer, message)
             message_copy.keep_wire_form(message, raw)
         headers = message.headers
         if message_copy.EXCHANGE not in headers or message_copy.ROUTING_KEY not in headers:
@@ -147,6 +147,10 @@ class Recoverer:
                 self._requeues.add(message, remaining, failed=False)
                 return False
         return True
+
+    def take_on(self, consumer: Any, message: Message) -> None:
+        """Let the policies of a message find this: it may need more than to be put back. Never switches."""
+        message.recoverer, message.consumer = self, consumer
 
     # -- what the policies call -------------------------------------------------------------------
 
@@ -196,6 +200,30 @@ class Recoverer:
         self._bury(message, self._copy_of(message, queue), target, error)
         why = "" if limit is None else f", before its queue drops it (delivery limit {limit})"
         return f"put into {target} after {count + 1} deliveries{why}"
+
+    def set_aside(self, message: Message, error: BaseException, dead_letter: str) -> str | None:
+        """Put a message that must not come again into its queue's dead letters; ack it then.
+
+        Args:
+            message: The message, which has failed.
+            error: Why.
+            dead_letter: The name of the dead-letter queue, where the queue's arguments have no exchange for
+                them.
+
+        Returns:
+            What was done, in words; None if the message is to be put back.
+        """
+        if not is_live(message):
+            return None
+        queue = self._queue_of(message)
+        if "x-dead-letter-exchange" in (queue.queue_arguments or {}):
+            message.reject()
+            return "rejected, to the dead letters of its queue"
+        if "compression" in message.headers and not hasattr(message, "wire_form"):
+            return None  # kombu has changed its body: when it comes again, it is kept as it came
+        target = dead_letter_queue(dead_letter, queue.name)
+        self._bury(message, self._copy_of(message, queue), target, error)
+        return f"put into {target}"
 
     @property
     def _server(self) -> Mapping[str, object]:

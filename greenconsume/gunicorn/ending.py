@@ -48,8 +48,8 @@ class Drained(Protocol):
     def kill(self, reason: str) -> None:
         """Do not wait for cancelled handlers either; only signals."""
 
-    def note_hang(self, frame: FrameType | None) -> None:
-        """The process hung: find out, in the stack that was interrupted, where."""
+    def note_abort(self, frame: FrameType | None) -> None:
+        """Note what the stack that ABRT interrupts was about: an exception is about to end it."""
 
 
 class Ending:
@@ -117,7 +117,7 @@ class Ending:
 
     def _on_abort(self, _worker: Any) -> None:
         """ABRT came, as when the worker has not beaten in time; SystemExit follows, where it hangs."""
-        self._drained.note_hang(sys._getframe())
+        self._drained.note_abort(sys._getframe())
         self._worker.tmp.notify()  # else the arbiter's next look is followed by SIGKILL
 
     def run(self, run: Callable[[], None]) -> None:

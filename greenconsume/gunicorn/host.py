@@ -7,6 +7,7 @@ whatever fails is a line in gunicorn's log. Called by `consumers` in each worker
 from __future__ import annotations
 
 import logging
+import math
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from greenconsume.cli.loading import runtime_of
 from greenconsume.errors import GreenconsumeError
 from greenconsume.gunicorn.ending import Ending, is_gevent
 from greenconsume.gunicorn.turns import Turns
-from greenconsume.handling.jobs import note_hang
+from greenconsume.handling.jobs import note_abort
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.patching import patch_all, require_patched
 from greenconsume.runtime.runtime import Runtime
@@ -145,8 +146,10 @@ class Host:
         if self._runtime is not None:
             self._runtime.kill(reason)
 
-    def note_hang(self, frame: FrameType | None) -> None:
-        note_hang(frame, self._worker.cfg.timeout)
+    def note_abort(self, frame: FrameType | None) -> None:
+        silence = monotonic() - self._worker.tmp.last_update()
+        hung = silence > (self._worker.cfg.timeout or math.inf)
+        note_abort(frame, silence if hung else None)
 
     # -- what it says -------------------------------------------------------------------------------
 

@@ -234,6 +234,8 @@ class Handling:
             self.tally.cancelled += 1
             self.give_back(job.message, started=True)
         elif isinstance(job.interrupted, HandlerHung):
+            if not isinstance(job.message, Sequence):
+                self.recoverer.take_on(job.consumer, job.message)
             self._failed(job, job.interrupted)  # whatever it made of the exception that ended it
         elif isinstance(exc, GreenletExit) and job.interrupted is not None:
             self._failed(job, job.interrupted)  # it swallowed its timeout, and was killed

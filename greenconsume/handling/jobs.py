@@ -18,7 +18,7 @@ import gevent
 import greenlet  # type: ignore[import-untyped]  # its stubs are a package of their own
 from gevent import GreenletExit
 
-from greenconsume.errors import HandlerHung, Interrupt
+from greenconsume.errors import HandlerHung, Interrupt, Shutdown
 from greenconsume.events import HandlerInterrupted, emit
 
 #: The key of a job that waits for no other.
@@ -140,19 +140,24 @@ def current_job() -> Job | None:
     return _running.get(gevent.getcurrent())
 
 
-def note_hang(frame: FrameType | None, seconds: float) -> None:
-    """Have the job of this greenlet, if it runs one, fail with `HandlerHung` when it is ended.
+def note_abort(frame: FrameType | None, silence: float | None) -> None:
+    """Say what it means for the job of this greenlet, if it runs one, that it is ended by an exception now.
 
     Args:
         frame: The innermost one, as a signal handler finds it.
-        seconds: For how long everything has waited at the least.
+        silence: Seconds for which it has kept the whole process waiting, and fails with `HandlerHung`;
+            None: it is ended by chance, and its message goes back.
 
     Switches: never. From a signal handler.
     """
     job = current_job()
-    if job is not None:
+    if job is None:
+        return
+    if silence is None:
+        job.interrupted = Shutdown("its process was aborted")
+    else:
         stack = "".join(traceback.format_stack(frame)).rstrip()
-        job.interrupted = HandlerHung(job.owner, job.message.delivery_tag, seconds, stack)
+        job.interrupted = HandlerHung(job.owner, job.message.delivery_tag, silence, stack)
 
 
 def job_on(thread_id: int) -> Job | None:
