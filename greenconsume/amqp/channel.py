@@ -8,43 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import amqp
 from amqp import spec
 from amqp.exceptions import RecoverableConnectionError
 from amqp.serialization import dumps
-from kombu import Consumer
 from kombu.transport import base, pyamqp
 from vine import promise
 
 from greenconsume.amqp.calls import Life
-from greenconsume.amqp.channel_core import ChannelCore, Handlers
+from greenconsume.amqp.channel_core import ChannelCore, ChannelOwner, Handlers
 from greenconsume.amqp.channel_publisher import ChannelPublisher
 from greenconsume.amqp.confirms import Confirm
 from greenconsume.amqp.consumers import ChannelConsumer
-from greenconsume.amqp.frames import Delivery, Sig
-from greenconsume.amqp.inbox import Inbox
+from greenconsume.amqp.frames import Sig
 from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE
-from greenconsume.amqp.link import Link
-from greenconsume.amqp.message import Message, message_of, raw_message
-from greenconsume.amqp.waits import Waits
+from greenconsume.amqp.message import Message, message_of, taker_of
 from greenconsume.stopping import Deadline
 
 _Table = dict[str, Any]
-
-
-class ChannelOwner(Protocol):
-    """What a channel asks of its session."""
-
-    link: Link
-    inbox: Inbox
-    waits: Waits
-    channels: dict[int, Channel]
-
-    def allocate(self, channel_id: int | None) -> int:
-        """Return a free channel id, or this one if it is free."""
-        ...
 
 
 class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -56,6 +39,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     Attributes:
         connection: The session that it belongs to; None once it is closed.
         channel_id: Its number on the link.
+        core: What the link knows of it.
         deliveries: What it consumes, and settles.
         prefetch_count: How many unsettled deliveries a consumer that is started next may have.
     """
@@ -63,13 +47,12 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     Message = Message
     returned_messages = None  # nothing reads it, and a thread-safe queue is dear
     connection: ChannelOwner | None
-    channel_id: int
     __slots__ = (
         "_calls",
-        "_core",
         "_session",
         "channel_id",
         "connection",
+        "core",
         "deliveries",
         "prefetch_count",
     )
@@ -86,12 +69,11 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         self._session = self.connection = connection
         self.channel_id = connection.allocate(channel_id)
         self.prefetch_count = 0
-        link, inbox, waits = connection.link, connection.inbox, connection.waits
-        self._core = ChannelCore(link, inbox, waits, self.channel_id, auto_decode)
-        self._calls, self.deliveries = self._core.calls, self._core.deliveries
+        self.core = ChannelCore(connection, self.channel_id, auto_decode)
+        self._calls, self.deliveries = self.core.calls, self.core.deliveries
         if on_open is not None:
             self.then(on_open)
-        if link.confirm_publish:
+        if connection.link.confirm_publish:
             self.basic_publish = self.basic_publish_confirm  # type: ignore[method-assign]  # as py-amqp's
         connection.channels[self.channel_id] = self
 
@@ -100,7 +82,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     @property
     def publisher(self) -> ChannelPublisher:
         """What publishes on it, for those who need nothing else."""
-        return self._core.publisher
+        return self.core.publisher
 
     @property
     def is_open(self) -> bool:
@@ -115,12 +97,12 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     @property
     def active(self) -> bool:
         """Whether the broker lets it publish, by AMQP's flow control."""
-        return self._core.is_active
+        return self.core.is_active
 
     @property
     def auto_decode(self) -> bool:
         """Whether bodies are decoded where they name an encoding."""
-        return self._core.auto_decode
+        return self.core.auto_decode
 
     @auto_decode.setter
     def auto_decode(self, value: bool) -> None:
@@ -129,19 +111,14 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     @property
     def events(self) -> Handlers:
         """Who is told of `basic_return`, `basic_ack` and `basic_nack`, each in a greenlet of its own."""
-        return self._core.events
+        return self.core.events
 
     @property
     def on_open(self) -> promise:
         """py-amqp's promise, fulfilled when the channel is open."""
         opened = promise()
-        self._core.call_when_open(partial(opened, self))
+        self.core.call_when_open(partial(opened, self))
         return opened
-
-    @property
-    def callbacks(self) -> dict[str, Callable[..., object]]:
-        """What takes the deliveries of each consumer, by tag."""
-        return {tag: each.callback for tag, each in self.deliveries.consumers.running.items()}
 
     @property
     def no_ack_consumers(self) -> frozenset[str]:
@@ -182,12 +159,8 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         Switches: yes, for `close_timeout` at the most. Never raises for what the broker does.
         """
         if self._calls.life is not Life.CLOSED:
-            self.ask_to_close()
+            self.core.ask_to_close()
             self.await_closed(self._session.waits.close_deadline)
-
-    def ask_to_close(self) -> None:
-        """Send `Close` if there is something to close. Never switches."""
-        self._core.ask_to_close()
 
     def await_closed(self, deadline: Deadline) -> None:
         """Wait for `CloseOk` up to `deadline`; its id stays taken until the broker has answered."""
@@ -196,14 +169,10 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     def collect(self) -> None:
         """Leave the session. Never switches."""
-        self._core.collect()
+        self.core.collect()
         if self._session.channels.get(self.channel_id) is self:  # else its id has another owner
             del self._session.channels[self.channel_id]
         self.connection = None
-
-    def on_link_lost(self) -> None:
-        """End with the link. Never switches."""
-        self._core.on_link_lost()
 
     # -- calls --------------------------------------------------------------------------------------
 
@@ -243,10 +212,11 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
         Args:
             method: A method, or a list of them.
-            callback: Called by the reader with the reply; it must not switch.
+            callback: Called by the reader with the reply, and `undo` with one whose caller gave up; they
+                must not switch.
             timeout: Seconds; by default the link's `call_timeout`.
             returns_tuple: Return all arguments of the reply, not the first.
-            undo: Called, in the place of `callback`, with a reply whose caller gave up.
+            undo: See `callback`.
 
         Raises:
             TimeoutError: No reply in time. One that comes later is dropped.
@@ -309,7 +279,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
             resume = dumps(argsig, again) if can_pause else None
-            consumer = ChannelConsumer(self._taker_of(callback), no_ack, on_cancel, resume)
+            consumer = ChannelConsumer(taker_of(self, callback), no_ack, on_cancel, resume)
             self.deliveries.consumers.start(tag, consumer)
 
         def undo(_sig: object, tag: str) -> None:
@@ -322,14 +292,6 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             return consumer_tag
         return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=undo))
 
-    def _taker_of(self, callback: Any) -> Callable[[Delivery], object]:
-        """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""
-        takes: bool = getattr(callback, "takes_deliveries", False)
-        if takes or getattr(callback, "__func__", None) is Consumer._receive_callback:
-            taker: Callable[[Delivery], object] = callback
-            return taker
-        return lambda delivery: callback(raw_message(self, delivery))
-
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
         """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
         if self.is_closing or self.deliveries.consumers.was_announced(consumer_tag):
@@ -337,10 +299,6 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
         self.deliveries.stop(consumer_tag)
         return None if nowait else self.wait(spec.Basic.CancelOk)
-
-    def announce_stop(self) -> None:
-        """Tell the broker to send no more; give back what was not started. Never switches."""
-        self.deliveries.announce_stop()
 
     def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
         """As py-amqp's."""
@@ -435,27 +393,6 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         )
         tag = publisher.publish_nowait(confirm, timeout)
         publisher.await_confirm(tag, confirm, confirm_timeout or timeout)
-
-    def publish_nowait(
-        self,
-        msg: amqp.Message,
-        exchange: str = "",
-        routing_key: str = "",
-        mandatory: bool = False,
-        immediate: bool = False,
-        timeout: float | None = None,
-    ) -> Confirm:
-        """Publish, and return what the confirm of this very message may be waited for with.
-
-        Raises:
-            RecoverableConnectionError: It could not be written within `timeout` seconds, or never can.
-            amqp.exceptions.ChannelError: The broker had closed the channel.
-
-        Switches: only while the broker blocks publishers, or too much is unsent.
-        """
-        confirm = Confirm(msg, exchange, routing_key, mandatory, immediate)
-        self.publisher.publish_nowait(confirm, timeout)
-        return confirm
 
     def confirm_select(self, nowait: bool = False) -> Any:
         """Put the channel into confirm mode; its publishes are counted from here."""

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from struct import Struct
-from typing import Any
+from typing import Any, Protocol
 
 import amqp
 import gevent
@@ -51,6 +51,19 @@ _LISTENERS: dict[Sig, str] = {
 }
 
 
+class ChannelOwner(Protocol):
+    """What a channel asks of its session."""
+
+    link: Link
+    inbox: Inbox
+    waits: Waits
+    channels: Any  # the session's channels by id: what it closes
+
+    def allocate(self, channel_id: int | None) -> int:
+        """Return a free channel id, or this one if it is free."""
+        ...
+
+
 class ChannelCore:
     """One channel of a link, without kombu's interface.
 
@@ -72,18 +85,16 @@ class ChannelCore:
         "is_active",
     )
 
-    def __init__(
-        self, link: Link, inbox: Inbox, waits: Waits, channel_id: int, auto_decode: bool
-    ) -> None:
-        self.calls = Calls(link, channel_id, waits)
-        self.deliveries = Deliveries(self.calls, inbox)
+    def __init__(self, owner: ChannelOwner, channel_id: int, auto_decode: bool) -> None:
+        self.calls = Calls(owner.link, channel_id, owner.waits)
+        self.deliveries = Deliveries(self.calls, owner.inbox)
         self.auto_decode = auto_decode
         self.is_active = True
-        self._waits = waits
+        self._waits = owner.waits
         self._publisher: ChannelPublisher | None = None
         self._events: Handlers | None = None
         self._when_open: Callable[[], object] | None = None
-        link.channels[channel_id] = self
+        owner.link.channels[channel_id] = self
 
     @property
     def publisher(self) -> ChannelPublisher:

@@ -26,6 +26,26 @@ _REQUEUED = 2  # the second bit of a Nack
 _END = 0xCE
 
 
+# How settles are merged.
+#
+# AMQP has one bit for it: `multiple`, "this delivery and all before it that are not settled". The broker
+# reads it against what it holds unsettled. So it may be set only where every delivery up to the tag was
+# settled, in the same way, by its own owner: else one handler's ack would settle what another still handles.
+#
+# `_unsettled` holds the deliveries in the order of their tags, and so in the broker's. `flush` walks it from
+# its start while each delivery has a settle. That prefix can be told in runs: a run of acks is one Ack of its
+# last tag, a run of requeues or rejects one Nack. Where the way changes a new run begins, whose `multiple`
+# then covers itself alone, because the run before it has been told and is unsettled no more. So the frames
+# must be sent in this order. The walk ends at the first delivery that is still open. What was settled behind
+# it is told one by one: any `multiple` there would cover the open one.
+#
+# Deliveries of `no_ack` consumers take tags, too, but the broker counts them as settled at once: they are
+# in neither set, and a `multiple` that passes over their tags means nothing for them.
+#
+# The usual case, everything settled in one way, costs a walk, one frame, and no deletion of single tags. A
+# slow handler at the front costs a frame for each message behind it, as without any merging, and no more.
+
+
 class Ledger:
     """The unsettled deliveries of one channel in the order of their tags, and the settles to be sent."""
 

@@ -13,14 +13,12 @@ import socket
 import weakref
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 import amqp
 import gevent
 from amqp import spec
 from amqp.exceptions import (
-    ConnectionForced,
-    FrameSyntaxError,
     RecoverableConnectionError,
     ResourceError,
     error_for_code,
@@ -29,17 +27,16 @@ from amqp.method_framing import frame_handler
 from amqp.serialization import dumps
 from gevent.event import Event
 
+from greenconsume.amqp import link_socket
 from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
 from greenconsume.amqp.frames import (
-    DELIVERY,
-    HEADER,
-    HEARTBEAT_FRAME,
-    Delivery,
-    FrameParser,
     Sig,
     encode_content,
     encode_method,
 )
+from greenconsume.amqp.heartbeats import beat
+from greenconsume.amqp.link_reader import LinkReader
+from greenconsume.amqp.link_users import LinkUser, TakesDeliveries
 from greenconsume.amqp.publish_gate import PublishGate
 from greenconsume.amqp.send_queue import Outgoing
 from greenconsume.amqp.tls import TLSTransport
@@ -47,54 +44,15 @@ from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
 from greenconsume.stopping import Deadline, StopSignal, wait
 
-#: After so many answers of a read those who wait have their turn: confirmed publishing is a tenth faster.
-_ANSWERS = 2
-#: One `recv` asks for this many bytes, the largest frame RabbitMQ sends by default.
-READ_SIZE = 131072
 #: Seconds between connection heartbeats unless the user sets others.
 DEFAULT_HEARTBEAT = 30.0
 #: Seconds that closing a link or a channel may take.
 DEFAULT_CLOSE_TIMEOUT = 5.0
 #: Seconds that a call (declare, qos, consume, …) waits for its reply.
 DEFAULT_CALL_TIMEOUT = 60.0
-#: A hub that was busy is given this long to read what had arrived before silence is judged.
-_GRACE = 0.05
 # By py-amqp's default the kernel drops a broker that takes no bytes for a second, as one does that blocks
 # its publishers; here the heartbeats judge.
 _SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 0} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
-
-
-class TakesDeliveries(Protocol):
-    """What the link hands the deliveries of a channel to, and asks for its settles; neither may switch."""
-
-    def take(self, delivery: Delivery) -> None:
-        """Take a delivery from the reader."""
-        ...
-
-    def flush(self) -> None:
-        """Write the settles that were made since the last time."""
-        ...
-
-
-class LinkChannel(Protocol):
-    """What the link knows of a channel."""
-
-    @property
-    def deliveries(self) -> TakesDeliveries:
-        """What takes its deliveries."""
-        ...
-
-    def dispatch_method(self, method_sig: Sig, payload: bytes, content: Any) -> None:
-        """Take any other method from the reader, with its content if it has one; must not switch."""
-        ...
-
-
-class LinkUser(Protocol):
-    """What the link knows of a session."""
-
-    def on_link_lost(self) -> None:
-        """The link is gone; must not switch."""
-        ...
 
 
 class LinkLostError(RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
@@ -108,6 +66,14 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         close_timeout: Seconds that an orderly close may take before the socket is dropped.
         call_timeout: Seconds that a call waits for its reply before it raises `TimeoutError`.
         **options: As `amqp.Connection`.
+
+    Attributes:
+        uri: The broker's address, without its password.
+        failure: Why the link ended; None while it has not.
+        sessions: Who shares it.
+        lasting_queues: Queues that were declared over it and are not deleted when unused.
+        last_read: When the reader last read something (`time.monotonic`).
+        last_write: When the writer last wrote something.
     """
 
     _METHODS = {
@@ -136,15 +102,14 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.uri = ""
         self.failure: BaseException | None = None
         self.sessions: set[LinkUser] = set()
-        self.lasting_queues: set[str] = set()  # declared here, and not deleted when unused
+        self.lasting_queues: set[str] = set()
         self._ids = ChannelIds()
         self._settling: list[TakesDeliveries] = []
-        self._properties: dict[int, bytes] = {}  # by channel, of the content that is coming in
         self._outgoing = Outgoing()
         self._gate = PublishGate(self._outgoing)
         self._unsent = Event()
         self._opened, self._closed, self._dead = Event(), Event(), Event()
-        self._last_read = self._last_write = monotonic()
+        self.last_read = self.last_write = monotonic()
         _links.add(self)
 
     # -- the life of a link -------------------------------------------------------------------
@@ -169,7 +134,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             self.fail(exc)
             raise
         if self.heartbeat:
-            gevent.spawn(self._beat).name = f"heartbeat of {self.uri}"
+            gevent.spawn(beat, self, self._dead).name = f"heartbeat of {self.uri}"
         emit(LinkUp(self.uri))
 
     def Transport(  # noqa: N802  # py-amqp's plug point
@@ -192,10 +157,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         )
         self.transport.connect()
         self.transport.sock.settimeout(None)  # TLS leaves the connect timeout on
-        self.on_inbound_frame = frame_handler(self, self.on_inbound_method)
         self.frame_writer = self._write_frames
-        self._last_read = self._last_write = monotonic()
-        gevent.spawn(self._read).name = f"reader of {self.uri}"
+        self.last_read = self.last_write = monotonic()
+        reader = LinkReader(self)
+        self.on_inbound_frame = frame_handler(self, reader.on_method)  # puts methods together
+        gevent.spawn(reader.run).name = f"reader of {self.uri}"
         gevent.spawn(self._write).name = f"writer of {self.uri}"
 
     @property
@@ -231,7 +197,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         for event in (self._opened, self._closed, self._dead, self._unsent):
             event.set()
         self._gate.note_lost()
-        self._drop_socket()
+        link_socket.drop(self._transport)
         sessions = list(self.sessions)
         if was_open and not self.is_closing:
             emit(LinkDown(self.uri, error, len(sessions)))
@@ -243,68 +209,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     collect = close
 
-    def _drop_socket(self) -> None:
-        # Not transport.close(): over TLS it waits for the peer's close_notify.
-        transport = self._transport
-        sock = transport and transport.sock
-        if not sock:
-            return
-        transport.connected = False
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
-        sock.close()
+    def heartbeat_tick(self, rate: int = 2) -> None:
+        """Do nothing: a timer of the link's own sends and judges heartbeats. For py-amqp's users."""
 
-    # -- reading --------------------------------------------------------------------------------
-
-    def _read(self) -> None:
-        parser, recv, channels = (
-            FrameParser(self.frame_max),
-            self.transport.sock.recv,
-            self.channels,
-        )
-        try:
-            while self.failure is None:
-                data = recv(READ_SIZE)
-                if not data:
-                    raise ConnectionResetError("the broker closed the connection")
-                self._last_read = monotonic()
-                parser.max_size, answers = self.frame_max, 0
-                for frame in parser.feed(data):
-                    if frame[0] == DELIVERY:
-                        channel = channels.get(frame[1])
-                        if channel is not None:
-                            channel.deliveries.take(frame[2])
-                    elif frame[0] == HEADER:
-                        self._take_header(*frame)
-                    else:
-                        self.on_inbound_frame(frame)
-                        answers += 1
-                        if answers % _ANSWERS == 0:
-                            gevent.sleep(0)
-                gevent.sleep(0)  # recv does not switch while data keeps coming
-        except (OSError, amqp.AMQPError) as exc:
-            self.fail(exc)
-        except Exception as exc:  # what py-amqp's decoder raises on bytes that make no sense
-            error = FrameSyntaxError(f"the broker sent what cannot be decoded: {exc!r}")
-            error.__cause__ = exc
-            self.fail(error)
-
-    def _take_header(self, kind: int, channel_id: int, payload: bytes) -> None:
-        # Without the properties: those that cannot be decoded are their message's fault, not the link's.
-        self._properties[channel_id] = payload[12:]
-        self.on_inbound_frame((kind, channel_id, payload[:12] + b"\0\0"))
-
-    def on_inbound_method(
-        self, channel_id: int, method_sig: Sig, payload: bytes, content: Any
-    ) -> None:
-        """Hand one complete method to its channel; a channel that is gone gets nothing."""
-        if content is not None:
-            content.encoded = self._properties.pop(channel_id)
-        channel = self.channels.get(channel_id)
-        if channel is not None:
-            channel.dispatch_method(method_sig, payload, content)
+    # -- what the broker says of the connection ---------------------------------------------------
 
     def _on_tune(self, channel_max: int, frame_max: int, server_heartbeat: int) -> None:
         # py-amqp takes the server's channel_max even where the user asked for less.
@@ -317,16 +225,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
         self.write_method(0, spec.Connection.CloseOk)
-        self._send_now()
+        if not self.ssl:  # the reader is about to drop it; over TLS a try may block
+            link_socket.send_at_once(self.transport, self._outgoing.take())
         raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ConnectionError)
-
-    def _send_now(self) -> None:
-        # The reader is about to drop the socket: one try that cannot block, or none over TLS.
-        if not self.ssl:
-            try:
-                self.transport.sock._sock.send(self._outgoing.take())
-            except OSError:
-                pass  # the broker closes by itself, too
 
     def _on_close_ok(self) -> None:
         self._closed.set()
@@ -388,7 +289,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
                 data = self._outgoing.take()
                 self._gate.note_sending(len(data))
                 sendall(data)
-                self._last_write = monotonic()
+                self.last_write = monotonic()
                 self._gate.note_sent()
                 if self._outgoing:
                     self._unsent.set()
@@ -400,11 +301,6 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     def has_unsent(self) -> bool:
         """Whether the writer still has something to send."""
         return self._gate.has_unsent
-
-    @property
-    def last_read(self) -> float:
-        """When its reader last read something (`time.monotonic`)."""
-        return self._last_read
 
     @property
     def blocked(self) -> bool:
@@ -435,23 +331,6 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._gate.wait(deadline, stop, channel)
         if self.failure is not None:
             raise self.lost()
-
-    # -- heartbeats -----------------------------------------------------------------------------
-
-    def _beat(self) -> None:
-        interval = self.heartbeat / 2
-        while not self._dead.wait(interval):
-            if monotonic() - self._last_write >= interval * 0.9 and not self._outgoing:
-                self.write([HEARTBEAT_FRAME])
-            if self._silent() and not self._dead.wait(_GRACE) and self._silent():
-                seconds = round(monotonic() - self._last_read, 1)
-                self.fail(ConnectionForced(f"no heartbeat from the broker for {seconds} s"))
-
-    def _silent(self) -> bool:
-        return monotonic() - self._last_read > 2 * self.heartbeat
-
-    def heartbeat_tick(self, rate: int = 2) -> None:
-        """Do nothing: a timer of the link's own sends and judges heartbeats. For py-amqp's users."""
 
     # -- sessions and channel ids -----------------------------------------------------------------
 
@@ -504,9 +383,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         """In a forked child: let go of the socket without a word to the broker, which is the parent's."""
         if self.failure is not None or self._transport is None or not self._transport.sock:
             return
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, self._transport.sock.fileno())  # shutdown() would end the parent's connection
-        os.close(null)
+        link_socket.leave_to_parent(self._transport)
         self.is_closing = True
         self.fail(ForkedError("a broker link"))
 

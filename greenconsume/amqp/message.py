@@ -6,9 +6,11 @@ Made of a `Delivery` when it is handed to a callback. Sends nothing itself: its 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import amqp
+from kombu import Consumer
 from kombu.transport import pyamqp
 
 from greenconsume.amqp.frames import Delivery, decode_content
@@ -132,6 +134,15 @@ def message_of(channel: MessageChannel, delivery: Delivery, cls: type[Message]) 
     message.accept = message._decoded_cache = None
     message._state = "RECEIVED"
     return message
+
+
+def taker_of(channel: MessageChannel, callback: Any) -> Callable[[Delivery], object]:
+    """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""
+    takes: bool = getattr(callback, "takes_deliveries", False)
+    if takes or getattr(callback, "__func__", None) is Consumer._receive_callback:
+        taker: Callable[[Delivery], object] = callback
+        return taker
+    return lambda delivery: callback(raw_message(channel, delivery))
 
 
 def raw_message(channel: object, delivery: Delivery) -> amqp.Message:

@@ -107,7 +107,7 @@ class Session:
         try:
             channel.open()
         except BaseException:  # nobody has it: its id must not stay taken
-            channel.ask_to_close()
+            channel.core.ask_to_close()
             channel.collect()
             raise
         return channel
@@ -203,14 +203,14 @@ class Session:
     def announce_stop(self) -> None:
         """Tell the broker to send no more; give back what no callback has started. Never switches."""
         for channel in list(self.channels.values()):
-            channel.announce_stop()
+            channel.deliveries.announce_stop()
 
     # -- the end ----------------------------------------------------------------------------------
 
     def on_link_lost(self) -> None:
         """Wake everything that waits; what was not dispatched is the broker's again."""
         for channel in list(self.channels.values()):
-            channel.on_link_lost()
+            channel.core.on_link_lost()
         self.inbox.wake()
 
     def close(self, *_args: Any, **_kwargs: Any) -> None:
@@ -227,7 +227,7 @@ class Session:
         channels = list(self.channels.values())
         try:
             for channel in channels:
-                channel.ask_to_close()
+                channel.core.ask_to_close()
             for channel in channels:
                 channel.await_closed(deadline)
         except BaseException:  # a kill must not leave the link with a session that nobody has
@@ -241,7 +241,7 @@ class Session:
         """Let go of everything at once, without waiting for the broker. Never switches."""
         self.is_closing = True
         for channel in list(self.channels.values()):
-            channel.ask_to_close()
+            channel.core.ask_to_close()
             channel.collect()
         self._leave()
         if not self.link.sessions:

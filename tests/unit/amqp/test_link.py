@@ -22,8 +22,7 @@ from gevent.event import Event
 from gevent.server import StreamServer
 from kombu import Connection
 
-from greenconsume.amqp import link as link_module
-from greenconsume.amqp import publish_gate
+from greenconsume.amqp import heartbeats, publish_gate
 from greenconsume.amqp.link import Link, LinkLostError
 from greenconsume.errors import StoppedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, subscribe
@@ -428,7 +427,7 @@ def test_any_byte_from_the_peer_counts_as_a_heartbeat(dial, make_peer):
 
 def test_a_hub_that_was_busy_does_not_take_unread_input_for_silence(dial, make_peer, monkeypatch):
     """HAZARDS.md row 5: a handler that computes does not lose its link."""
-    monkeypatch.setattr(link_module, "_GRACE", 1.0)
+    monkeypatch.setattr(heartbeats, "GRACE", 1.0)
     peer = make_peer(heartbeat=1)
     with watching(LinkDown) as down:
         beating(dial, peer, 0.06)

@@ -345,7 +345,7 @@ def stop_at(connect, peer, data, cut, rest_comes=True, **options):
     without_delay(peer)
     sent_at = monotonic()
     peer.send(data[:cut])
-    wait_until(lambda: link._last_read >= sent_at or not cut)
+    wait_until(lambda: link.last_read >= sent_at or not cut)
     if cut == len(data):
         wait_until(lambda: consumer.handled)
     consumer.stop.set()

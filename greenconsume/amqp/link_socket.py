@@ -1,0 +1,36 @@
+"""Owns what is done to a link's socket beside reading and writing: drop it, or leave it to a parent."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+
+def drop(transport: Any) -> None:
+    """Close the socket of py-amqp's transport under whoever reads or writes it. Never switches."""
+    # Not transport.close(): over TLS it waits for the peer's close_notify.
+    sock = transport and transport.sock
+    if not sock:
+        return
+    transport.connected = False
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # the peer was faster
+    sock.close()
+
+
+def send_at_once(transport: Any, data: bytes) -> None:
+    """Try once to send, without waiting, before a plain socket is dropped. Never switches."""
+    try:
+        transport.sock._sock.send(data)
+    except OSError:
+        pass  # the broker closes by itself, too
+
+
+def leave_to_parent(transport: Any) -> None:
+    """In a forked child: let go of the socket without a word to the peer. Never switches."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, transport.sock.fileno())  # shutdown() would end the parent's connection
+    os.close(null)
