@@ -30,7 +30,6 @@ from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState, Outcome
-from greenconsume.failures.retry import prepared
 from greenconsume.handling.batches import Batching
 from greenconsume.handling.boundary import Handler, Handling
 from greenconsume.handling.drain import Drain
@@ -212,7 +211,7 @@ class Engine:
             make = partial(Consumer, channel, on_decode_error=consumer.on_decode_error)
             handling, drain = self.handlers()
             consumers = self._guarded(consumer.get_consumers(make, channel), handling)
-            with prepared(handling, conn, consumers):
+            with handling.recoverer.prepared(conn, consumers):
                 with consumer._consume_from(*consumers) as used:
                     self.session = session
                     try:

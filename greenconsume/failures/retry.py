@@ -14,8 +14,7 @@ the consumer holds it, unsettled, until then. `recoverer` publishes the copies. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,13 +118,6 @@ class Retry:
                 "Retry needs to be the on_error of the consumer, or a part of it"
             )
         return recoverer.retry(self, message, error)
-
-
-@contextmanager
-def prepared(handling: Any, connection: Any, consumers: list[Any]) -> Iterator[None]:
-    """Have the queues that `consumers` need while they consume; see `Recoverer.prepared`."""
-    with handling.recoverer.prepared(connection, consumers):
-        yield
 
 
 def recoverer_of(

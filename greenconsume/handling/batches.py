@@ -100,6 +100,8 @@ class Batching(Handling):
     job by itself, which calls `on_decode_error`. A kill switch takes a batch for one message.
     """
 
+    __slots__ = ("_open", "_size", "_unstarted")
+
     def __init__(
         self,
         life: Lifecycle,

@@ -83,6 +83,22 @@ class Handling:
         tally: What becomes of its messages, in all its lives.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_inline",
+        "_life",
+        "_owned",
+        "_switch",
+        "cancelled",
+        "given_back",
+        "idle",
+        "pool",
+        "recoverer",
+        "requeues",
+        "settings",
+        "tally",
+    )
+
     def __init__(
         self,
         life: Lifecycle,

@@ -22,14 +22,14 @@ one count more each time.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from time import monotonic
+from types import TracebackType
 from typing import Any
 
 import gevent
 from gevent import GreenletExit
 
+from greenconsume.amqp.session import Session
 from greenconsume.errors import Shutdown
 from greenconsume.events import ConsumerDrained, ConsumerState, HandlerInterrupted, Outcome, emit
 from greenconsume.handling import unsettled_watch
@@ -54,6 +54,17 @@ class Drain:
         told: It is over.
     """
 
+    __slots__ = (
+        "_climbed",
+        "_climber",
+        "_handling",
+        "_life",
+        "_orderly",
+        "finished",
+        "killed",
+        "told",
+    )
+
     def __init__(self, life: Lifecycle, handling: Handling) -> None:
         self._handling = handling
         self.finished = self.killed = 0
@@ -62,13 +73,12 @@ class Drain:
         self._climber: Any = None
         self._climbed = self._orderly = False
 
-    @contextmanager
     def consuming(
-        self, session: Any, broker_errors: tuple[type[BaseException], ...]
-    ) -> Iterator[None]:
-        """Watch over the handlers while the consumer consumes, and end them when it leaves the block.
+        self, session: Session | None, broker_errors: tuple[type[BaseException], ...]
+    ) -> Consuming:
+        """Return a block to consume in: it watches over the handlers, and ends them in the end.
 
-        When it leaves with one of `broker_errors` they run on: what they hold is the broker's again.
+        Where it is left with one of `broker_errors` they run on: what they hold is the broker's again.
 
         Args:
             session: Its share of an AMQP link, or None.
@@ -76,25 +86,10 @@ class Drain:
 
         Switches: at its end, if a handler runs.
         """
-        self._begin(session)
-        try:
-            yield
-        except GreenletExit:
-            self.abandon()
-            raise
-        except BaseException as exc:  # an error of the user's, or the end of a generator
-            # An idle `timeout` is an OSError, too, but there the link is well.
-            if not isinstance(exc, broker_errors) or isinstance(exc, socket.timeout):
-                self.end(orderly=isinstance(exc, socket.timeout))
-            elif session is not None and session.connected and self._handling.holds_live:
-                self.end()  # one queue, or one channel of several, is gone: what runs is still ours
-            raise
-        else:
-            self.end(orderly=True)
-        finally:
-            self._retire(session)
+        return Consuming(self, session, broker_errors)
 
-    def _begin(self, session: Any) -> None:
+    def begin(self, session: Session | None) -> None:
+        """Watch over the handlers from now on, and hear a stop. Never switches."""
         self._climbed = False
         if self._handling.pool is not None:
             self._handling.pool.open()
@@ -104,6 +99,24 @@ class Drain:
             if deadline is not None:
                 unsettled_watch.watch(session, self._life.name, deadline)
         self._life.stop.link(self._on_stop)
+
+    def end_for(
+        self,
+        error: BaseException | None,
+        session: Session | None,
+        broker_errors: tuple[type[BaseException], ...],
+    ) -> None:
+        """End the handlers as fits what ended consuming: an error, or None. Switches: if one runs."""
+        if error is None:
+            self.end(orderly=True)
+        elif isinstance(error, GreenletExit):
+            self.abandon()
+        # An idle `timeout` is an OSError, too, but there the link is well.
+        elif not isinstance(error, broker_errors) or isinstance(error, socket.timeout):
+            # An error of the user's, or the end of a generator.
+            self.end(orderly=isinstance(error, socket.timeout))
+        elif session is not None and session.connected and self._handling.holds_live:
+            self.end()  # one queue, or one channel of several, is gone: what runs is still ours
 
     def _on_stop(self) -> None:
         # In the hub. An idle consumer, one of thousands, needs no greenlet to be drained.
@@ -166,7 +179,8 @@ class Drain:
                 self.killed += 1
                 job.kill("its consumer was killed", by_force=True)
 
-    def _retire(self, session: Any) -> None:
+    def retire(self, session: Session | None) -> None:
+        """Watch no more: the channel closes. Never switches."""
         self._life.stop.unlink(self._on_stop)
         if session is not None:
             unsettled_watch.unwatch(session)
@@ -220,3 +234,28 @@ class Drain:
             for job in self._handling.running():
                 tag, reason = job.message.delivery_tag, "it goes on although it was killed"
                 emit(HandlerInterrupted(self._life.name, tag, reason, True))
+
+
+class Consuming:
+    """A block within which a consumer consumes; a class, for thousands of consumers are in theirs."""
+
+    __slots__ = ("_broker_errors", "_drain", "_session")
+
+    def __init__(
+        self,
+        drain: Drain,
+        session: Session | None,
+        broker_errors: tuple[type[BaseException], ...],
+    ) -> None:
+        self._drain, self._session, self._broker_errors = drain, session, broker_errors
+
+    def __enter__(self) -> None:
+        self._drain.begin(self._session)
+
+    def __exit__(
+        self, _kind: object, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._drain.end_for(error, self._session, self._broker_errors)
+        finally:
+            self._drain.retire(self._session)
