@@ -41,7 +41,6 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         channel_id: Its number on the link.
         core: What the link knows of it.
         deliveries: What it consumes, and settles.
-        prefetch_count: How many unsettled deliveries a consumer that is started next may have.
     """
 
     Message = Message
@@ -54,7 +53,6 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         "connection",
         "core",
         "deliveries",
-        "prefetch_count",
     )
 
     def __init__(
@@ -68,7 +66,6 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         # a process may have 10,000 channels.
         self._session = self.connection = connection
         self.channel_id = connection.allocate(channel_id)
-        self.prefetch_count = 0
         self.core = ChannelCore(connection, self.channel_id, auto_decode)
         self._calls, self.deliveries = self.core.calls, self.core.deliveries
         if on_open is not None:
@@ -124,6 +121,11 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     def no_ack_consumers(self) -> frozenset[str]:
         """The tags of the consumers whose messages need no settle."""
         return self.deliveries.consumers.no_ack_tags
+
+    @property
+    def prefetch_count(self) -> int:
+        """The number of unsettled deliveries that a consumer that is started next may have."""
+        return self.deliveries.prefetch_count
 
     @property
     def epoch(self) -> int:
@@ -254,7 +256,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
         """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
-        self.prefetch_count = prefetch_count
+        self.deliveries.prefetch_count = prefetch_count
         return super().basic_qos(prefetch_size, prefetch_count, a_global)
 
     def basic_consume(
@@ -273,13 +275,14 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         """As py-amqp's; deliveries that arrive together with `ConsumeOk` find their callback."""
         if nowait and not consumer_tag:
             raise ValueError("Consumer tag must be specified when nowait is True")
-        is_bounded = self.prefetch_count and not no_ack
+        is_bounded = self.deliveries.prefetch_count and not no_ack
         can_pause = not (is_bounded or exclusive) and queue in self._calls.link.lasting_queues
 
         def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
-            resume = dumps(argsig, again) if can_pause else None
-            consumer = ChannelConsumer(taker_of(self, callback), no_ack, on_cancel, resume)
+            consumer = ChannelConsumer(
+                taker_of(self, callback), no_ack, on_cancel, again if can_pause else None
+            )
             self.deliveries.consumers.start(tag, consumer)
 
         def undo(_sig: object, tag: str) -> None:

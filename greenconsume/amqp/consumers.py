@@ -7,11 +7,15 @@ broker, and what the broker told it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from greenconsume.amqp.frames import Delivery
 
 #: Most channels need no set of their own, which takes 216 bytes.
 _NO_TAGS: frozenset[str] = frozenset()
+
+#: What `Basic.Consume` is sent with: ticket, queue, tag, no-local, no-ack, exclusive, nowait, arguments.
+ConsumeArgs = tuple[int, str, str, bool, bool, bool, bool, Any]
 
 
 class ChannelConsumer:
@@ -21,32 +25,52 @@ class ChannelConsumer:
         callback: Takes a `Delivery`.
         no_ack: The broker counts what it sends as settled.
         on_cancel: Called with the tag when the broker cancels it.
-        resume_args: The arguments that consume again; None where it cannot be paused, or is.
+        consume_args: Those that consume again; None where it cannot be paused.
+        is_paused: A stand-in consumes in its place, one message after the other.
     """
 
-    __slots__ = ("callback", "no_ack", "on_cancel", "resume_args")
+    __slots__ = ("callback", "consume_args", "is_paused", "no_ack", "on_cancel")
 
     def __init__(
         self,
         callback: Callable[[Delivery], object],
         no_ack: bool,
         on_cancel: Callable[[str], object] | None,
-        resume_args: bytes | None,
+        consume_args: ConsumeArgs | None,
     ) -> None:
         self.callback = callback
         self.no_ack = no_ack
         self.on_cancel = on_cancel
-        self.resume_args = resume_args
+        self.consume_args = consume_args
+        self.is_paused = False
 
-    def pause(self) -> bytes:
-        """Return what resumes it; it cannot be paused again before."""
-        args, self.resume_args = self.resume_args, None
-        assert args is not None
-        return args
+    @property
+    def can_pause(self) -> bool:
+        """True if it may be paused now."""
+        return self.consume_args is not None and not self.is_paused
 
-    def resume(self, args: bytes) -> None:
-        """Note that it consumes again."""
-        self.resume_args = args
+    def pause(self) -> ConsumeArgs:
+        """Note that it is paused; return what its stand-in consumes with: acks, for a prefetch to hold it."""
+        assert self.consume_args is not None
+        self.is_paused = True
+        ticket, queue, tag, no_local, _, exclusive, nowait, arguments = self.consume_args
+        return (ticket, queue, stand_in_of(tag), no_local, False, exclusive, nowait, arguments)
+
+    def resume(self) -> ConsumeArgs:
+        """Note that it consumes again; return what with."""
+        assert self.consume_args is not None
+        self.is_paused = False
+        return self.consume_args
+
+    def end_stand_in(self) -> bool:
+        """Return whether a stand-in is to be cancelled, as the consumer ends; it is asked for once."""
+        was_paused, self.is_paused = self.is_paused, False
+        return was_paused
+
+
+def stand_in_of(tag: str) -> str:
+    """Return the tag of the consumer that stands in for a paused one."""
+    return f"{tag}.paused"
 
 
 class Consumers:
@@ -58,12 +82,13 @@ class Consumers:
             stopped: what it has in hand is still handled.
     """
 
-    __slots__ = ("_announced", "no_ack_tags", "running")
+    __slots__ = ("_announced", "_stand_ins", "no_ack_tags", "running")
 
     def __init__(self) -> None:
         self.running: dict[str, ChannelConsumer] = {}
         self.no_ack_tags = _NO_TAGS
         self._announced = _NO_TAGS
+        self._stand_ins: dict[str, str] | None = None
 
     @property
     def has_running(self) -> bool:
@@ -88,6 +113,16 @@ class Consumers:
         """Forget a consumer, and return it if it ran: what comes for it is not dispatched any more."""
         return self.running.pop(tag, None)
 
+    def stand_in(self, tag: str) -> None:
+        """Note that a consumer has a stand-in, or had: what that was sent is its."""
+        if self._stand_ins is None:
+            self._stand_ins = {}
+        self._stand_ins[stand_in_of(tag)] = tag
+
+    def stood_in_for(self, tag: str) -> str | None:
+        """Return the tag of the consumer that a stand-in stands for; None if it is none."""
+        return None if self._stand_ins is None else self._stand_ins.get(tag)
+
     def announce(self) -> list[str]:
         """Return the tags of all that run: the broker is told now that they end."""
         tags = list(self.running)
@@ -106,3 +141,4 @@ class Consumers:
         """Forget all, for the channel's life is over; only what needs no settle is remembered."""
         self.running.clear()
         self._announced = _NO_TAGS
+        self._stand_ins = None

@@ -6,16 +6,17 @@ channel that it came in (law 4). Called by the reader, by the channel, and by me
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from amqp import spec
 from amqp.serialization import dumps
 
 from greenconsume.amqp.calls import Calls, Life
-from greenconsume.amqp.consumers import ChannelConsumer, Consumers
+from greenconsume.amqp.consumers import ChannelConsumer, ConsumeArgs, Consumers, stand_in_of
 from greenconsume.amqp.frames import Delivery
 from greenconsume.amqp.inbox import Inbox
-from greenconsume.amqp.ledger import GIVE_BACK, Ledger, encode
+from greenconsume.amqp.ledger import ACK, GIVE_BACK, Ledger, encode
 from greenconsume.events import StaleSettle, emit
 
 #: An enum's member takes longer to look up, and this is looked at for every message.
@@ -29,6 +30,7 @@ class Deliveries:
         consumers: Its consumers.
         epoch: Counts the lives of the channel, and its recovers; a message belongs to one of them.
         has_settles: Whether `flush` has something to send, and will be asked to.
+        prefetch_count: How many unsettled deliveries a consumer that is started next may have.
         stale_count: How many messages were settled after their channel was gone.
     """
 
@@ -40,12 +42,13 @@ class Deliveries:
         "consumers",
         "epoch",
         "has_settles",
+        "prefetch_count",
         "stale_count",
     )
 
     def __init__(self, calls: Calls, inbox: Inbox) -> None:
         self.consumers = Consumers()
-        self.epoch = self.stale_count = 0
+        self.epoch = self.stale_count = self.prefetch_count = 0
         self.has_settles = False
         self._calls = calls
         self._inbox = inbox
@@ -60,15 +63,42 @@ class Deliveries:
             return
         consumer = self.consumers.running.get(delivery[0])
         if consumer is None:
-            self._refuse(delivery)
+            self._take_late(delivery)
             return
         if not consumer.no_ack:
             if self._recovering:
                 return
             self._ledger.deliver(delivery[1])
         self._inbox.put(self, delivery, consumer.callback)
-        if consumer.resume_args is not None and self._inbox.is_crowded:
+        if consumer.consume_args is not None and self._inbox.is_crowded and consumer.can_pause:
             self._pause(delivery[0], consumer)
+
+    def _take_late(self, delivery: Delivery) -> None:
+        """Take what was sent to a stand-in, or to a consumer that has stopped."""
+        tag = self.consumers.stood_in_for(delivery[0])
+        if tag is None:
+            self._refuse(delivery)
+            return
+        if self._recovering:
+            return
+        self.hold(delivery[1])
+        consumer = self.consumers.running.get(tag)
+        if consumer is None:
+            self.give_back(delivery[1])
+            return
+        callback = self._acking(consumer.callback) if consumer.no_ack else consumer.callback
+        self._inbox.put(self, (tag, *delivery[1:]), callback)
+
+    def _acking(self, callback: Callable[[Delivery], object]) -> Callable[[Delivery], object]:
+        """Return what takes a stand-in's delivery where the consumer itself wants no acks."""
+        epoch = self.epoch
+
+        def take(delivery: Delivery) -> None:
+            if epoch == self.epoch:  # else it is the broker's again, and comes once more
+                self.settle(delivery[1], ACK)
+                callback(delivery)
+
+        return take
 
     def _refuse(self, delivery: Delivery) -> None:
         if self.consumers.needs_settle(delivery[0]) and not self._recovering:
@@ -101,6 +131,7 @@ class Deliveries:
 
     def stop(self, consumer_tag: str) -> None:
         """Forget a consumer, and give its undispatched messages back."""
+        self._cancel_stand_in(consumer_tag)
         self.consumers.stop(consumer_tag)
         self._inbox.forget_paused(self, consumer_tag)
 
@@ -118,11 +149,18 @@ class Deliveries:
         tags = self.consumers.announce()
         for tag in tags:
             self._send_cancel(tag)
+            self._cancel_stand_in(tag)
         for tag in tags:
             self.stop(tag)
 
+    def _cancel_stand_in(self, consumer_tag: str) -> None:
+        consumer = self.consumers.running.get(consumer_tag)
+        if consumer is not None and consumer.end_stand_in():
+            self._send_cancel(stand_in_of(consumer_tag))
+
     def cancelled(self, consumer_tag: str) -> bool:
         """Take the broker's cancel of a consumer; return whether its `on_cancel` will be called."""
+        consumer_tag = self.consumers.stood_in_for(consumer_tag) or consumer_tag
         consumer = self.consumers.stop(consumer_tag)
         self._inbox.forget_paused(self, consumer_tag)
         if consumer is None or consumer.on_cancel is None:
@@ -131,15 +169,27 @@ class Deliveries:
         return True
 
     def _pause(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
-        # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own.
-        resume = partial(self._resume, consumer_tag, consumer, consumer.pause())
-        self._inbox.pause(self, consumer_tag, resume)
+        # Nothing else bounds what the broker sends to such a consumer, and the link is not only its own. Its
+        # stand-in is sent one message at a time: a queue without any consumer may expire, by a policy that
+        # nobody here can know.
+        self._inbox.pause(self, consumer_tag, partial(self._resume, consumer_tag, consumer))
+        self.consumers.stand_in(consumer_tag)
+        self._send_prefetch(1)
+        self._send_consume(consumer.pause())
+        self._send_prefetch(self.prefetch_count)
         self._send_cancel(consumer_tag)
 
-    def _resume(self, consumer_tag: str, consumer: ChannelConsumer, args: bytes) -> None:
+    def _resume(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
         if self._calls.link.failure is None:
-            consumer.resume(args)
-            self._calls.write(spec.Basic.Consume, args)
+            self._send_consume(consumer.resume())
+            self._send_cancel(stand_in_of(consumer_tag))
+
+    def _send_prefetch(self, count: int) -> None:
+        self._calls.expect(spec.Basic.QosOk, _ignore)
+        self._calls.write(spec.Basic.Qos, dumps("lBb", (0, count, False)))
+
+    def _send_consume(self, args: ConsumeArgs) -> None:
+        self._calls.write(spec.Basic.Consume, dumps("BssbbbbF", args))
 
     def _send_cancel(self, consumer_tag: str) -> None:
         if self._calls.link.failure is None:
@@ -219,6 +269,10 @@ class Deliveries:
         """Count a settle that came after its channel was gone."""
         self.stale_count += 1
         emit(StaleSettle(delivery_tag, self.stale_count))
+
+
+def _ignore(*_reply: object) -> None:
+    """Take a reply that nobody waits for."""
 
 
 def _raise(error: BaseException) -> None:

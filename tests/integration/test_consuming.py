@@ -17,6 +17,7 @@ from kombu import Exchange, Producer, Queue
 
 from greenconsume import Runtime
 from greenconsume.events import ConsumerState
+from tests.brokers import vhost_of
 from tests.integration.consumers import (
     SOON,
     Plain,
@@ -258,6 +259,23 @@ def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name,
     assert slow.consumer.bodies == list(range(50_000))
     assert max(backlogs) < 35_000
     assert took < 15.0
+
+
+def test_a_paused_consumers_queue_does_not_expire(rabbitmq, amqp_url, queue_name):
+    """HAZARDS row 39: where a policy has queues without consumers expire, nobody here can know of it."""
+    publish(amqp_url, queue_name, 20_000)
+    go_on = Event()
+    consumer = Recorder(amqp_url, queue_name, lambda *_: go_on.wait(SOON), prefetch_count=None)
+    with consuming(consumer):
+        wait_until(lambda: 0 < queue_depth(amqp_url, queue_name) < 19_000, SOON)
+        rabbitmq.eval(
+            f'rabbit_policy:parse_set(<<"{vhost_of(amqp_url)}">>, <<"expire">>, <<"^{queue_name}$">>, '
+            '<<"{\\"expires\\": 500}">>, <<"0">>, <<"queues">>, <<"test">>)'
+        )
+        pause_for(1.5)  # its time is up
+        go_on.set()
+        assert consumer.wait_for(20_000, within=60) == list(range(20_000))
+        assert consumer.ready_count == 1
 
 
 def test_the_single_active_consumer_of_a_queue_is_not_paused(amqp_url, queue_name):

@@ -579,31 +579,105 @@ def flooded(connect, peer, count=PAUSE_AT + 5, declare=None, **options):
     return connection, got
 
 
+def said_of(peer, name, tag=TAG):
+    """The frames of one kind that concern a consumer, and not its stand-in."""
+    place = 2 if name == "basic.consume" else 0
+    return [frame for frame in peer.frames(name) if frame.args[place] == tag]
+
+
 @pytest.mark.parametrize("options", [{"no_ack": True}, {"no_ack": False}])
 def test_a_consumer_without_a_limit_is_paused_and_resumed(connect, peer, options):
     connection, got = flooded(connect, peer, **options)
     assert peer.wait_for("basic.cancel").args == [TAG, True]
     while connection.connection.backlog > RESUME_AT:
-        assert len(peer.frames("basic.consume")) == 1
+        assert len(said_of(peer, "basic.consume")) == 1
         connection.drain_events(timeout=0)
-    peer.wait_for("basic.consume", 2)
-    first, second = peer.frames("basic.consume")
+    wait_until(lambda: len(said_of(peer, "basic.consume")) == 2)
+    first, second = said_of(peer, "basic.consume")
     assert second.args == [*first.args[:6], True, first.args[7]]  # the same, without an answer
     while connection.connection.backlog:
         connection.drain_events(timeout=0)
     peer.deliver(1, TAG, 5000)
     connection.drain_events(timeout=2)
     assert [message.delivery_tag for message in got] == [*range(1, PAUSE_AT + 6), 5000]
-    assert len(peer.frames("basic.cancel")) == 1
+    assert len(said_of(peer, "basic.cancel")) == 1
+
+
+def test_a_paused_consumer_keeps_its_place_by_a_stand_in(connect, peer):
+    """HAZARDS row 39: a queue that has no consumer for a while may expire, by policy."""
+    connection, _ = flooded(connect, peer)
+    peer.wait_for("basic.cancel")
+    begun = [(frame.name, frame.args) for frame in peer.received if frame.name.startswith("basic.")]
+    consumed = ["q", "t.paused", False, False, False, True, {}]
+    assert begun[1:] == [
+        ("basic.qos", [0, 1, False]),
+        ("basic.consume", [0, *consumed]),
+        ("basic.qos", [0, 0, False]),
+        ("basic.cancel", [TAG, True]),
+    ]
+    while connection.connection.backlog > RESUME_AT:
+        connection.drain_events(timeout=0)
+    peer.wait_for("basic.cancel", 2)
+    assert [frame.name for frame in peer.received[-2:]] == ["basic.consume", "basic.cancel"]
+    assert peer.received[-1].args == ["t.paused", True]
+
+
+@pytest.mark.parametrize("no_ack", [True, False])
+def test_what_a_stand_in_is_sent_is_its_consumers_in_its_turn(connect, peer, no_ack):
+    connection, got = flooded(connect, peer, no_ack=no_ack)
+    peer.wait_for("basic.cancel")
+    peer.deliver(1, "t.paused", 5000)
+    wait_until(lambda: connection.connection.backlog == PAUSE_AT + 6)
+    while connection.connection.backlog > 1:
+        connection.drain_events(timeout=0)
+    assert "basic.ack" not in peer.names
+    connection.drain_events(timeout=0)
+    assert [message.delivery_tag for message in got] == [*range(1, PAUSE_AT + 6), 5000]
+    assert got[-1].delivery_info["consumer_tag"] == TAG
+    if no_ack:  # the broker would send no other, and the consumer sends no acks
+        assert peer.wait_for("basic.ack").args == [5000, False]
+
+
+def test_a_stand_in_goes_with_its_consumer_and_gives_back_what_it_has(connect, peer):
+    connection, _ = flooded(connect, peer, no_ack=True)
+    peer.wait_for("basic.cancel")
+    (channel,) = connection.connection.channels.values()
+    channel.basic_cancel(TAG)
+    peer.deliver(1, "t.paused", 5000)
+    assert peer.wait_for("basic.nack").args == [5000, False, True]
+    assert [frame.args[0] for frame in peer.frames("basic.cancel")] == [TAG, TAG, "t.paused"]
+
+
+def test_the_end_of_a_stand_ins_queue_is_its_consumers(connect, peer):
+    cancelled = []
+    connection, _ = flooded(connect, peer, on_cancel=cancelled.append)
+    peer.wait_for("basic.cancel")
+    peer.send(frames.method_frame(1, "basic.cancel", "t.paused", True))
+    wait_until(lambda: connection.connection.backlog == PAUSE_AT + 6)
+    while connection.connection.backlog:
+        connection.drain_events(timeout=0)
+    assert cancelled == [TAG]
+    assert len(said_of(peer, "basic.consume")) == 1
+
+
+def test_a_drain_ends_a_stand_in_too(connect, peer):
+    connection, _ = flooded(connect, peer)
+    peer.wait_for("basic.cancel")
+    connection.connection.announce_stop()
+    peer.wait_for("basic.cancel", 3)
+    assert [frame.args[0] for frame in peer.frames("basic.cancel")] == [TAG, TAG, "t.paused"]
+    peer.wait_for("basic.nack")
+    names = [name for name in peer.names if name in ("basic.cancel", "basic.nack")]
+    assert names == ["basic.cancel"] * 3 + ["basic.nack"]
 
 
 def test_a_consumer_is_paused_again_when_it_falls_behind_again(connect, peer):
     connection, _ = flooded(connect, peer)
     while connection.connection.backlog > RESUME_AT:
         connection.drain_events(timeout=0)
-    peer.wait_for("basic.consume", 2)
+    wait_until(lambda: len(said_of(peer, "basic.consume")) == 2)
     peer.send(b"".join(frames.deliver(1, TAG, n) for n in range(2000, 3000)))
-    peer.wait_for("basic.cancel", 2)
+    wait_until(lambda: len(said_of(peer, "basic.cancel")) == 2)
 
 
 @pytest.mark.parametrize(
@@ -643,7 +717,7 @@ def test_a_paused_consumer_that_was_cancelled_stays_away(connect, peer):
     channel.basic_cancel(TAG)
     with pytest.raises(socket.timeout):
         connection.drain_events(timeout=0.01)
-    assert len(peer.frames("basic.consume")) == 1
+    assert len(said_of(peer, "basic.consume")) == 1
 
 
 def test_a_paused_consumer_goes_on_though_its_neighbour_took_the_backlog_along(connect, peer):
@@ -664,7 +738,7 @@ def test_a_paused_consumer_goes_on_though_its_neighbour_took_the_backlog_along(c
     connection.connection.channels[1].basic_cancel("greedy")
     with pytest.raises(socket.timeout):
         connection.drain_events(timeout=0.01)
-    peer.wait_for("basic.consume", 3)
+    wait_until(lambda: len(said_of(peer, "basic.consume", "modest")) == 2)
     assert peer.frames("basic.consume")[-1].args[2] == "modest"
 
 
