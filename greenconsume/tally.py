@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from time import monotonic
 
 _STEPS = (1, 1.25, 1.6, 2, 2.5, 3.2, 4, 5, 6.3, 8)
@@ -43,8 +44,8 @@ class Timings:
         self._counts = [0] * (len(BOUNDS) + 1)
         self._next = self.began + _STEP
         # (when, what had been counted by then), for each step in which something was counted.
-        self._past: deque[tuple[float, tuple[int, ...]]] = deque(maxlen=int(WINDOW / _STEP) + 2)
-        self._past.append((self.began, tuple(self._counts)))
+        self._past: deque[tuple[float, list[int]]] = deque(maxlen=int(WINDOW / _STEP) + 2)
+        self._past.append((self.began, self._counts[:]))
 
     def note(self, now: float, seconds: float) -> None:
         """Count a duration that ended `now`. Never switches."""
@@ -55,7 +56,7 @@ class Timings:
 
     def _turn(self, now: float) -> None:
         # No timer moves the window: what was counted until the end of the last step holds until now.
-        self._past.append((self._next, tuple(self._counts)))
+        self._past.append((self._next, self._counts[:]))
         self._next = now - (now - self.began) % _STEP + _STEP
 
     @property
@@ -63,28 +64,21 @@ class Timings:
         """The number of durations."""
         return sum(self._counts)
 
-    def cumulative(self, bounds: Sequence[float]) -> list[int]:
-        """Return how many durations were no longer than each of `bounds`, which are some of `BOUNDS`."""
-        sums, running, wanted = [], 0, iter(bounds)
-        bound = next(wanted, None)
-        for upper, number in zip(BOUNDS, self._counts, strict=False):
-            running += number
-            if upper == bound:
-                sums.append(running)
-                bound = next(wanted, None)
-        return sums
+    def cumulative(self, places: Sequence[int]) -> list[int]:
+        """Return how many durations were no longer than each of the `BOUNDS` at these places."""
+        sums = list(accumulate(self._counts))
+        return [sums[place] for place in places]
 
     def last_minute(self, now: float | None = None) -> LastMinute:
         """Return what was counted in the last minute, or since it began."""
         now = monotonic() if now is None else now
-        past = [
-            *self._past,
-            (self._next, tuple(self._counts)),
-        ]  # the last holds from the step's end on
-        since, before = past[0]
-        for at, counts in past:
+        since, before = self._past[0]
+        for at, counts in self._past:
             if at <= now - WINDOW:
                 since, before = max(at, now - WINDOW - _STEP), counts
+        # What was counted until the end of the last step holds from there on.
+        if self._next <= now - WINDOW or self._counts == before:
+            return LastMinute([], 1.0)
         new = [all_ - old for all_, old in zip(self._counts, before, strict=True)]
         return LastMinute(new, max(now - since, 1e-9))
 

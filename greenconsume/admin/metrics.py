@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, ProcessStatus
-from greenconsume.tally import Timings
+from greenconsume.tally import BOUNDS, Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Bounds of the histograms, in seconds; some of `tally.BOUNDS`.
@@ -98,9 +98,11 @@ _OF_CONSUMERS: tuple[tuple[str, Kind, str, str], ...] = (
 
 def _plain_families(labelled: _Labelled) -> Iterator[Family]:
     for name, kind, words, attribute in _OF_CONSUMERS:
-        rows = [(labels, float(getattr(each, attribute) or 0)) for labels, each in labelled]
+        rows = [(labels, _number(getattr(each, attribute))) for labels, each in labelled]
         yield Family(f"greenconsume_{name}", kind, words, rows)
-    up = [(labels, float(each.state == "consuming")) for labels, each in labelled]
+    up: list[tuple[Labels, float]] = [
+        (labels, int(each.state == "consuming")) for labels, each in labelled
+    ]
     yield Family("greenconsume_consumer_consuming", "gauge", "The consumer consumes", up)
 
 
@@ -110,7 +112,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "counter",
         "Handlers that ended, by how",
         [
-            ((*labels, ("status", how)), float(number))
+            ((*labels, ("status", how)), number)
             for labels, each in labelled
             for how, number in (each.outcomes or {}).items()
         ],
@@ -120,7 +122,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "counter",
         "Handlers that failed, by the exception's class",
         [
-            ((*labels, ("exception_type", error)), float(number))
+            ((*labels, ("exception_type", error)), number)
             for labels, each in labelled
             for error, number in (each.errors or {}).items()
         ],
@@ -144,7 +146,7 @@ def _link_families(status: ProcessStatus) -> Iterator[Family]:
         ("link_sessions", "gauge", "Consumers and publishers that use the link", "sessions"),
         ("link_reconnects", "counter", "How often the link was connected again", "reconnects"),
     ):
-        rows = [(labels, float(getattr(link, attribute))) for labels, link in labelled]
+        rows = [(labels, _number(getattr(link, attribute))) for labels, link in labelled]
         yield Family(
             f"greenconsume_{name}", "counter" if kind == "counter" else "gauge", words, rows
         )
@@ -152,7 +154,7 @@ def _link_families(status: ProcessStatus) -> Iterator[Family]:
 
 def _process_families(status: ProcessStatus) -> Iterator[Family]:
     published: list[tuple[Labels, float]] = [
-        ((("broker", each.uri), ("status", how)), float(number))
+        ((("broker", each.uri), ("status", how)), number)
         for each in status.published
         for how, number in each.outcomes.items()
     ]
@@ -173,46 +175,40 @@ def _process_families(status: ProcessStatus) -> Iterator[Family]:
     timings = status.lag.timings
     lag: list[tuple[Labels, Timings]] = [((), timings)] if timings is not None else []
     yield Family("greenconsume_hub_lag_seconds", "histogram", "How late the hub was", timings=lag)
-    yield Family("greenconsume_greenlets", "gauge", "Greenlets", [((), float(status.greenlets))])
+    yield Family("greenconsume_greenlets", "gauge", "Greenlets", [((), status.greenlets)])
     info: Labels = (("version", status.version), ("state", status.state))
-    yield Family("greenconsume_process", "gauge", "The process, by its state", [(info, 1.0)])
+    yield Family("greenconsume_process", "gauge", "The process, by its state", [(info, 1)])
 
 
 # -- as text -----------------------------------------------------------------------------------------
 
+_PLACES = [BOUNDS.index(bound) for bound in BUCKETS]
+
 
 def _text(found: Iterable[Family]) -> Iterator[str]:
-    escaped: dict[Labels, str] = {}
+    # Most rows have the labels of another row: one consumer has a score of them.
+    known: dict[Labels, str] = {}
     for family in found:
         name = f"{family.name}_total" if family.kind == "counter" else family.name
         yield f"# HELP {name} {family.help}.\n# TYPE {name} {family.kind}\n"
         for labels, value in family.rows:
-            yield f"{name}{_braced(labels, escaped)} {_number(value)}\n"
+            inner = known.get(labels) or _written(labels, known)
+            yield f"{name}{{{inner}}} {value}\n" if inner else f"{name} {value}\n"
         for labels, timings in family.timings:
-            yield from _histogram(name, _inner(labels, escaped), timings)
+            yield _histogram(name, known.get(labels) or _written(labels, known), timings)
 
 
-def _histogram(name: str, inner: str, timings: Timings) -> Iterator[str]:
-    comma = "," if inner else ""
-    for bound, number in zip(BUCKETS, timings.cumulative(BUCKETS), strict=True):
-        yield f'{name}_bucket{{{inner}{comma}le="{bound}"}} {number}\n'
-    braced = f"{{{inner}}}" if inner else ""
-    yield (
-        f'{name}_bucket{{{inner}{comma}le="+Inf"}} {timings.count}\n'
-        f"{name}_count{braced} {timings.count}\n{name}_sum{braced} {timings.total}\n"
-    )
+def _histogram(name: str, inner: str, timings: Timings) -> str:
+    comma, braced = ("," if inner else ""), (f"{{{inner}}}" if inner else "")
+    start, count = f'{name}_bucket{{{inner}{comma}le="', timings.count
+    counted = zip(BUCKETS, timings.cumulative(_PLACES), strict=True)
+    lines = [f'{start}{bound}"}} {number}\n' for bound, number in counted]
+    lines.append(f'{start}+Inf"}} {count}\n{name}_count{braced} {count}\n')
+    return "".join(lines) + f"{name}_sum{braced} {timings.total}\n"
 
 
-def _braced(labels: Labels, escaped: dict[Labels, str]) -> str:
-    inner = _inner(labels, escaped)
-    return f"{{{inner}}}" if inner else ""
-
-
-def _inner(labels: Labels, escaped: dict[Labels, str]) -> str:
-    # Most rows have the labels of another row: one consumer has a score of them.
-    found = escaped.get(labels)
-    if found is None:
-        found = escaped[labels] = ",".join(f'{name}="{_escape(value)}"' for name, value in labels)
+def _written(labels: Labels, known: dict[Labels, str]) -> str:
+    found = known[labels] = ",".join(f'{name}="{_escape(value)}"' for name, value in labels)
     return found
 
 
@@ -220,5 +216,5 @@ def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(value)
+def _number(value: float | None) -> float:
+    return 0 if value is None else value + 0  # True is written as 1

@@ -7,7 +7,9 @@ shown by the page, the metrics, the health answers and the commands.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Protocol
 
 from greenconsume.tally import PublishTally, Timings
@@ -190,25 +192,23 @@ def to_json(status: ProcessStatus, **more: Any) -> bytes:
     shown = _plain(status)
     shown["consumers"] = [_plain(each) for each in status.consumers]
     for consumer in shown["consumers"]:
-        consumer["running"] = [_plain(each) for each in consumer["running"]]
+        if consumer["running"]:
+            consumer["running"] = [_plain(each) for each in consumer["running"]]
     shown["links"] = [_plain(each) for each in status.links]
     shown["lag"] = _plain(status.lag)
     shown["published"] = [each.shown() for each in status.published]
     return json.dumps({**shown, **more}, separators=(",", ":"), default=str).encode()
 
 
-_names: dict[type, tuple[str, ...]] = {}
+_shown: dict[type, tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]] = {}
 
 
 def _plain(value: Any) -> dict[str, Any]:
     # Not `dataclasses.asdict`, which copies all that is below: ten times as long.
     kind = type(value)
-    names = _names.get(kind)
-    if names is None:
-        shown = (field.name for field in fields(kind) if field.name != "timings")
-        names = _names[kind] = tuple(shown)
-    return {name: _rounded(getattr(value, name)) for name in names}
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 6) if type(value) is float else value
+    found = _shown.get(kind)
+    if found is None:
+        names = tuple(field.name for field in fields(kind) if field.name != "timings")
+        found = _shown[kind] = (names, attrgetter(*names))
+    names, values_of = found
+    return dict(zip(names, values_of(value), strict=True))

@@ -32,7 +32,11 @@ def status_of(child: Child, now: float) -> ConsumerStatus:
     minute = tally.timings.last_minute(now) if tally.timings is not None else None
     known: dict[str, Any] = _work_of(engine, now) if engine is not None else {}
     if minute is not None:
-        known.update(rate=minute.rate, p50=minute.quantile(0.5), p99=minute.quantile(0.99))
+        known.update(
+            rate=round(minute.rate, 3),
+            p50=_rounded(minute.quantile(0.5)),
+            p99=_rounded(minute.quantile(0.99)),
+        )
     return ConsumerStatus(
         name=child.name,
         group=child.group,
@@ -110,7 +114,7 @@ def _inbox_of(session: Any, now: float) -> dict[str, Any]:
     return {
         "waiting": session.backlog,
         "unsettled": sum(each.unsettled_count for each in channels),
-        "oldest_unsettled": None if oldest is None else now - oldest,
+        "oldest_unsettled": None if oldest is None else _rounded(now - oldest),
         "prefetch": max((each.prefetch_count for each in channels), default=0),
     }
 
@@ -121,7 +125,11 @@ def _began(job: Any) -> float:
 
 def _running(job: Any, now: float) -> RunningHandler:
     seconds = now - job.began if job.began else None
-    return RunningHandler(str(job.message.delivery_tag), seconds)
+    return RunningHandler(str(job.message.delivery_tag), _rounded(seconds))
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
 
 
 def _words(error: BaseException | None) -> str:
