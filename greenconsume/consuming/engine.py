@@ -58,6 +58,7 @@ class Engine:
         handling: Its handlers, once it has connected.
         drain: How they end.
         queues: The names of the queues that it consumes from, or did last.
+        fleeting_queues: Those of them that go, with their messages, when nobody consumes from them.
         session: Its share of an AMQP link, while it consumes.
     """
 
@@ -67,6 +68,7 @@ class Engine:
         "_places",
         "_switch",
         "drain",
+        "fleeting_queues",
         "handling",
         "life",
         "links",
@@ -82,6 +84,7 @@ class Engine:
         self.handling: Handling | None = None
         self.drain: Drain | None = None
         self.queues: tuple[str, ...] = ()
+        self.fleeting_queues: tuple[str, ...] = ()
         self.session: Session | None = None
         self._consumer = cast(KombuConsumer, consumer)
         self._around: tuple[ConsumerOptions, ...] = ()
@@ -245,7 +248,9 @@ class Engine:
                 "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
             )
         guarded = list(consumers)
-        self.queues = _queues_of(guarded)
+        queues = _queues_of(guarded)
+        self.queues = tuple(queues)
+        self.fleeting_queues = tuple(name for name, fleeting in queues.items() if fleeting)
         for consumer in guarded:
             consumer._receive_callback = Handler(consumer, handling)
             handling.fit_prefetch(consumer)
@@ -291,10 +296,15 @@ class Engine:
             conn.ensure_connection(self._consumer.on_connection_error, attempt.max_retries)
 
 
-def _queues_of(consumers: Iterable[Any]) -> tuple[str, ...]:
-    """Return the names of the queues that `kombu.Consumer`s consume from."""
+def _queues_of(consumers: Iterable[Any]) -> dict[str, bool]:
+    """Return the names of the queues that `kombu.Consumer`s consume from, and whether they are fleeting."""
     queues = (queue for each in consumers for queue in getattr(each, "queues", None) or ())
-    return tuple(dict.fromkeys(str(getattr(queue, "name", queue)) for queue in queues))
+    return {
+        str(getattr(queue, "name", queue)): bool(
+            getattr(queue, "auto_delete", False) or getattr(queue, "exclusive", False)
+        )
+        for queue in queues
+    }
 
 
 def engine_of(consumer: object) -> Engine:

@@ -7,6 +7,7 @@ get it from `Runtime.spawn` and read it.
 from __future__ import annotations
 
 import contextvars
+import enum
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -17,6 +18,16 @@ from greenconsume.handling.options import ConsumerOptions
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.tally import Tally
+
+
+class Wanted(enum.Enum):
+    """What is wanted of a consumer when its greenlet ends."""
+
+    AS_POLICY_SAYS = enum.auto()
+    RESTARTED = enum.auto()
+    PAUSED = enum.auto()
+    RESUMED = enum.auto()  # after a pause: the same instance, and not counted as a restart
+    RETIRED = enum.auto()
 
 
 class Child:
@@ -33,7 +44,7 @@ class Child:
         restart_count: How often it was started again since its runtime started.
         given_up: It ended with an error, or once too often, and is not started again.
         ended: It has ended and is not started again, for whatever reason.
-        retired: Its runtime was scaled down: it ends, and is forgotten then.
+        wanted: What an operator wants of it.
     """
 
     def __init__(
@@ -53,17 +64,18 @@ class Child:
         self.restart_count = 0
         self.given_up = False
         self.ended = False
-        self.retired = False
+        self.wanted = Wanted.AS_POLICY_SAYS
         self._make = make
         # A consumer made hours later, by the supervisor, has its spawner's context variables.
         self._context = contextvars.copy_context()
         self._restarts: list[float] = []
         self._asked = False
-        self._again = False
 
     @property
     def state(self) -> ConsumerState:
         """The state of the consumer; `failed` while it waits for a restart, too."""
+        if self.resting:
+            return ConsumerState.PAUSED
         if self.given_up or self.error is not None:
             return ConsumerState.FAILED
         return ConsumerState.STARTING if self.greenlet is None else self.greenlet.state
@@ -84,13 +96,28 @@ class Child:
     @property
     def started(self) -> bool:
         """True if a start need not wait for it: it consumes, or has ended for good."""
-        return self.ended or (self.greenlet is not None and self.greenlet.ready.is_set())
+        return (
+            self.ended
+            or self.resting
+            or (self.greenlet is not None and self.greenlet.ready.is_set())
+        )
+
+    @property
+    def resting(self) -> bool:
+        """True while it is paused, and its greenlet has ended."""
+        return self.wanted is Wanted.PAUSED and not self.running
+
+    @property
+    def retired(self) -> bool:
+        """True if its runtime was scaled down: it ends, and is forgotten then."""
+        return self.wanted is Wanted.RETIRED
 
     def reset(self, keep_count: bool = False) -> None:
         """Forget the restarts and errors of a former start of the runtime, or what an operator mended."""
         self.error = None
         self.restart_count = self.restart_count if keep_count else 0
         self.given_up = self.ended = False
+        self.wanted = Wanted.AS_POLICY_SAYS
         self._restarts.clear()
 
     def make(self) -> ConsumerGreenlet:
@@ -104,7 +131,9 @@ class Child:
         Switches: if the class or factory does.
         """
         context = self._context.copy()
-        consumer = context.run(self._make)
+        resumed = self.wanted is Wanted.RESUMED and self.consumer is not None
+        self.wanted = Wanted.AS_POLICY_SAYS
+        consumer = self.consumer if resumed else context.run(self._make)
         greenlet = ConsumerGreenlet(consumer, context)
         self._prepare(greenlet)
         self.consumer, self.greenlet, self.error = greenlet.consumer, greenlet, None
@@ -119,20 +148,15 @@ class Child:
             except Exception:  # a user's read-only `should_stop`; the signal is set all the same
                 pass
 
-    def retire(self, reason: str) -> None:
-        """Ask the consumer to stop, and never to be started again. Switches: never."""
-        self.retired = True
+    def stop_to_be(self, wanted: Wanted, reason: str) -> None:
+        """Ask the consumer to stop, as something else is wanted of it. Switches: never."""
+        self.wanted = wanted
         self.stop(reason)
 
-    def stop_to_restart(self) -> None:
-        """Ask the consumer to stop, and to be started again once it has. Switches: never."""
-        self.stop("restart")
-        self._again = True
-
-    def take_restart(self) -> bool:
-        """Return whether it was asked to be started again since the last call."""
-        again, self._again = self._again, False
-        return again
+    def enter(self, state: ConsumerState) -> None:
+        """Have the consumer be in a state that only its runtime knows of, as paused. Switches: never."""
+        if self.consumer is not None:
+            lifecycle_of(self.consumer).enter(state)
 
     def next_delay(self, policy: RestartPolicy) -> float | None:
         """Count a restart; return how many seconds it waits, or `None` if it is one too many."""

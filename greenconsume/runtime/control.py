@@ -17,11 +17,12 @@ from greenconsume.admin import run_folder
 from greenconsume.admin.greenlets import GreenletCount
 from greenconsume.admin.lag import LagWatch
 from greenconsume.admin.status import LagStatus, ProcessStatus, RunningHandler
+from greenconsume.consuming.engine import engine_of
 from greenconsume.errors import ControlError, UnknownConsumerError
 from greenconsume.events import ConsumersScaled, emit
 from greenconsume.links.pool import all_pools
 from greenconsume.runtime import observing
-from greenconsume.runtime.child import Child
+from greenconsume.runtime.child import Child, Wanted
 from greenconsume.runtime.groups import Groups
 from greenconsume.runtime.supervisor import Supervisor
 from greenconsume.tally import all_published
@@ -112,26 +113,42 @@ class Control:
     def pause(self, consumer: str) -> None:
         """Have a consumer take no more messages until `resume`; its running handlers end by themselves.
 
+        It drains as in a stop, and waits without a channel; its instance is kept.
+
         Raises:
             UnknownConsumerError: There is none of that name.
-            ControlError: It cannot be paused.
+            ControlError: It does not run, or its queue would be deleted with its messages.
         """
-        raise ControlError(f"consumer {self._child(consumer).name} cannot be paused yet")
+        child, supervisor = self._child(consumer), self._supervisor()
+        if child.wanted is Wanted.PAUSED:
+            return
+        self._require_present(child)
+        fleeting = engine_of(child.consumer).fleeting_queues if child.consumer is not None else ()
+        if fleeting:
+            raise ControlError(
+                f"consumer {consumer} cannot be paused: {', '.join(fleeting)} is auto_delete or exclusive, "
+                "and would be deleted with its messages"
+            )
+        supervisor.pause(child)
 
     def resume(self, consumer: str) -> None:
         """Have a consumer that was paused consume again. Raises as `pause`."""
-        raise ControlError(f"consumer {self._child(consumer).name} is not paused")
+        child, supervisor = self._child(consumer), self._supervisor()
+        if child.wanted is not Wanted.PAUSED:
+            raise ControlError(f"consumer {consumer} is not paused: it is {child.state}")
+        supervisor.resume(child)
 
     def stop_consumer(self, consumer: str) -> None:
         """Drain one consumer; the runtime goes on, also without any. Raises as `pause`."""
-        child, supervisor = self._running(consumer), self._supervisor()
+        child, supervisor = self._child(consumer), self._supervisor()
+        self._require_present(child)
         supervisor.hold()
-        child.stop("asked by an operator")
+        supervisor.retire(child, "asked by an operator", Wanted.AS_POLICY_SAYS)
 
     def restart_consumer(self, consumer: str) -> None:
         """Drain one consumer and start it again; also one that was stopped or given up. Raises as `pause`."""
-        supervisor = self._supervisor()
-        supervisor.restart(self._child(consumer))
+        child, supervisor = self._child(consumer), self._supervisor()
+        supervisor.restart(child)
 
     def scale(self, group: str, replicas: int) -> None:
         """Have so many consumers of what was spawned by a name: start some, or drain the last.
@@ -160,12 +177,11 @@ class Control:
                 return child
         raise UnknownConsumerError(name)
 
-    def _running(self, name: str) -> Child:
-        child = self._child(name)
-        self._supervisor()
-        if not child.running or child.stopping:
-            raise ControlError(f"consumer {name} does not run: it is {child.state}")
-        return child
+    @staticmethod
+    def _require_present(child: Child) -> None:
+        """Refuse one that has ended, or is about to."""
+        if child.ended or (child.stopping and not child.resting):
+            raise ControlError(f"consumer {child.name} does not run: it is {child.state}")
 
     def _supervisor(self) -> Supervisor:
         run = self._run()

@@ -28,6 +28,7 @@ from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
     ConsumerRestarting,
+    ConsumerState,
     DrainEscalated,
     DrainStarted,
     Outcome,
@@ -36,7 +37,7 @@ from greenconsume.events import (
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.slots import Slots
 from greenconsume.links.pool import LinkPool
-from greenconsume.runtime.child import Child
+from greenconsume.runtime.child import Child, Wanted
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
@@ -44,6 +45,8 @@ from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 #: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker (one that is
 #: cut short may have acks lost on the way); and then to be killed.
 _GOODBYE, _LAST = 0.7, 0.3
+#: What may be wanted of a consumer that is not to run.
+_UNWANTED = (Wanted.PAUSED, Wanted.RETIRED)
 
 
 class Supervisor:
@@ -133,17 +136,18 @@ class Supervisor:
             heapq.heappush(self._due, (monotonic(), next(self._numbers), child))
         self._wake.set()
 
-    def retire(self, child: Child, reason: str) -> None:
-        """Drain a consumer for good, also one that waits for a restart. Switches: never."""
-        child.retire(reason)
-        if any(each[2] is child for each in self._due):
-            self._forget_due(child)
+    def retire(self, child: Child, reason: str, wanted: Wanted = Wanted.RETIRED) -> None:
+        """Drain a consumer for good, also one that is paused or waits for a restart. Switches: never."""
+        waits = child.resting or self._forget_due(child)
+        child.stop_to_be(wanted, reason)
+        if waits:
+            child.enter(ConsumerState.STOPPED)
             self._end(child, given_up=False)
 
     def restart(self, child: Child) -> None:
         """Drain a consumer and start it again, or start one again that has ended. Switches: never."""
         if child in self._live:
-            child.stop_to_restart()
+            child.stop_to_be(Wanted.RESTARTED, "restart")
             return
         self._forget_due(child)
         for given_up in (self.failed, self.exhausted):
@@ -152,6 +156,20 @@ class Supervisor:
         child.reset(keep_count=True)
         child.restart_count += 1
         self.start_soon([child])
+
+    def pause(self, child: Child) -> None:
+        """Drain a consumer, and keep it for `resume`. Switches: never."""
+        self.hold()
+        waits = self._forget_due(child)
+        child.stop_to_be(Wanted.PAUSED, "pause")
+        if waits:
+            child.enter(ConsumerState.PAUSED)
+
+    def resume(self, child: Child) -> None:
+        """Start a consumer again that was paused, once it has drained. Switches: never."""
+        rests, child.wanted = child.resting, Wanted.RESUMED
+        if rests:
+            self.start_soon([child])
 
     def drain(
         self, timeout: float, cancel_timeout: float, announce: bool = True
@@ -245,7 +263,7 @@ class Supervisor:
         except InvalidConsumerError:
             engine.owned = False  # by a greenlet that will not start
             raise
-        if self.closed or child.retired:  # the stop came while it was being made
+        if self.closed or child.wanted in _UNWANTED:  # the stop came while it was being made
             child.stop(self._stop.reason or "stop")
         self._empty = False
         self._live.add(child)
@@ -267,9 +285,7 @@ class Supervisor:
     def _settle(self, child: Child, error: BaseException | None) -> None:
         child.error = error
         closing = self.closed or self._stop.is_set()
-        if child.take_restart() and not closing:
-            child.restart_count += 1
-            self.start_soon([child])
+        if not closing and self._settle_wanted(child):
             return
         stopping = closing or child.stopping
         if stopping or not self._policy.restarts(error):
@@ -282,6 +298,18 @@ class Supervisor:
             return
         emit(ConsumerRestarting(child.name, error, child.restart_count, delay))
         heapq.heappush(self._due, (monotonic() + delay, next(self._numbers), child))
+
+    def _settle_wanted(self, child: Child) -> bool:
+        """Do what an operator wants of a consumer that has ended; return whether he wants something."""
+        if child.wanted in (Wanted.RESTARTED, Wanted.RESUMED):
+            child.restart_count += child.wanted is Wanted.RESTARTED
+            self.start_soon([child])
+        elif child.wanted is Wanted.PAUSED:
+            child.enter(ConsumerState.PAUSED)
+            self.changed.set()
+        else:
+            return False
+        return True
 
     def _end(self, child: Child, given_up: bool) -> None:
         child.ended, child.given_up = True, given_up
@@ -302,16 +330,23 @@ class Supervisor:
 
     def _relaunch(self, child: Child) -> None:
         try:
-            self._launch(child)
+            if child.wanted in _UNWANTED:  # since it was due
+                self._settle(child, None)
+            else:
+                self._launch(child)
         except (Exception, SystemExit) as error:  # a failure like any other of this consumer
             self._settle(child, error)
         finally:
             self._adding -= 1
             self._wake.set()
 
-    def _forget_due(self, child: Child) -> None:
-        self._due = [each for each in self._due if each[2] is not child]
+    def _forget_due(self, child: Child) -> bool:
+        """Have a consumer not be started again by itself; return whether it would have been."""
+        kept = [each for each in self._due if each[2] is not child]
+        was_due = len(kept) < len(self._due)
+        self._due = kept
         heapq.heapify(self._due)
+        return was_due
 
     def _idle(self) -> bool:
         return not (self._held or self._empty or self._adding or self._live or self._due)

@@ -9,7 +9,7 @@ from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions, Reject, Runtime
 from greenconsume.errors import ControlError, UnknownConsumerError
-from greenconsume.events import ConsumersScaled
+from greenconsume.events import ConsumerChanged, ConsumersScaled
 from tests.unit.fakes import Idle, of_type
 from tests.waiting import wait_until
 
@@ -244,3 +244,111 @@ def test_without_a_look_no_times_are_kept(running, publish):
     assert runtime.children[0].tally.timings is None
     assert runtime.control.status().consumers[0].rate is None
     assert runtime.control._lag is None
+
+
+def test_a_paused_consumer_rests_and_consumes_again_as_the_same_instance(running, events):
+    runtime = running(replicas=2)
+    instance = runtime.children[0].consumer
+    runtime.control.pause("Idle-1")
+    wait_until(lambda: state(runtime) == "paused")
+    assert not runtime.children[0].running
+    assert state(runtime, "Idle-2") == "consuming"
+    runtime.control.pause("Idle-1")  # nothing more
+    runtime.control.resume("Idle-1")
+    wait_until(lambda: state(runtime) == "consuming")
+    assert runtime.children[0].consumer is instance
+    assert instance.runs == 2
+    assert runtime.control.status().consumers[0].restarts == 0
+    told = [
+        each.new.value for each in of_type(events, ConsumerChanged) if each.consumer == "Idle-1"
+    ]
+    assert (
+        told
+        == [
+            "starting",
+            "consuming",
+            "draining",
+            "stopped",
+            "paused",
+            "starting",
+            "consuming",
+        ][-len(told) :]
+    )
+
+
+def test_a_runtime_all_of_whose_consumers_are_paused_goes_on_and_can_be_stopped(running):
+    runtime = running()
+    runtime.control.pause("Idle-1")
+    wait_until(lambda: state(runtime) == "paused")
+    assert runtime.control.status().state == "running"
+    runtime.stop()
+    assert runtime.join(timeout=30)
+
+
+def test_a_paused_runtime_that_is_started_anew_consumes(running):
+    runtime = running()
+    runtime.control.pause("Idle-1")
+    wait_until(lambda: state(runtime) == "paused")
+    runtime.stop()
+    runtime.join()
+    runtime.start()
+    assert state(runtime) == "consuming"
+
+
+def test_a_resume_that_comes_while_it_drains_holds(running, publish):
+    runtime = running(Work)
+    publish("wait")
+    wait_until(lambda: runtime.control.status().consumers[0].in_progress == 1)
+    runtime.control.pause("Work-1")
+    wait_until(lambda: state(runtime, "Work-1") == "draining")
+    runtime.control.resume("Work-1")
+    Work.let.set()
+    wait_until(lambda: state(runtime, "Work-1") == "consuming")
+    assert runtime.control.status().consumers[0].outcomes["ok"] == 1
+
+
+def test_a_pause_lets_running_handlers_end_and_gives_the_rest_back(running, publish):
+    runtime = running(Work)
+    publish("wait", "wait", "go", "go")
+    wait_until(lambda: runtime.control.status().consumers[0].in_progress == 2)
+    runtime.control.pause("Work-1")
+    wait_until(lambda: state(runtime, "Work-1") == "draining")
+    Work.let.set()
+    wait_until(lambda: state(runtime, "Work-1") == "paused")
+    assert runtime.control.status().consumers[0].outcomes["ok"] == 2
+    runtime.control.resume("Work-1")
+    wait_until(lambda: runtime.control.status().consumers[0].outcomes["ok"] == 4)
+
+
+def test_what_is_not_paused_cannot_be_resumed_and_what_was_stopped_not_paused(running):
+    runtime = running(replicas=2)
+    with pytest.raises(ControlError, match="is not paused: it is consuming"):
+        runtime.control.resume("Idle-1")
+    runtime.control.stop_consumer("Idle-2")
+    wait_until(lambda: state(runtime, "Idle-2") == "stopped")
+    with pytest.raises(ControlError, match="it is stopped"):
+        runtime.control.pause("Idle-2")
+
+
+def test_a_paused_consumer_can_be_stopped_restarted_and_scaled_away(running):
+    runtime = running(replicas=3)
+    for name in ("Idle-1", "Idle-2", "Idle-3"):
+        runtime.control.pause(name)
+        wait_until(lambda name=name: state(runtime, name) == "paused")
+    runtime.control.stop_consumer("Idle-1")
+    wait_until(lambda: state(runtime, "Idle-1") == "stopped")
+    runtime.control.restart_consumer("Idle-2")
+    wait_until(lambda: state(runtime, "Idle-2") == "consuming")
+    runtime.control.scale("Idle", 1)
+    wait_until(lambda: names(runtime) == ["Idle-1", "Idle-2"])
+
+
+def test_a_consumer_whose_queue_would_be_deleted_is_not_paused(running):
+    class Fleeting(Work):
+        def get_consumers(self, Consumer, channel):
+            return [Consumer([Queue("reply", auto_delete=True)], callbacks=[self.on_work])]
+
+    runtime = running(Fleeting)
+    with pytest.raises(ControlError, match="reply is auto_delete or exclusive"):
+        runtime.control.pause("Fleeting-1")
+    assert state(runtime, "Fleeting-1") == "consuming"
