@@ -1,7 +1,8 @@
 """Owns the kombu interface: `ConsumerMixin` and `ConsumerProducerMixin`, names and order of calls as kombu's.
 
 A class written for `kombu.mixins` runs unchanged. Where kombu polls, swallows or blocks, this waits: for a
-delivery, the stop signal or a deadline, whichever comes first. Users subclass it; `greenlets` runs it.
+delivery, the stop signal or a deadline, whichever comes first. Users subclass it; `runtime.greenlet` runs it.
+What connects, receives and drains is `consuming`: on these classes stand kombu's names and `options`.
 
 `error`, `warn` and `sleep` are module-level names that are looked up when they are called, as kombu's are.
 """

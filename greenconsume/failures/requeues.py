@@ -1,6 +1,6 @@
 """Owns what becomes of a message that its handler did not settle: given back now, or after a delay.
 
-Called by `handlers`. Nothing here raises for what the broker does: a message whose channel is gone is
+Called where handlers run. Nothing here raises for what the broker does: a message whose channel is gone is
 the broker's again.
 """
 

@@ -2,5 +2,5 @@
 
 The boundary stands around a user's callback: no exception of it reaches a connection. The pool bounds how
 many run at once; the drain ends them in order. It must never write to a broker but by settling a message.
-Read `boundary`, `pool` and `drain` first.
+Read `options`, `boundary`, `jobs` and `drain` first.
 """

@@ -4,7 +4,7 @@ A batch is gathered in the consumer's greenlet and runs as one job of the handle
 while the pool is full goes on taking messages, up to its size, until it has a place. What was gathered
 and has not started is the broker's: given back by a drain, forgotten with a lost link.
 
-A `Batching` takes the place of a consumer's `Handling`; `draining` makes the one or the other.
+A `Batching` takes the place of a consumer's `Handling`; its engine makes the one or the other.
 """
 
 from __future__ import annotations

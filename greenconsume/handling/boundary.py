@@ -5,7 +5,7 @@ lives on, the failure is told once with its traceback, and the message meets the
 callback that was interrupted has not failed: its message goes back unaltered.
 
 Callbacks run inline in the consumer's greenlet, or in a `HandlerPool`; either way in a copy of the
-consumer's context variables. Called by `mixins`; `draining` ends what runs here.
+consumer's context variables. Called by `consuming`; `drain` ends what runs here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What its handlers need is away, so trying every message would only fill the dead-letter queue; the backlog
 stays in its own queue instead. A switch is *closed* (the consumer consumes), *open* (it waits, connected to
-nothing) or *half open* (it consumes one message). Called by `mixins` and, for each message, `handlers`.
+nothing) or *half open* (it consumes one message). Called by `consuming` and, for each message, `boundary`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 RabbitMQ closes the channel of a delivery that is unsettled for its `consumer_timeout`, 30 minutes unless it
 is told otherwise, and delivers everything on that channel again. At four fifths of that the oldest
 delivery of a channel is told of, once. One greenlet looks at all consumers of a hub, a few times per
-deadline. Called by `draining`.
+deadline. Called by `drain`.
 """
 
 from __future__ import annotations
