@@ -114,8 +114,10 @@ class Calls:
         event, lives = Event(), self._lives
         reply = self._replies.expect(Reply(methods, on_reply, event))
         try:
-            self._waits.wait_for_reply(event, timeout)
+            self._waits.wait_alone(event, timeout)
             if not reply.is_over:
+                if self._waits.stop is not None:
+                    self._waits.stop.check()
                 raise self.no_reply()
         except BaseException:  # a kill and a gevent.Timeout too
             reply.give_up(undo if lives == self._lives else None)

@@ -39,6 +39,17 @@ class Session:
         waits: When its waits end; set by the methods `begin_…`.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_turn_began",
+        "channels",
+        "client",
+        "inbox",
+        "is_closing",
+        "link",
+        "waits",
+    )
+
     def __init__(self, link: Link, client: Any) -> None:
         self.link = link
         self.client = client

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from gevent.event import Event
 
-from greenconsume.stopping import Deadline, StopSignal, wait_open
+from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
 
 
 class Limits(Protocol):
@@ -65,16 +65,17 @@ class Waits:
         """The signal that ends a wait for a broker that blocks publishers."""
         return self.stop or self.publish_stop
 
+    def wait_alone(self, event: Event, timeout: float | None = None) -> None:
+        """Wait as `wait_for_reply` does for an event that nobody else waits for: a stop sets it, too."""
+        wait(event, self._reply_deadline(timeout), self.stop)
+
     def wait_for_reply(self, event: Event, timeout: float | None = None) -> bool:
         """Wait for a reply, by default for `call_timeout` seconds; return whether it came.
 
         Raises:
             StoppedError: The stop signal was set first.
         """
-        deadline = self.deadline if timeout is None else None
-        if deadline is None:
-            deadline = Deadline(self._limits.call_timeout if timeout is None else timeout)
-        if wait_open(event, deadline, self.stop):
+        if wait_open(event, self._reply_deadline(timeout), self.stop):
             return True
         if self.stop is not None:
             self.stop.check()
@@ -89,3 +90,8 @@ class Waits:
             if stop.is_set() and not event.is_set():
                 deadline = Deadline(min(limit, self._limits.close_timeout))
         return self.wait_for_reply(event, deadline.remaining)
+
+    def _reply_deadline(self, timeout: float | None) -> Deadline:
+        if timeout is not None:
+            return Deadline(timeout)
+        return self.deadline or Deadline(self._limits.call_timeout)
