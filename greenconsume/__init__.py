@@ -7,7 +7,7 @@ What runs in a process::
        ├─ supervisor greenlet     restarts failed consumers, runs the drain
        ├─ ConsumerGreenlet × N    one per mixin instance: connect, consume, drain, close
        └─ LinkPool                a few broker links, shared by all consumers, a channel each
-          └─ Link                 one AMQP connection: a reader and a writer greenlet
+          └─ Link                 one connection, to RabbitMQ or Redis: a reader and a writer greenlet
 
 Where it is written. A package imports only what stands below it, and says what to read in it first::
 
@@ -22,6 +22,7 @@ Where it is written. A package imports only what stands below it, and says what 
     publishing   Publisher: confirmed publishing from many greenlets
     links        how many consumers share a few connections
     transports   which kombu transports are green, polled or refused; memory
+    redis        the green Redis and Valkey client: takes, leases, restores, in kombu's layout
     amqp         the green AMQP client: a link, its sessions, its channels
     lifecycle    one consumer's name, state, readiness and stop signal
     tally        the numbers of one consumer, and what its handlers took in the last minute

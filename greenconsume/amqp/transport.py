@@ -35,6 +35,9 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     """
 
     wakes = True
+    #: Its connections may share links.
+    shares_links = True
+    refusals = REFUSALS
     driver_name = "greenconsume"
     implements = pyamqp.Transport.implements.extend(asynchronous=False)
     #: Gives a link that is shared; set by a `LinkPool`.

@@ -12,10 +12,10 @@ from typing import Any
 
 from kombu import Connection
 
-from greenconsume.amqp.transport import Session
 from greenconsume.handling.shield import shield_channels
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
+from greenconsume.links.session import session_of
 from greenconsume.stopping import StopCheck, StopSignal
 
 
@@ -69,12 +69,6 @@ def connect_to_publish(
     session = session_of(conn)
     if session is not None:
         session.begin_publishing(life.stop)  # a broker may block its publishers for hours
-
-
-def session_of(conn: Any) -> Session | None:
-    """Return what an AMQP connection holds; unlike `conn.connection`, never a new one."""
-    session = conn._connection if isinstance(conn, Connection) else None
-    return session if isinstance(session, Session) else None
 
 
 def bound_close(conn: Any) -> None:

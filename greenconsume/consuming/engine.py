@@ -17,14 +17,12 @@ from typing import Any, cast
 from gevent import GreenletExit
 from kombu import Connection, Consumer
 
-from greenconsume.amqp.transport import Session
 from greenconsume.consuming.connecting import (
     Attempt,
     bound_close,
     connect,
     connect_to_publish,
     errors_of,
-    session_of,
 )
 from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
@@ -39,6 +37,7 @@ from greenconsume.handling.settings import Settings, resolve
 from greenconsume.handling.slots import Slots
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
+from greenconsume.links.session import GreenSession, session_of
 from greenconsume.stopping import Rungs, StopCheck
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class Engine:
         self.drain: Drain | None = None
         self.queues: tuple[str, ...] = ()
         self.fleeting_queues: tuple[str, ...] = ()
-        self.session: Session | None = None
+        self.session: GreenSession | None = None
         self._consumer = cast(KombuConsumer, consumer)
         self._around: tuple[ConsumerOptions, ...] = ()
         self._places: Slots | None = None

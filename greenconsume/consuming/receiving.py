@@ -14,8 +14,8 @@ from typing import Any
 
 from kombu import Connection
 
-from greenconsume.consuming.connecting import session_of
 from greenconsume.errors import StoppedError
+from greenconsume.links.session import session_of
 from greenconsume.stopping import Deadline, StopSignal
 
 #: Receives one message, or raises `socket.timeout` after some seconds.

@@ -29,12 +29,12 @@ from typing import Any
 import gevent
 from gevent import GreenletExit
 
-from greenconsume.amqp.session import Session
 from greenconsume.errors import Shutdown
 from greenconsume.events import ConsumerDrained, ConsumerState, HandlerInterrupted, Outcome, emit
 from greenconsume.handling import unsettled_watch
 from greenconsume.handling.boundary import Handling
 from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.session import GreenSession
 from greenconsume.stopping import Deadline, StopSignal, wait_open
 
 #: Seconds that killed handlers have to end.
@@ -74,7 +74,7 @@ class Drain:
         self._climbed = self._orderly = False
 
     def consuming(
-        self, session: Session | None, broker_errors: tuple[type[BaseException], ...]
+        self, session: GreenSession | None, broker_errors: tuple[type[BaseException], ...]
     ) -> Consuming:
         """Return a block to consume in: it watches over the handlers, and ends them in the end.
 
@@ -88,7 +88,7 @@ class Drain:
         """
         return Consuming(self, session, broker_errors)
 
-    def begin(self, session: Session | None) -> None:
+    def begin(self, session: GreenSession | None) -> None:
         """Watch over the handlers from now on, and hear a stop. Never switches."""
         self._climbed = False
         if self._handling.pool is not None:
@@ -103,7 +103,7 @@ class Drain:
     def end_for(
         self,
         error: BaseException | None,
-        session: Session | None,
+        session: GreenSession | None,
         broker_errors: tuple[type[BaseException], ...],
     ) -> None:
         """End the handlers as fits what ended consuming: an error, or None. Switches: if one runs."""
@@ -179,7 +179,7 @@ class Drain:
                 self.killed += 1
                 job.kill("its consumer was killed", by_force=True)
 
-    def retire(self, session: Session | None) -> None:
+    def retire(self, session: GreenSession | None) -> None:
         """Watch no more: the channel closes. Never switches."""
         self._life.stop.unlink(self._on_stop)
         if session is not None:
@@ -244,7 +244,7 @@ class Consuming:
     def __init__(
         self,
         drain: Drain,
-        session: Session | None,
+        session: GreenSession | None,
         broker_errors: tuple[type[BaseException], ...],
     ) -> None:
         self._drain, self._session, self._broker_errors = drain, session, broker_errors

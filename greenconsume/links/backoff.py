@@ -12,7 +12,6 @@ from kombu import Connection
 from kombu.exceptions import OperationalError
 
 from greenconsume import logs as _logs  # noqa: F401  # the first hook subscribes itself
-from greenconsume.amqp.transport import REFUSALS
 from greenconsume.events import ConnectFailed, emit
 
 #: Is told the error of each failed attempt, and the seconds until the next one.
@@ -67,7 +66,7 @@ class FailedAttempts:
 
     def tell(self, connection: Connection, error: BaseException, delay: float) -> None:
         """Tell of one; the next attempt follows in `delay` seconds. Never switches."""
-        refused = isinstance(error, REFUSALS)
+        refused = isinstance(error, getattr(connection.transport, "refusals", ()))
         self._count += 1
         self._refused_count = self._refused_count + 1 if refused else 0  # in a row
         uri, raised = connection.as_uri(), False

@@ -12,7 +12,6 @@ from weakref import WeakSet
 
 from kombu import Connection
 
-from greenconsume.amqp.transport import Transport
 from greenconsume.links.backoff import OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.polled_stop import polled_stop
@@ -74,7 +73,7 @@ class LinkPool:
         if not getattr(connection.transport, "in_process", False):
             require_patched()  # it would wait for ever, as nothing lets the link's greenlets run
         with polled_stop(stop, should_stop) as stop:
-            if isinstance(connection.transport, Transport):
+            if getattr(connection.transport, "shares_links", False):
                 dialer = self._dialer_for(
                     connection, stop, on_failed_attempt, max_retries, publishing
                 )

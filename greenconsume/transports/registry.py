@@ -31,11 +31,16 @@ _GREEN = {
     "amqps": "greenconsume.amqp.transport:SSLTransport",
     "pyamqp": "greenconsume.amqp.transport:Transport",
     "memory": "greenconsume.transports.memory:Transport",
+    "redis": "greenconsume.redis.transport:Transport",
+    "rediss": "greenconsume.redis.transport:SSLTransport",
+    "sentinel": "greenconsume.redis.transport:SentinelTransport",
+    "valkey": "greenconsume.redis.transport:Transport",
+    "valkeys": "greenconsume.redis.transport:SSLTransport",
 }
 
 _ELSEWHERE = (
     "run its consumers with kombu.mixins in a process without gevent, or use a broker that has a "
-    "green transport (amqp://, memory://)"
+    "green transport (amqp://, redis://, memory://)"
 )
 # By module: what of it waits in C, and the remedy.
 _BLOCKING = {
@@ -58,7 +63,7 @@ _announced: set[str] = set()
 
 
 def register() -> None:
-    """Have kombu resolve `amqp`, `amqps`, `pyamqp` and `memory` to the green transports.
+    """Have kombu resolve the names of brokers that have a green transport to that.
 
     For the whole process; connections that are connected already keep what they have. A name that was
     given to a transport of somebody else's stays theirs. Calling it again does no harm.
@@ -178,6 +183,8 @@ def _not_installed(name: TransportName, exc: Exception) -> str:
     if module.startswith("kombu."):
         wanted = _EXTRAS.get(module, f"kombu[{module.rpartition('.')[2]}]")
         remedy = f"pip install '{wanted}'"
+    elif module == "greenconsume.redis.transport":
+        remedy = "pip install 'greenconsume[redis]'"
     else:
         remedy = "install what it needs, or correct its name"
     return f"the transport {_display(name)!r} lacks a library ({_line(exc)}): {remedy}"

@@ -101,7 +101,7 @@ def test_a_handlers_error_costs_its_message_a_delay_and_nothing_else(
     assert [(type(f.error), f.outcome) for f in failures] == [(kind, "requeued in 0.1 s")]
     assert (failing.consumer.ready_count, neighbour.consumer.ready_count) == (1, 1)
     assert (failing.restart_count, failing.error) == (0, None)
-    assert len(opened) == 2 * broker_url.startswith("amqp")  # those of put()
+    assert len(opened) == 2 * broker_url.startswith(("amqp", "redis"))  # those of put()
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
     told = [record for record in told if "polled" not in record.getMessage()]
     assert [record.name for record in told] == ["greenconsume.handling"]

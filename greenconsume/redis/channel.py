@@ -1,0 +1,295 @@
+"""Owns what kombu sees as a channel: consumers, and what they were delivered.
+
+Messages come by a feed and wait for `drain_events`; settling them never waits, as the ledger says it. A
+link may be lost under a channel: what handlers have then stays theirs to settle. Called by kombu and by its
+feed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kombu.utils.json import dumps
+from kombu.utils.uuid import uuid
+
+from greenconsume.redis.errand import Errand
+from greenconsume.redis.fanout import PREFIX
+from greenconsume.redis.feed import Feed, feeds_of
+from greenconsume.redis.keeper import keeper_of
+from greenconsume.redis.message import HeldMessage, message_of
+from greenconsume.redis.qos import QoS
+from greenconsume.redis.scripts import DELAY
+from greenconsume.redis.topology import Payload, Topology
+
+#: How many messages a channel without a prefetch has waiting.
+WINDOW = 16
+
+
+@dataclass(eq=False, slots=True)
+class Subscription:
+    """One consumer of one queue."""
+
+    queue: str
+    tag: str
+    no_ack: bool
+    callback: Callable[[HeldMessage], object]
+
+
+@dataclass(eq=False, slots=True)
+class _Line:
+    """Those who consume one queue of a channel, in turn."""
+
+    subscriptions: deque[Subscription] = field(default_factory=deque)
+
+    def next(self) -> Subscription:
+        self.subscriptions.rotate(-1)
+        return self.subscriptions[-1]
+
+
+class Channel(Topology):
+    """A channel of a connection to Redis."""
+
+    QoS = QoS
+    Message = HeldMessage
+
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
+        super().__init__(connection, **kwargs)
+        options = connection.client.transport_options
+        self.waiting = 0  # delivered to this channel, and not handed out
+        self._consumers: dict[str, Subscription] = {}  # kombu's is a set of the tags
+        self._lines: dict[str, _Line] = {}
+        self._strategy = options.get("queue_order_strategy", "round_robin")
+        self._feed: Feed | None = None
+        self._takes = False
+
+    # -- consuming ----------------------------------------------------------------------------------
+
+    def basic_consume(
+        self,
+        queue: str,
+        no_ack: bool,
+        callback: Callable[[HeldMessage], object],
+        consumer_tag: str = "",
+        **kwargs: Any,
+    ) -> str:
+        """Subscribe to a queue; return the consumer's tag."""
+        self._require_open()
+        self.basic_cancel(consumer_tag)
+        tag = consumer_tag or f"amq.ctag-{uuid()}"
+        subscription = Subscription(queue, tag, no_ack, callback)
+        self._consumers[tag] = subscription
+        topic = self.connection.fanout_topics.get(queue)
+        if topic is not None:
+            try:
+                self.connection.fanout.listen(topic, self, subscription, self.session.waits.stop)
+            except BaseException:
+                self._consumers.pop(tag, None)
+                raise
+            return tag
+        self._lines.setdefault(queue, _Line()).subscriptions.append(subscription)
+        self._rejoin()
+        return tag
+
+    def basic_cancel(self, consumer_tag: str, **kwargs: Any) -> None:
+        """End a subscription: what it was dealt and has not started goes back at once. Never switches."""
+        subscription = self._consumers.pop(consumer_tag, None)
+        if subscription is None:
+            return
+        if subscription.queue not in self._lines:
+            self._stop_listening(subscription)
+            return
+        line = self._lines[subscription.queue].subscriptions
+        line.remove(subscription)
+        if not line:
+            del self._lines[subscription.queue]
+        self._rejoin()
+        self._give_back_waiting(subscription)
+
+    def announce_stop(self) -> None:
+        """Take nothing more; give back what was not started. Never switches."""
+        self._leave()
+        for subscription in self._consumers.values():
+            if subscription.queue not in self._lines:
+                self._stop_listening(subscription)
+        self._give_back_waiting(None)
+
+    def _give_back_waiting(self, subscription: Subscription | None) -> None:
+        fields = self.session.take_back(self, subscription)
+        self.waiting -= len(fields)
+        self.session.given_back_count += len(fields)
+        self.ledger.give_back(fields)
+
+    def _stop_listening(self, subscription: Subscription) -> None:
+        topic = self.connection.fanout_topics.get(subscription.queue)
+        if topic is not None and self.link.failure is None:
+            self.connection.fanout.leave(topic, subscription)
+        self._give_back_waiting(subscription)
+
+    def _rejoin(self) -> None:
+        self._leave()
+        if self._lines and self.link.failure is None:
+            self._takes = True
+            keeper_of(self.ledger)
+            queues = list(self._lines)
+            expires = {name: self._expires[name] for name in queues if name in self._expires}
+            feeds = feeds_of(self.link, self.ledger)
+            self._feed = feeds.join(self, queues, expires, self._strategy)
+
+    def _leave(self) -> None:
+        feed, self._feed, self._takes = self._feed, None, False
+        if feed is not None:
+            feeds_of(self.link, self.ledger).leave(self, feed)
+
+    @property
+    def room(self) -> int:
+        """The number of messages that it takes; see `feed.Taker`."""
+        if not self._takes:
+            return 0
+        limit = self.qos.prefetch_count
+        if not limit:
+            return WINDOW - self.waiting
+        held: int = self.waiting + len(self.qos._delivered) + self.qos.returning_count
+        return int(limit) - held
+
+    def offer(self) -> None:
+        """Have more taken if less waits than there is room for. Never switches."""
+        if self._feed is not None and self.waiting < self.room:
+            self._feed.want()
+
+    def deliver(self, queue: str, field: str, raw: bytes) -> None:
+        """Have a message wait for `drain_events`. Never switches."""
+        line = self._lines.get(queue)
+        if line is None or self.closed:
+            self.ledger.give_back([field])
+            return
+        self.waiting += 1
+        self.session.put(self, line.next(), field, raw)
+
+    def hear(self, subscription: Subscription, field: str, raw: bytes) -> None:
+        """Have what was published to a fanout exchange wait for `drain_events`. Never switches."""
+        self.waiting += 1
+        self.session.put(self, subscription, field, raw)
+
+    def repeat(self, message: HeldMessage) -> None:
+        """Have it wait once more: no server has it. Never switches."""
+        subscription = self._consumers.get(message.delivery_info.get("consumer_tag", ""))
+        if subscription is not None and not self.closed:
+            self.waiting += 1
+            payload = {**message._raw, "redelivered": True}
+            raw = dumps(payload).encode()
+            self.session.put_first(self, subscription, message.epoch, raw)
+
+    def on_feed_failed(self, error: BaseException) -> None:
+        """Have `drain_events` raise it. Never switches."""
+        self.session.tell(error)
+
+    def dispatch(self, subscription: Subscription, field: str, raw: bytes) -> None:
+        """Hand out a message that waited. Switches: as the callback does."""
+        self.waiting -= 1
+        message = message_of(self, raw, field, subscription.queue, subscription.tag)
+        if subscription.no_ack:
+            self.ledger.ack(field)
+        else:
+            self.qos.append(message, field)
+        self.offer()
+        subscription.callback(message)
+
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> HeldMessage | None:
+        """Take a message if there is one. Switches: yes."""
+        self._require_open()
+        keeper_of(self.ledger)
+        expires = self._expires.get(queue, 0)
+        errand = Errand(self.link, self.ledger, queue, expires)
+        taken = errand.wait(self.session.waits.stop, self.session.waits.deadline)
+        if taken is None:
+            return None
+        field, raw = taken
+        message = message_of(self, raw, field, queue, "")
+        if no_ack:
+            self.ledger.ack(field)
+        else:
+            self.qos.append(message, field)
+        return message
+
+    # -- settling -----------------------------------------------------------------------------------
+
+    def holds(self, epoch: str) -> bool:
+        """Return whether a message can still be settled."""
+        return epoch in self.ledger.held or epoch.startswith(PREFIX)
+
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        """Settle a message, or all up to it. Never switches."""
+        self.qos.ack(delivery_tag, multiple)
+
+    def basic_nack(self, delivery_tag: str, multiple: bool = False, requeue: bool = True) -> None:
+        """Give a message back that nobody has started, uncounted. Never switches."""
+        if requeue:
+            self.qos.give_back(delivery_tag, multiple)
+        else:
+            self.qos.ack(delivery_tag, multiple)
+
+    def basic_qos(
+        self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False
+    ) -> None:
+        """Bound what this channel holds and has not settled; no bound if it is 0. Never switches."""
+        self.qos.prefetch_count = prefetch_count
+        self.offer()
+
+    def delay(self, message: HeldMessage, payload: Payload, seconds: float) -> bool:
+        """Have a copy of a message come back to its queue after `seconds`, and settle the message, at once.
+
+        It waits in the server. Return False if the message was not held any more. Switches: yes.
+        """
+        key = self.keyspace.key(message.queue, self.keyspace.priority_of(payload))
+        space = self.keyspace
+        keys = (space.unacked, space.index, space.delayed, space.delayed_index)
+        entry = f"{key}\n{dumps(payload)}"
+        moved = self._call_script(DELAY, keys, (message.epoch, seconds, entry))
+        self.qos.forget(message.epoch)
+        keeper_of(self.ledger).expect(seconds)
+        return bool(moved)
+
+    @property
+    def oldest_unsettled(self) -> None:
+        """None: this server never loses its patience with a message that is looked after."""
+
+    # -- closing --------------------------------------------------------------------------------------
+
+    def on_link_lost(self) -> None:
+        """Keep what handlers have, and give back what nobody has. Never switches."""
+        self._feed, self._takes = None, False
+        self._give_back_waiting(None)
+        if self._qos is not None:
+            self._qos.leave_to_handlers()
+
+    def close(self) -> None:
+        """Cancel its consumers and give back what is not settled. Closing again does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            self.announce_stop()
+            for tag in list(self._consumers):
+                self.basic_cancel(tag)
+            if self._qos is not None:
+                self._qos.restore_unacked()
+            if self.link.failure is None:
+                self._delete_fleeting()
+        finally:
+            self._close_client()
+            if self.connection is not None:
+                self.connection.close_channel(self)
+            self.exchange_types = None
+
+    def _delete_fleeting(self) -> None:
+        """Unbind the queues of fanout exchanges that go with their user, as kombu does."""
+        for queue in self.connection.fleeting & self.connection.fanout_topics.keys():
+            self.connection.fleeting.discard(queue)
+            for exchange, routing_key, _ in list(self.state.queue_bindings(queue)):
+                member = self.keyspace.binding(routing_key, "", queue)
+                for key in (self.keyspace.bindings, self.keyspace.lasting_bindings):
+                    self.link.send(("SREM", key(exchange), member), matters=False)
+            self.state.queue_bindings_delete(queue)

@@ -1,0 +1,89 @@
+"""Owns the taking of a single message for one who asks for it: `basic_get`.
+
+Whoever asked may leave before there is an answer; what comes then goes back. Called by `channel`.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from gevent.event import Event
+
+from greenconsume.redis.feed import MAX_BYTES, feeds_of
+from greenconsume.redis.keyspace import Keyspace
+from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.link import CALL_TIMEOUT, Link
+from greenconsume.redis.scripts import TAKE
+from greenconsume.stopping import Deadline, StopSignal, wait
+
+
+class Errand:
+    """One take of one message, under way from the beginning.
+
+    Args:
+        link: Over which link.
+        ledger: Where is noted what was taken.
+        queue: The name of the queue.
+        expires: The milliseconds after which it is gone if nobody uses it, or 0.
+    """
+
+    def __init__(self, link: Link, ledger: Ledger, queue: str, expires: int) -> None:
+        self._link, self._ledger = link, ledger
+        self._tail = Keyspace.tail_of(queue)
+        self._keys = ledger.keyspace.keys(queue)
+        self._number = ledger.allot(1)
+        self._found: tuple[str, bytes] | None = None
+        self._error: BaseException | None = None
+        self._done = Event()
+        self._answered = self._left = False
+        arguments: list[Any] = [1, ledger.owner, self._number, MAX_BYTES]
+        arguments += [self._tail, expires] * len(self._keys)
+        keys = (ledger.keyspace.unacked, ledger.keyspace.index, *self._keys)
+        link.run(TAKE, keys, arguments, self._took)
+
+    def _took(self, reply: Any) -> None:
+        if isinstance(reply, BaseException):
+            self._error = reply
+            if self._link.failure is not None:
+                self._ledger.doubt(self._number, 1)
+        else:
+            for key, messages in zip(self._keys, reply[1:], strict=True):
+                for raw in messages:
+                    self._found = self._ledger.hold(self._number, key, len(self._tail)), raw
+            # The server tells us of no change of ours, so who waits for these queues looks again.
+            feeds_of(self._link, self._ledger).touch(self._keys)
+            if self._left and self._found is not None:
+                self._ledger.give_back([self._found[0]])
+        self._answered = True
+        self._done.set()
+
+    def wait(self, stop: StopSignal | None, deadline: Deadline | None) -> tuple[str, bytes] | None:
+        """Return the field and the bytes of the message, or None if there was none.
+
+        Raises:
+            StoppedError: `stop` was set.
+            TimeoutError: The deadline came.
+            LinkLostError: The link is gone; what it may have taken goes back.
+            redis.exceptions.ResponseError: The server refused.
+
+        Switches: yes.
+        """
+        try:
+            wait(self._done, deadline or Deadline(CALL_TIMEOUT), stop)
+        except BaseException:  # a kill
+            self._leave()
+            raise
+        if not self._answered:
+            self._leave()
+            if stop is not None:
+                stop.check()
+            raise socket.timeout("the server did not answer in time")
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def _leave(self) -> None:
+        self._left = True
+        if self._found is not None:
+            self._ledger.give_back([self._found[0]])

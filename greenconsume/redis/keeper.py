@@ -1,0 +1,234 @@
+"""Owns the time of what is held: it refreshes leases, restores what others left, brings back what waits.
+
+One greenlet for a ledger, whatever its consumers do. Every few seconds one script says that this process
+lives and asks what is overdue. It gives up no message of a process that lives: one is dead if it was not
+heard of for long *and* the server has no connection of it, so a hub that is blocked loses nothing. It ends
+with the last link. Started by `feed` and `channel`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+from time import monotonic
+from typing import Any
+
+import gevent
+from amqp.exceptions import RecoverableConnectionError
+from redis import exceptions
+
+from greenconsume.redis.feed import feeds_of
+from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.link import Link
+from greenconsume.redis.restore import restore
+from greenconsume.redis.scripts import BEAT, DUE, REFRESH
+from greenconsume.stopping import Deadline, wait
+
+logger = logging.getLogger("greenconsume.redis")
+
+#: Seconds between two beats, and without one after which a process is taken for dead if it is not
+#: connected.
+BEAT_INTERVAL, DEAD_AFTER = 10.0, 25.0
+#: A lease is refreshed so many times before it would be over.
+REFRESHES = 4
+#: How many messages are restored, or come back from their delay, by one look.
+LOOK = 100
+#: How many fields one refresh names.
+_CHUNK = 500
+
+
+class Keeper:
+    """Looks after one ledger while it has a link.
+
+    Args:
+        ledger: The ledger.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._greenlet: gevent.Greenlet[..., None] | None = None
+        self._beat_at = self._refresh_at = self._due_at = 0.0
+        self._lease = ledger.keyspace.visibility_timeout / REFRESHES
+
+    def start(self) -> None:
+        """Begin, if it has not. Never switches."""
+        if self._greenlet is None or self._greenlet.ready():
+            self._greenlet = gevent.Greenlet(self._run)
+            self._greenlet.name = "greenconsume redis keeper"
+            self._refresh_at = monotonic() + self._lease
+            self._beat_at, self._due_at = monotonic(), float("inf")
+            self._greenlet.start()
+
+    def expect(self, seconds: float) -> None:
+        """Learn that something is due in so many seconds. Never switches."""
+        due_at = monotonic() + max(0.0, seconds)
+        if due_at < self._due_at:
+            self._due_at = due_at
+            self._ledger.changed.set()
+
+    def _run(self) -> None:
+        ledger = self._ledger
+        while ledger.links:
+            link = ledger.link
+            ledger.changed.clear()
+            try:
+                if link is not None and not link.is_closing:
+                    self._look(link)
+            except RecoverableConnectionError:
+                continue  # the link was lost; the next one will do
+            except (exceptions.ResponseError, OSError) as exc:
+                logger.error("what is held in Redis cannot be looked after: %r", exc)
+                self._postpone(monotonic() + BEAT_INTERVAL)
+            wait(ledger.changed, Deadline(self._seconds_left(link)))
+
+    def _seconds_left(self, link: Link | None) -> float | None:
+        if link is None or link.is_closing:
+            return None  # until it is gone, or another comes
+        refresh_at = self._refresh_at if self._ledger.held else float("inf")
+        return max(0.0, min(self._beat_at, refresh_at, self._due_at) - monotonic())
+
+    def _postpone(self, to: float) -> None:
+        self._beat_at, self._refresh_at = max(self._beat_at, to), max(self._refresh_at, to)
+        self._due_at = max(self._due_at, to)
+
+    def _look(self, link: Link) -> None:
+        self._settle(link)
+        now = monotonic()
+        if now >= self._refresh_at:
+            self._refresh(link)
+        if now >= self._due_at:
+            self._bring_back(link)
+        if now >= self._beat_at:
+            self._beat(link)
+
+    # -- what this process has to say ---------------------------------------------------------------
+
+    def _settle(self, link: Link) -> None:
+        """Put back what failed, and what a lost link may have taken."""
+        ledger = self._ledger
+        while ledger.failed or ledger.doubtful:
+            failed, doubtful = sorted(ledger.failed.items(), key=_number), list(ledger.doubtful)
+            fields = [field for field, _ in failed]
+            if fields:
+                self._touch(link, restore(link, ledger.keyspace, fields))
+            if doubtful:
+                self._touch(link, restore(link, ledger.keyspace, doubtful, counted=False))
+            ledger.note_returned(fields, doubtful)
+
+    def _refresh(self, link: Link) -> None:
+        ledger = self._ledger
+        fields = list(ledger.held)
+        for start in range(0, len(fields), _CHUNK):
+            chunk = fields[start : start + _CHUNK]
+            lost = link.call_script(REFRESH, (ledger.keyspace.index,), chunk)
+            gone = [field.decode() for field in lost if field.decode() in ledger.held]
+            ledger.forget(gone)
+            if gone:
+                logger.error(
+                    "%d messages were not refreshed for %g s and went to others: they are handled twice",
+                    *(len(gone), ledger.keyspace.visibility_timeout),
+                )
+        self._refresh_at = monotonic() + self._lease
+
+    # -- what others have left ------------------------------------------------------------------------
+
+    def _beat(self, link: Link) -> None:
+        space = self._ledger.keyspace
+        keys = (space.index, space.owners, space.delayed_index)
+        arguments = (
+            self._ledger.owner,
+            link.greeting.client_id or "0",
+            space.visibility_timeout,
+            LOOK,
+        )
+        overdue, owners, due = link.call_script(BEAT, keys, arguments, matters=False)
+        self._beat_at = monotonic() + min(
+            BEAT_INTERVAL, max(1.0, space.visibility_timeout / REFRESHES)
+        )
+        if due:
+            self.expect(float(due))
+        fields = [field for field in overdue if field.decode() not in self._ledger.held]
+        if fields:
+            fields.sort(key=_number_in)
+            timeout = space.visibility_timeout
+            self._touch(link, restore(link, space, fields, untouched_for=timeout))
+            logger.warning(
+                "%d messages that nobody had settled in %g s are back", len(fields), timeout
+            )
+            if len(overdue) == LOOK:
+                self._beat_at = 0.0
+        silent = [
+            (name, client.decode())
+            for name, age, client in owners
+            if float(age) > DEAD_AFTER and name.decode() != self._ledger.owner
+        ]
+        if silent:
+            self._inherit(link, silent)
+
+    def _inherit(self, link: Link, silent: list[tuple[bytes, str]]) -> None:
+        """Restore what was held by those of the silent whose connection is gone."""
+        try:
+            listed = link.call("CLIENT", "LIST", "ID", *(client for _, client in silent))
+        except exceptions.ResponseError:
+            return  # not for us to ask: their messages come back when their time is over
+        text = listed.decode() if isinstance(listed, bytes) else str(listed)
+        connected = {part[3:] for part in text.split() if part.startswith("id=")}
+        for owner, client in silent:
+            if client in connected:
+                continue
+            fields = sorted(self._fields_of(link, owner), key=_number_in)
+            if fields:
+                self._touch(link, restore(link, self._ledger.keyspace, fields))
+                logger.warning("%d messages of a process that is gone are back", len(fields))
+            link.call("HDEL", self._ledger.keyspace.owners, owner)
+
+    def _fields_of(self, link: Link, owner: bytes) -> list[bytes]:
+        cursor: bytes = b"0"
+        found: list[bytes] = []
+        while True:
+            index = self._ledger.keyspace.index
+            cursor, pairs = link.call("ZSCAN", index, cursor, "MATCH", owner + b"*", "COUNT", 1000)
+            found += pairs[::2]
+            if cursor == b"0":
+                return list(dict.fromkeys(found))
+
+    # -- what waits -------------------------------------------------------------------------------------
+
+    def _bring_back(self, link: Link) -> None:
+        space = self._ledger.keyspace
+        touched, due = link.call_script(DUE, (space.delayed, space.delayed_index), (LOOK,))
+        self._due_at = float("inf")
+        self._touch(link, [key.decode() for key in touched])
+        if due:
+            self.expect(float(due))
+
+    def _touch(self, link: Link, keys: Iterable[str]) -> None:
+        feeds_of(link, self._ledger).touch(keys)
+
+
+_keepers: weakref.WeakKeyDictionary[Ledger, Keeper] = weakref.WeakKeyDictionary()
+
+
+def keeper_of(ledger: Ledger) -> Keeper:
+    """Return the keeper of a ledger, which runs. Never switches."""
+    found = _keepers.get(ledger)
+    if found is None:
+        found = _keepers[ledger] = Keeper(ledger)
+    found.start()
+    return found
+
+
+def _number(item: tuple[str, Any]) -> int:
+    number: int = item[1][0].number
+    return number
+
+
+def _number_in(field: bytes) -> tuple[int, int]:
+    """Return what sorts the fields of one process as they were taken, and behind those of kombu."""
+    tail = field.rpartition(b".")[2]
+    return (1, int(tail)) if tail.isdigit() else (0, 0)
+
+
+os.register_at_fork(after_in_child=_keepers.clear)

@@ -1,0 +1,234 @@
+"""Owns one connection's share of a link: its channels, and what waits in them for `drain_events`.
+
+It must never keep a message that nobody has started once it stops. What it holds is given back, also over
+the next link where this one is lost. Made by `transport`; called by kombu through it, and by the consumers'
+engine.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from time import monotonic
+from typing import Any
+
+import gevent
+from amqp.exceptions import RecoverableConnectionError
+from gevent.event import Event
+
+from greenconsume.amqp.waits import Waits
+from greenconsume.redis.channel import Channel, Subscription
+from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.link import Link
+from greenconsume.stopping import Deadline, StopSignal, wait
+
+#: Callbacks that never wait may run this many seconds before the hub gets a turn.
+_TURN = 0.002
+
+_Waiting = tuple[Channel, Subscription, str, bytes]
+
+
+class Session:
+    """A share of a link.
+
+    Attributes:
+        link: The link.
+        ledger: What this process holds of the server's messages.
+        channels: Its channels, by their number.
+        waits: When its waits end; set by the methods `begin_…`.
+        given_back_count: How many messages went back that no callback took.
+    """
+
+    def __init__(self, link: Link, ledger: Ledger, client: Any) -> None:
+        self.link = link
+        self.ledger = ledger
+        self.client = client
+        self.channels: dict[int, Channel] = {}
+        self.waits = Waits(link)
+        self.given_back_count = 0
+        self.is_closing = False
+        self._inbox: deque[_Waiting] = deque()
+        self._errors: deque[BaseException] = deque()
+        self._arrival = Event()
+        self._turn_began = monotonic()
+        link.sessions.add(self)
+        ledger.attach(link)
+
+    @property
+    def connected(self) -> bool:
+        """True while it is open and its link lives."""
+        return not self.is_closing and self.link.connected
+
+    # -- its phases -----------------------------------------------------------------------------------
+
+    def begin_setup(self, stop: StopSignal) -> None:
+        """Have `stop` end every call, with `StoppedError`, until it consumes. Never switches."""
+        self.waits.begin_setup(stop)
+
+    def begin_publishing(self, stop: StopSignal) -> None:
+        """Do nothing: no server blocks its publishers. Never switches."""
+
+    def begin_consuming(self) -> None:
+        """Have no stop end a call any more: what a callback calls may finish. Never switches."""
+        self.waits.begin_consuming()
+
+    def begin_close(self, deadline: Deadline | None = None) -> None:
+        """Give all that is still to be said to the server one deadline; the first call counts."""
+        self.waits.begin_close(deadline)
+
+    # -- deliveries -----------------------------------------------------------------------------------
+
+    def put(self, channel: Channel, subscription: Subscription, field: str, raw: bytes) -> None:
+        """Queue a message for `drain_events`. Never switches."""
+        self._inbox.append((channel, subscription, field, raw))
+        if not self._arrival.is_set():
+            self._arrival.set()
+
+    def put_first(
+        self, channel: Channel, subscription: Subscription, field: str, raw: bytes
+    ) -> None:
+        """Queue one before all others. Never switches."""
+        self._inbox.appendleft((channel, subscription, field, raw))
+        self._arrival.set()
+
+    @property
+    def backlog(self) -> int:
+        """The number of messages that wait for `drain_events`."""
+        return len(self._inbox)
+
+    def tell(self, error: BaseException) -> None:
+        """Have `drain_events` raise. Never switches."""
+        self._errors.append(error)
+        self._arrival.set()
+
+    def take_back(self, channel: Channel, subscription: Subscription | None) -> list[str]:
+        """Remove what waits for a channel, or for one consumer of it; return its fields. Never switches."""
+
+        def wanted(entry: _Waiting) -> bool:
+            return entry[0] is channel and subscription in (None, entry[1])
+
+        taken = [entry[2] for entry in self._inbox if wanted(entry)]
+        if taken:
+            kept = [entry for entry in self._inbox if not wanted(entry)]
+            self._inbox.clear()
+            self._inbox.extend(kept)
+        return taken
+
+    def drain_events(self, timeout: float | None = None, stop: StopSignal | None = None) -> None:
+        """Deliver one message, waiting for it. Whatever the callback raises is raised here.
+
+        Any number of greenlets may drain one session.
+
+        Args:
+            timeout: Monotonic seconds to wait; None: for ever, 0: not at all.
+            stop: Once it is set nothing more is delivered.
+
+        Raises:
+            StoppedError: `stop` was set.
+            TimeoutError: No message came in time (`socket.timeout` is its old name).
+            LinkLostError: The link is gone.
+            redis.exceptions.ResponseError: The server refused to give messages out.
+
+        Switches: yes; also without having to wait, when nobody else had the hub for 2 ms.
+        """
+        if monotonic() - self._turn_began > _TURN:
+            gevent.sleep(0)
+            self._turn_began = monotonic()
+        deadline: Deadline | None = None
+        while True:
+            if stop is not None and stop.reason is not None:
+                stop.check()
+            if self._inbox:
+                channel, subscription, field, raw = self._inbox.popleft()
+                channel.dispatch(subscription, field, raw)
+                return
+            self._check()
+            deadline = deadline or Deadline(timeout)
+            if deadline.expired:
+                raise socket.timeout("timed out")
+            self._arrival.clear()
+            wait(self._arrival, deadline, stop)
+            self._turn_began = monotonic()
+
+    def _check(self) -> None:
+        if self._errors:
+            raise self._errors.popleft()
+        if self.link.failure is not None:
+            raise self.link.lost()
+        if self.is_closing:
+            raise RecoverableConnectionError("the connection was closed")
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def announce_stop(self) -> None:
+        """Take nothing more, and give back what no callback has started. Never switches."""
+        for channel in list(self.channels.values()):
+            channel.announce_stop()
+
+    def on_link_lost(self) -> None:
+        """Wake everything that waits; what was not started goes back over the next link. Never switches."""
+        for channel in list(self.channels.values()):
+            channel.on_link_lost()
+        self._arrival.set()
+
+    def close(self) -> None:
+        """Close every channel, also when one raises, and leave the link; the last one closes it.
+
+        Switches: only where the server has yet to answer, up to `close_timeout`.
+        """
+        try:
+            self._close_channels()
+        finally:
+            deadline = self.waits.close_deadline
+            if self.link.sessions == {self}:
+                self.ledger.wait_for_returns(deadline)
+            if self._leave():
+                self.link.close(deadline=deadline)
+
+    def collect(self) -> None:
+        """Let go of everything at once, without waiting for the server. Never switches."""
+        try:
+            self._close_channels()
+        finally:
+            if self._leave():
+                self.link.close(deadline=Deadline(0))
+
+    def _close_channels(self) -> None:
+        errors: list[Exception] = []
+        for channel in list(self.channels.values()):
+            try:
+                channel.close()
+            except Exception as exc:  # the others are closed all the same
+                errors.append(exc)
+        if errors:
+            raise errors[0]
+
+    def _leave(self) -> bool:
+        """Leave the link; return whether it is to be closed."""
+        if self.is_closing:
+            return False
+        self.is_closing = True
+        self._inbox.clear()
+        self._arrival.set()
+        self.link.sessions.discard(self)
+        if self.link.sessions or self.link.failure is not None:
+            return False
+        if not self.ledger.held and self.ledger.links == [self.link]:
+            # Nothing of this process is to be looked for here, once it has said what it has to say.
+            self.ledger.flush()
+            owners = self.ledger.keyspace.owners
+            self.link.send(("HDEL", owners, self.ledger.owner), matters=False)
+        return True
+
+    @property
+    def left(self) -> bool:
+        """True once the link has forgotten it."""
+        return self.is_closing
+
+    def heartbeat_tick(self, rate: int = 2) -> None:
+        """Do nothing while the link lives, which pings by itself.
+
+        Raises:
+            LinkLostError: The link is gone.
+        """
+        self._check()

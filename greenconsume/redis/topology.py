@@ -1,0 +1,173 @@
+"""Owns a channel's queues, exchanges and bindings, and what is published to them.
+
+Each waits for its reply, up to the connection's stop: what `basic_publish` returned from is in the server.
+Called by kombu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from amqp.exceptions import RecoverableConnectionError
+from kombu.transport import virtual
+from kombu.transport.base import to_rabbitmq_queue_arguments
+from kombu.utils.json import dumps
+
+from greenconsume.redis.feed import feeds_of
+from greenconsume.redis.plain_client import plain_client
+from greenconsume.redis.protocol import Argument
+from greenconsume.redis.scripts import REFRESH_BINDING, Script
+
+if TYPE_CHECKING:
+    from greenconsume.redis.transport import Transport
+
+Payload = dict[str, Any]
+
+_channel_ids = count(1)
+
+
+class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
+    """The part of a channel that declares and publishes."""
+
+    supports_fanout = True
+    connection: Transport
+    closed: bool
+
+    def __init__(self, connection: Transport, **kwargs: Any) -> None:
+        super().__init__(connection, **kwargs)
+        self.session = connection.session
+        self.link = self.session.link
+        self.ledger = self.session.ledger
+        self.keyspace = connection.keyspace
+        self._expires: dict[str, int] = {}  # by queue, in milliseconds
+
+    @cached_property
+    def client(self) -> Any:
+        """A `redis.Redis` to the same database, over a connection of its own; as kombu's channels have."""
+        return plain_client(self.connection.dialler(), self.keyspace.prefix)
+
+    def _close_client(self) -> None:
+        client = self.__dict__.pop("client", None)
+        if client is not None:
+            client.connection_pool.disconnect()
+
+    # -- queues -------------------------------------------------------------------------------------
+
+    def prepare_queue_arguments(self, arguments: Any, **kwargs: Any) -> Any:
+        """Return a queue's arguments with what `Queue(expires=…)` and its like stand for."""
+        return to_rabbitmq_queue_arguments(arguments, **kwargs)
+
+    def queue_delete(
+        self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any
+    ) -> None:
+        """Delete a queue, its messages and its bindings."""
+        if if_empty and self._size(queue):
+            return
+        super().queue_delete(queue, if_unused, False, **kwargs)
+        self._delete_keys(queue)  # kombu's leaves the messages of one that is not bound
+
+    def _new_queue(self, queue: str, auto_delete: bool = False, **kwargs: Any) -> None:
+        if auto_delete:
+            self.connection.fleeting.add(queue)
+        try:
+            self._expires[queue] = int(kwargs["arguments"]["x-expires"])
+        except (KeyError, TypeError, ValueError):
+            self._expires.pop(queue, None)
+
+    def _has_queue(self, queue: str, **kwargs: Any) -> bool:
+        return bool(self._call("EXISTS", *self.keyspace.keys(queue)))
+
+    def _size(self, queue: str) -> int:
+        return sum(self._call_all([("LLEN", key) for key in self.keyspace.keys(queue)]))
+
+    def _purge(self, queue: str) -> int:
+        size = self._size(queue)
+        self._delete_keys(queue)
+        return size
+
+    def _delete_keys(self, queue: str) -> None:
+        keys = self.keyspace.keys(queue)
+        self._call("DEL", *keys)
+        self._touch(keys)
+
+    def _delete(self, queue: str, exchange: str, *meta: Any, **kwargs: Any) -> None:
+        self.connection.fleeting.discard(queue)
+        routing_key, pattern = meta[:2] or ("", "")
+        member = self.keyspace.binding(routing_key, pattern, queue)
+        keys = (self.keyspace.bindings(exchange), self.keyspace.lasting_bindings(exchange))
+        self._call_all([("SREM", key, member) for key in keys])
+
+    # -- exchanges ------------------------------------------------------------------------------------
+
+    def get_table(self, exchange: str) -> list[tuple[str, ...]]:
+        """Return the bindings of an exchange, of all who share the database."""
+        members = self._call("SMEMBERS", self.keyspace.bindings(exchange))
+        return [tuple(member.decode().split(self.keyspace.sep)) for member in members]
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        if self.typeof(exchange).type == "fanout":
+            topic = self.keyspace.topic(exchange, (routing_key or "").replace("#", "*"))
+            self.connection.fanout_topics[queue] = topic
+        member = self.keyspace.binding(routing_key, pattern, queue)
+        if queue in self._expires:
+            self._refresh_binding(exchange, member, queue)
+            return
+        keys = (self.keyspace.bindings(exchange), self.keyspace.lasting_bindings(exchange))
+        self._call_all([("SADD", key, member) for key in keys])
+
+    def _refresh_binding(self, exchange: str, member: str, queue: str) -> None:
+        keys = (self.keyspace.bindings(exchange), self.keyspace.binding_deadlines)
+        ttl = self.keyspace.binding_ttl(self._expires[queue])
+        self._call_script(REFRESH_BINDING, keys, (member, exchange, ttl))
+
+    # -- publishing -----------------------------------------------------------------------------------
+
+    def _put(self, queue: str, message: Payload, **kwargs: Any) -> None:
+        key = self.keyspace.key(queue, self._get_message_priority(message, reverse=False))
+        commands: list[tuple[Argument, ...]] = [("LPUSH", key, dumps(message))]
+        if queue in self._expires:
+            expires = self._expires[queue]
+            commands += [("PEXPIRE", each, expires) for each in self.keyspace.keys(queue)]
+        self._call_all(commands)
+        self._touch([key])
+
+    def _put_fanout(self, exchange: str, message: Payload, routing_key: str, **kwargs: Any) -> None:
+        self._call("PUBLISH", self.keyspace.topic(exchange, routing_key), dumps(message))
+
+    # -- commands -------------------------------------------------------------------------------------
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        # The server does not tell us of what we changed ourselves.
+        feeds_of(self.link, self.ledger).touch(keys)
+
+    def _call(self, *command: Argument) -> Any:
+        self._require_open()
+        return self.link.call(
+            *command, stop=self.session.waits.stop, deadline=self.session.waits.deadline
+        )
+
+    def _call_all(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        self._require_open()
+        return self.link.call_all(commands, self.session.waits.stop, self.session.waits.deadline)
+
+    def _call_script(
+        self, script: Script, keys: Sequence[Argument], arguments: Sequence[Argument]
+    ) -> Any:
+        self._require_open()
+        stop, deadline = self.session.waits.stop, self.session.waits.deadline
+        return self.link.call_script(script, keys, arguments, stop, deadline)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RecoverableConnectionError("the channel is closed")
+        if self.link.failure is not None:
+            raise self.link.lost()
+
+    def _get_free_channel_id(self) -> int:
+        return next(_channel_ids)  # kombu's looks for a gap among all of them
+
+    def _reset_cycle(self) -> None:
+        """Do nothing: nobody polls."""
