@@ -50,6 +50,18 @@ class BrokerRefusedError(GreenconsumeError):
         self.uri = uri
 
 
+class ConsumerRefusedError(GreenconsumeError):
+    """The broker refuses what a consumer declares, and no waiting mends it.
+
+    Attributes:
+        consumer: The consumer's name.
+    """
+
+    def __init__(self, message: str, consumer: str) -> None:
+        super().__init__(message)
+        self.consumer = consumer
+
+
 class StoppedError(GreenconsumeError):
     """A wait was ended by the stop signal of the consumer that waited.
 

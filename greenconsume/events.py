@@ -20,6 +20,7 @@ class ConsumerState(str, enum.Enum):
 
     STARTING = "starting"
     CONNECTING = "connecting"
+    STANDBY = "standby"
     CONSUMING = "consuming"
     PAUSED = "paused"
     DRAINING = "draining"
@@ -91,6 +92,23 @@ class ConsumerChanged(Event):
     consumer: str
     old: ConsumerState
     new: ConsumerState
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerRefused(Event):
+    """The broker refuses what a consumer asks for, or closed its channel; it asks again in `delay` seconds.
+
+    `stands_by`: another consumer has what this one wants, and it takes over when that is gone. `told`: the
+    log need not tell it: it is raised to somebody, or a stand-by heard the same before.
+    """
+
+    consumer: str
+    error: BaseException
+    remedy: str
+    attempt: int
+    delay: float
+    stands_by: bool = False
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,21 @@ class Lifecycle:
         ready: Set while it consumes.
         tally: What becomes of its messages; a runtime's consumer has one through all its restarts.
         on_enter: Called after each change of the state; for its supervisor.
+        on_refused: Called with the error and the remedy when the broker refuses what it declares, and no
+            waiting mends that; returns whether it is raised to somebody.
     """
 
-    __slots__ = ("_rungs", "leave", "name", "on_enter", "ready", "state", "stop", "tally")
+    __slots__ = (
+        "_rungs",
+        "leave",
+        "name",
+        "on_enter",
+        "on_refused",
+        "ready",
+        "state",
+        "stop",
+        "tally",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -36,6 +48,7 @@ class Lifecycle:
         self.state = ConsumerState.STARTING
         self.ready = Event()
         self.on_enter: Callable[[], object] | None = None
+        self.on_refused: Callable[[BaseException, str], bool] | None = None
         self.tally = Tally()
         self._rungs: Rungs | None = None
 
@@ -53,6 +66,10 @@ class Lifecycle:
     @rungs.setter
     def rungs(self, rungs: Rungs) -> None:
         self._rungs = rungs
+
+    def refuse(self, error: BaseException, remedy: str) -> bool:
+        """Tell its supervisor of a refusal; return whether that raises it. Never switches."""
+        return self.on_refused is not None and self.on_refused(error, remedy)
 
     def enter(self, state: ConsumerState) -> None:
         """Go to `state` and tell the hooks; entering the present one is no event. Never switches."""

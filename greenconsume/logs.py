@@ -23,6 +23,7 @@ from greenconsume.events import (
     ConsumerChanged,
     ConsumerDrained,
     ConsumerGivenUp,
+    ConsumerRefused,
     ConsumerRestarting,
     ConsumersScaled,
     DrainEscalated,
@@ -185,6 +186,15 @@ def _(event: PollingTransport) -> Line:
 def _(event: ConsumerChanged) -> Line:
     args = (event.consumer, event.new, event.old)
     return Line("runtime", logging.DEBUG, "consumer %s is %s, was %s", args)
+
+
+@describe.register
+def _(event: ConsumerRefused) -> Line:
+    text = "consumer %s: %s%s (attempt %d, the next in %.1f s)"
+    remedy = f": {event.remedy}" if event.remedy else ""
+    args = (event.consumer, _words(event.error), remedy, event.attempt, event.delay)
+    level = logging.INFO if event.stands_by else logging.WARNING
+    return Line("consuming", logging.DEBUG if event.told else level, text, args)
 
 
 @describe.register

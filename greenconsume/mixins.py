@@ -154,7 +154,8 @@ class ConsumerMixin(_KombuConsumer):
         """
         registry.register()  # before kombu looks up the transport of our own connection, for good
         restart_limit = self.restart_limit
-        errors = (*self.connection.connection_errors, *self.connection.channel_errors)
+        channel_errors = self.connection.channel_errors
+        errors = (*self.connection.connection_errors, *channel_errors)
         engine, stopping = engine_of(self), _stop_check(self)
         with engine.running() as switch:
             while not stopping.is_set():
@@ -167,8 +168,11 @@ class ConsumerMixin(_KombuConsumer):
                         sleep(restart_limit.expected_time(_tokens), engine.life.stop)
                 except LinkLostError as exc:
                     debug("%s: %s", engine.life.name, exc)  # its link said so, for all
-                except errors:
-                    warn(W_CONN_LOST, exc_info=True)
+                except errors as exc:
+                    if isinstance(exc, channel_errors):
+                        engine.wait_out(exc, stopping)
+                    else:
+                        warn(W_CONN_LOST, exc_info=True)
 
     def consume(
         self,

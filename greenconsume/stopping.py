@@ -99,6 +99,10 @@ class StopSignal:
         return f"<StopSignal {'unset' if self.reason is None else self.reason!r}>"
 
 
+#: Seconds between two questions to a consumer that can only be asked whether it stops.
+ASK_INTERVAL = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class StopCheck:
     """The test for whether a consumer stops.
@@ -110,6 +114,20 @@ class StopCheck:
 
     is_set: Callable[[], bool]
     signalled: bool
+
+    def wait(self, seconds: float | None, signal: StopSignal) -> None:
+        """Wait for so many seconds, if any, or until the consumer stops.
+
+        Args:
+            seconds: How long; None: not at all.
+            signal: Wakes whoever waits here, if it is set.
+
+        Switches: yes, if `seconds` is more than 0.
+        """
+        deadline = Deadline(seconds or 0.0)
+        while not (deadline.expired or self.is_set()):
+            left = deadline.remaining or 0.0
+            signal.wait(left if self.signalled else min(ASK_INTERVAL, left))
 
 
 class Rungs:

@@ -26,6 +26,7 @@ from greenconsume.consuming.connecting import (
 )
 from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
+from greenconsume.consuming.refusals import Refusals
 from greenconsume.errors import InvalidConsumerError, StoppedError
 from greenconsume.events import ConsumerState, Outcome
 from greenconsume.handling.batches import Batching
@@ -65,6 +66,7 @@ class Engine:
         "_around",
         "_consumer",
         "_places",
+        "_refusals",
         "_switch",
         "drain",
         "fleeting_queues",
@@ -89,6 +91,7 @@ class Engine:
         self._around: tuple[ConsumerOptions, ...] = ()
         self._places: Slots | None = None
         self._switch: Switch | None = None
+        self._refusals = Refusals(self.life)
 
     # -- what surrounds it ----------------------------------------------------------------------
 
@@ -173,11 +176,13 @@ class Engine:
         Switches: yes.
         """
         life = self.life
-        life.enter(ConsumerState.CONNECTING)
+        if life.state is not ConsumerState.STANDBY:  # who asks once more whether he may take over
+            life.enter(ConsumerState.CONNECTING)
         try:
             with self._consumer.consumer_context(**kwargs) as (conn, _channel, _consumers):
                 if not life.stop.is_set():
                     life.enter(ConsumerState.CONSUMING)
+                    self._refusals.consumes()
                 if isinstance(conn, Connection):
                     yield from receive(conn, loop, life.leave)
                 else:
@@ -189,6 +194,13 @@ class Engine:
             if life.stop.is_set():
                 self._finish()
         logger.debug("consume exiting")
+
+    def wait_out(self, error: BaseException, stopping: StopCheck) -> None:
+        """Tell that the broker refused the consumer, or closed its channel; wait until it is to ask again.
+
+        Switches: yes.
+        """
+        stopping.wait(self._refusals.tell(error), self.life.stop)
 
     def leaving(self, stopping: StopCheck) -> Callable[[], bool]:
         """Return what tells whether the consumer leaves its loop: it stops, or its switch has tripped."""

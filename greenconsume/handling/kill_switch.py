@@ -15,8 +15,7 @@ from typing import Any
 
 from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
 from greenconsume.lifecycle import Lifecycle
-from greenconsume.links.polled_stop import ASK_INTERVAL
-from greenconsume.stopping import Deadline, StopCheck, StopSignal
+from greenconsume.stopping import StopCheck, StopSignal
 
 #: The share of a pause by which it is longer by chance, so that a fleet does not try in step.
 _JITTER = 0.1
@@ -148,10 +147,7 @@ class Switch:
 
         Switches: yes, if the switch has tripped.
         """
-        deadline, stop = Deadline(self.pause()), self._life.stop
-        while not (deadline.remaining is None or deadline.expired or stopping.is_set()):
-            seconds = deadline.remaining
-            stop.wait(seconds if stopping.signalled else min(ASK_INTERVAL, seconds))
+        stopping.wait(self.pause(), self._life.stop)
         self.resume()
 
     def _reset(self) -> None:

@@ -10,10 +10,7 @@ from contextlib import contextmanager
 
 import gevent
 
-from greenconsume.stopping import StopSignal
-
-#: Seconds between two questions.
-ASK_INTERVAL = 1.0
+from greenconsume.stopping import ASK_INTERVAL, StopSignal
 
 
 @contextmanager

@@ -95,12 +95,11 @@ class Child:
 
     @property
     def started(self) -> bool:
-        """True if a start need not wait for it: it consumes, or has ended for good."""
-        return (
-            self.ended
-            or self.resting
-            or (self.greenlet is not None and self.greenlet.ready.is_set())
-        )
+        """True if a start need not wait for it: it consumes, stands by, or has ended for good."""
+        if self.ended or self.resting:
+            return True
+        ready = None if self.greenlet is None else self.greenlet.ready
+        return ready is not None and (ready.is_set() or ready.stands_by)
 
     @property
     def resting(self) -> bool:

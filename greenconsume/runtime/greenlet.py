@@ -208,6 +208,11 @@ class Readiness:
         """Return whether the consumer consumes now."""
         return bool(self._event.is_set())
 
+    @property
+    def stands_by(self) -> bool:
+        """True while another consumer has the queue for itself, and this one waits to take over."""
+        return self._greenlet.state is ConsumerState.STANDBY
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the consumer consumes, or has ended, or for `timeout` seconds.
 

@@ -62,7 +62,9 @@ class Run:
         self._at_end: list[Callable[[], None]] = []
         self._pid = os.getpid()
         self._links = LinkPool(link_count, self._on_refused)
-        self.supervisor = Supervisor(restart, stop, self._links, self.rungs, options, slots)
+        self.supervisor = Supervisor(
+            restart, stop, self._links, self.rungs, options, slots, self._on_consumer_refused
+        )
         self._starting: Starting | None = Starting(self.supervisor)
         self._greenlet = gevent.Greenlet(self._serve)
         self._greenlet.name = "greenconsume supervisor"
@@ -138,6 +140,13 @@ class Run:
         if self._starting is None:
             return False
         self._starting.refuse(uri, error)
+        return True
+
+    def _on_consumer_refused(self, name: str, error: BaseException, remedy: str) -> bool:
+        """Fail the start for what one consumer declares, as `_on_refused` does for a connection."""
+        if self._starting is None:
+            return False
+        self._starting.refuse_consumer(name, error, remedy)
         return True
 
     def _serve(self) -> None:

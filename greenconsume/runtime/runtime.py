@@ -137,12 +137,15 @@ class Runtime:
         return added
 
     def start(self) -> None:
-        """Start every consumer, and wait until all of them consume.
+        """Start every consumer, and wait until each consumes, or is known to stand by.
 
-        A broker that cannot be reached is waited for. A stop ends the wait, and `start` returns.
+        One stands by while another has its queue for itself: see `Child.state`. A broker that cannot be
+        reached is waited for. A stop ends the wait, and `start` returns.
 
         Raises:
             BrokerRefusedError: The broker refused the connection. Nothing is left running.
+            ConsumerRefusedError: The broker refuses what a consumer declares, as it is there already with
+                other properties. Nothing is left running.
             Exception: What a class or factory raised, or the error of a consumer that was given up while
                 it started. Nothing is left running.
             AlreadyRunningError: The runtime runs, or has not finished stopping.

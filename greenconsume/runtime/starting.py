@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from greenconsume.errors import BrokerRefusedError, RestartLimitError
+from greenconsume.errors import BrokerRefusedError, ConsumerRefusedError, RestartLimitError
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.supervisor import Supervisor
 from greenconsume.stopping import Deadline, StopSignal, wait
@@ -24,7 +24,7 @@ class Starting:
     def __init__(self, supervisor: Supervisor) -> None:
         self.failed = False
         self._supervisor = supervisor
-        self._refusal: BrokerRefusedError | None = None
+        self._refusal: BrokerRefusedError | ConsumerRefusedError | None = None
 
     def refuse(self, uri: str, error: BaseException) -> None:
         """Have the start fail: the broker at `uri` refused, and waiting does not mend it.
@@ -36,11 +36,22 @@ class Starting:
             self._refusal.__cause__ = error
         self._supervisor.changed.set()
 
+    def refuse_consumer(self, name: str, error: BaseException, remedy: str) -> None:
+        """Have the start fail: the broker refuses what a consumer declares, and waiting does not mend it.
+
+        Switches: never. From any greenlet.
+        """
+        if self._refusal is None:
+            self._refusal = ConsumerRefusedError(f"{name} cannot consume: {error}: {remedy}", name)
+            self._refusal.__cause__ = error
+        self._supervisor.changed.set()
+
     def wait(self, children: Sequence[Child], stop: StopSignal) -> None:
-        """Wait until `children` consume or have ended, or a stop comes.
+        """Wait until `children` consume, stand by or have ended, or a stop comes.
 
         Raises:
             BrokerRefusedError: Their broker refused the connection.
+            ConsumerRefusedError: The broker refuses what one declares.
             RestartLimitError: One returned too often.
             Exception: The error of one that was given up.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
 from time import monotonic
@@ -68,6 +68,7 @@ class Supervisor:
         rungs: Rungs | None = None,
         options: ConsumerOptions | None = None,
         slots: Slots | None = None,
+        on_refused: Callable[[str, BaseException, str], bool] | None = None,
     ) -> None:
         self.failed: list[Child] = []
         self.exhausted: list[Child] = []
@@ -78,6 +79,7 @@ class Supervisor:
         self._links = links
         self._rungs = rungs or Rungs()
         self._options, self._slots = options, slots
+        self._on_refused = on_refused
         self._live: set[Child] = set()
         self._drained: tuple[Child, ...] = ()
         self._ended_before = Outcome()  # of consumers that ended by themselves
@@ -258,6 +260,8 @@ class Supervisor:
         engine.join_fleet(self._links, self._rungs, self._slots)
         engine.surround(child.options, self._options)
         engine.life.on_enter = self.changed.set
+        if self._on_refused is not None:
+            engine.life.on_refused = partial(self._on_refused, child.name)
         try:  # now, for it would else be found out when it has connected
             engine.settings()
         except InvalidConsumerError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from gevent.event import Event
 from kombu import Connection, Consumer, Producer, Queue
 
 from greenconsume import Runtime, spawn
+from greenconsume.errors import ConsumerRefusedError
 from greenconsume.events import ConsumerState, HandlerFailed, LinkDown
 from tests.integration.consumers import (
     SOON,
@@ -23,6 +25,7 @@ from tests.integration.consumers import (
     consuming,
     green_connection,
     observed,
+    pause_for,
 )
 from tests.messages import declare, delete_queue, publish, queue_depth
 from tests.waiting import wait_until
@@ -182,7 +185,7 @@ def test_a_refused_exclusive_consumer_takes_over_once_the_first_is_gone(amqp_url
         [first] = runtime.spawn(partial(Exclusive, queue=queue_name))
         assert first.greenlet.ready.wait(SOON)
         [second] = runtime.spawn(partial(Exclusive, queue=queue_name))
-        wait_until(lambda: second.state is ConsumerState.CONNECTING)
+        wait_until(lambda: second.state is ConsumerState.STANDBY, SOON)
         assert not second.greenlet.ready.wait(0.2)
         first.consumer.should_stop = True
         assert second.greenlet.ready.wait(SOON)
@@ -190,6 +193,44 @@ def test_a_refused_exclusive_consumer_takes_over_once_the_first_is_gone(amqp_url
         second.consumer.wait_for(1)
         assert bystander.consumer.ready_count == 1
     assert lost == []
+
+
+class LockedOut(Recorder):
+    """Declares an exclusive queue, as each of its replicas does over another link."""
+
+    def __init__(self, broker: Any, queue: str) -> None:
+        super().__init__(broker, Queue(queue, exclusive=True))
+
+
+def test_a_start_returns_though_replicas_stand_by_for_an_exclusive_queue(
+    amqp_url, queue_name, caplog
+):
+    """One replica consumes, the others are known to stand by; one takes over, and the log stays short."""
+    runtime = Runtime(amqp_url, links=3)
+    children = runtime.spawn(partial(LockedOut, queue=queue_name), replicas=3)
+    with caplog.at_level("INFO", "greenconsume.consuming"), runtime:
+        states = Counter(child.state for child in children)
+        assert states == {ConsumerState.CONSUMING: 1, ConsumerState.STANDBY: 2}
+        [first] = [child for child in children if child.state is ConsumerState.CONSUMING]
+        pause_for(3.0)
+        first.consumer.should_stop = True
+        rest = [child for child in children if child is not first]
+        wait_until(lambda: any(child.state is ConsumerState.CONSUMING for child in rest), SOON)
+    lines = [record for record in caplog.records if record.name == "greenconsume.consuming"]
+    assert len(lines) == 2
+    assert all("leave out exclusive=True" in line.getMessage() for line in lines)
+    assert not any(line.exc_info for line in lines)
+
+
+def test_a_start_is_failed_by_a_queue_that_was_declared_otherwise(amqp_url, queue_name, caplog):
+    declare(amqp_url, queue_name)
+    runtime = Runtime(amqp_url)
+    [sibling] = runtime.spawn(partial(Recorder, queue=f"{queue_name}-other"))
+    runtime.spawn(partial(Recorder, queue=Queue(queue_name, durable=False)))
+    with pytest.raises(ConsumerRefusedError, match=r"PRECONDITION_FAILED.*delete it"):
+        runtime.start()
+    assert not sibling.running
+    assert "Traceback" not in caplog.text
 
 
 def test_a_queue_that_was_declared_otherwise_is_told_and_tried_again(amqp_url, queue_name, caplog):
@@ -201,6 +242,8 @@ def test_a_queue_that_was_declared_otherwise_is_told_and_tried_again(amqp_url, q
     assert greenlet.ready.wait(SOON)
     greenlet.stop()
     assert greenlet.join(SOON)
+    assert "delete it once it is empty" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_an_error_on_a_further_channel_does_not_end_the_consumer(amqp_url, queue_name):

@@ -24,6 +24,7 @@ from greenconsume.consuming.engine import engine_of, lifecycle_of
 from greenconsume.errors import (
     AlreadyRunningError,
     BrokerRefusedError,
+    ConsumerRefusedError,
     ForkedError,
     InvalidConsumerError,
     NotPatchedError,
@@ -522,6 +523,70 @@ def test_a_refusal_and_an_absence_in_turn_are_waited_for(door: type[Door]):
     assert not starting.ready()
     runtime.stop()
     assert starting.get(timeout=30) is None
+
+
+class StandingBy(Idle):
+    """Another consumer has its queue for itself."""
+
+    def run(self) -> None:
+        self.runs += 1
+        life = lifecycle_of(self)
+        life.enter(ConsumerState.CONNECTING)
+        gevent.idle()
+        life.enter(ConsumerState.STANDBY)
+        life.stop.wait()
+
+
+def test_a_start_does_not_wait_for_who_stands_by(runtime: Runtime):
+    """It may stand by for ever: that is what a spare is for."""
+    active, spare = runtime.spawn(Idle) + runtime.spawn(StandingBy)
+    with gevent.Timeout(30):
+        runtime.start()
+    assert (active.state, spare.state) == (ConsumerState.CONSUMING, ConsumerState.STANDBY)
+    assert spare.greenlet is not None
+    assert not spare.greenlet.ready.is_set()
+    assert spare.greenlet.ready.stands_by
+    assert spare.started
+
+
+def test_what_the_broker_refuses_for_good_fails_the_start(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture
+):
+    """As a queue that is there with other properties: the error names consumer, cause and remedy."""
+    error = ValueError("PRECONDITION_FAILED")
+
+    class Refused(Idle):
+        def run(self) -> None:
+            life = lifecycle_of(self)
+            assert life.refuse(error, "delete it")
+            life.stop.wait()
+
+    (sibling,) = runtime.spawn(Idle)
+    runtime.spawn(Refused)
+    with pytest.raises(
+        ConsumerRefusedError, match=r"Refused-1 .*PRECONDITION_FAILED.*delete it"
+    ) as e:
+        runtime.start()
+    assert (e.value.consumer, e.value.__cause__) == ("Refused-1", error)
+    assert not sibling.running
+    assert caplog.text == ""
+
+
+def test_a_consumer_that_is_spawned_later_fails_nothing(runtime: Runtime):
+    """Nobody waits for its start: it tries again, and says so in the log."""
+    told: list[bool] = []
+
+    class Refused(Idle):
+        def run(self) -> None:
+            life = lifecycle_of(self)
+            told.append(life.refuse(ValueError("PRECONDITION_FAILED"), "delete it"))
+            life.stop.wait()
+
+    runtime.start()
+    (child,) = runtime.spawn(Refused)
+    wait_until(lambda: told)
+    assert told == [False]
+    assert child.running
 
 
 def test_a_start_that_is_interrupted_leaves_nothing_running(runtime: Runtime):
