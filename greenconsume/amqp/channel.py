@@ -62,8 +62,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         auto_decode: bool = True,
         on_open: Callable[[Channel], object] | None = None,
     ) -> None:
-        # Not py-amqp's, which makes a thread-safe queue, a promise, sets and dicts that are not used here:
-        # a process may have 10,000 channels.
+        # Not py-amqp's, which makes much that is not used here: a process may have 10,000 channels.
         self._session = self.connection = connection
         self.channel_id = connection.allocate(channel_id)
         self.core = ChannelCore(connection, self.channel_id, auto_decode)
@@ -191,8 +190,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         """Send one method; with `wait`, park until its reply. Switches only with `wait`.
 
         Raises:
-            LinkLostError: The link is gone.
-            RecoverableConnectionError: The channel was closed.
+            RecoverableConnectionError: The channel was closed, or its link is gone (`LinkLostError`).
             amqp.exceptions.ChannelError: The broker closed the channel.
         """
         self._calls.begin()
@@ -214,11 +212,10 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
         Args:
             method: A method, or a list of them.
-            callback: Called by the reader with the reply, and `undo` with one whose caller gave up; they
-                must not switch.
+            callback: Called by the reader with the reply; must not switch.
             timeout: Seconds; by default the link's `call_timeout`.
             returns_tuple: Return all arguments of the reply, not the first.
-            undo: See `callback`.
+            undo: As `callback`, for a reply whose caller gave up.
 
         Raises:
             TimeoutError: No reply in time. One that comes later is dropped.
