@@ -1,0 +1,152 @@
+"""Five faults by three answers: what wedges a process is told apart by its probes, each naming what it is.
+
+===========================  =========  =========  =======
+fault                        live       ready      stalled
+===========================  =========  =========  =======
+a handler never returns      yes        yes        **its consumer**
+a handler blocks the hub     **no**     **no**     no answer
+its queue was deleted        yes        **its consumer**  no
+the broker is stopped        yes        **all its consumers**  no
+its publishers are blocked   yes        **the link**  no
+===========================  =========  =========  =======
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from time import monotonic
+
+import gevent
+import pytest
+from gevent.event import Event
+from kombu import Connection, Queue
+
+from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Runtime
+from greenconsume.cli.asking import ask
+from tests.messages import declare, publish
+from tests.waiting import wait_until
+
+STALL_AFTER = 0.3
+
+
+class Probes:
+    """What a probe of a runtime is answered."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def ask(self, path: str) -> tuple[bool, str]:
+        reply = ask(self.address, path)
+        return reply.code == 200, reply.text
+
+    def answers(self) -> tuple[bool, bool, bool]:
+        """Live, ready, moving."""
+        return tuple(self.ask(path)[0] for path in ("/livez", "/readyz", "/stalledz"))
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Run consumers of a class with an admin."""
+    runtimes = []
+
+    def run(make, url):
+        address = f"unix:{tmp_path}/shop.sock"
+        options = ConsumerOptions(concurrency=1, drain_timeout=0.1, cancel_timeout=0.1)
+        runtime = Runtime(url, admin=address, stall_after=STALL_AFTER, options=options)
+        runtime.spawn(make)
+        runtime.start()
+        runtimes.append(runtime)
+        probes = Probes(address)
+        wait_until(lambda: probes.answers() == (True, True, True))
+        return probes
+
+    yield run
+    for runtime in runtimes:
+        runtime.stop()
+        runtime.join()
+
+
+def consumer_of(queue, work=lambda body: None, no_declare=False):
+    class Orders(ConsumerMixin):
+        def __init__(self, connection):
+            self.connection = connection
+
+        def get_consumers(self, Consumer, channel):
+            wanted = Queue(queue, no_declare=no_declare)
+            return [Consumer([wanted], callbacks=[self.on_order])]
+
+        def on_order(self, body, message):
+            work(body)
+            message.ack()
+
+    return Orders
+
+
+def test_a_handler_that_never_returns_is_a_stall_and_nothing_else(serve, amqp_url, queue_name):
+    probes = serve(consumer_of(queue_name, lambda body: Event().wait()), amqp_url)
+    publish(amqp_url, queue_name, 1)
+    wait_until(lambda: probes.answers() == (True, True, False))
+    assert "consumer Orders-1: the handler of message 1 has run for" in probes.ask("/stalledz")[1]
+
+
+def test_a_handler_that_blocks_the_hub_leaves_every_probe_without_an_answer(
+    serve, amqp_url, queue_name, tmp_path
+):
+    said = [tmp_path / what for what in ("live", "ready", "stalled")]
+    asking = []
+
+    def block(body):
+        for path in said:
+            check = [sys.executable, "-m", "greenconsume", "check", path.name, "--timeout", "0.5"]
+            with path.open("w") as output:
+                asking.append(subprocess.Popen([*check, "--admin", probes.address], stdout=output))
+        until = (
+            monotonic() + 60
+        )  # without a turn for the hub, until all of them have said something
+        while monotonic() < until and not all(path.stat().st_size for path in said):
+            pass
+
+    probes = serve(consumer_of(queue_name, block), amqp_url)
+    publish(amqp_url, queue_name, 1)
+    wait_until(lambda: len(asking) == len(said), within=90)
+    assert [each.wait(30) for each in asking] == [1, 1, 1]
+    assert all("does not answer within 0.5 s" in path.read_text() for path in said)
+    wait_until(lambda: probes.answers() == (True, True, True))
+
+
+def test_a_queue_that_was_deleted_makes_its_consumer_unready(serve, amqp_url, queue_name):
+    declare(amqp_url, queue_name)
+    probes = serve(consumer_of(queue_name, no_declare=True), amqp_url)
+    with Connection(amqp_url) as connection:
+        connection.default_channel.queue_delete(queue_name)
+    wait_until(lambda: probes.answers() == (True, False, True))
+    assert "consumer Orders-1 is" in probes.ask("/readyz")[1]
+    declare(amqp_url, queue_name)
+    wait_until(lambda: probes.answers() == (True, True, True))
+
+
+def test_a_broker_that_is_stopped_makes_the_process_unready_and_not_dead(
+    serve, rabbitmq_fault, amqp_url, queue_name
+):
+    probes = serve(consumer_of(queue_name), amqp_url)
+    rabbitmq_fault.stop()
+    wait_until(lambda: probes.answers() == (True, False, True))
+    assert "consumer Orders-1 is connecting" in probes.ask("/readyz")[1]
+    rabbitmq_fault.start()
+    wait_until(lambda: probes.answers() == (True, True, True), within=60)
+
+
+def test_publishers_that_are_blocked_make_the_process_unready_by_their_link(
+    serve, rabbitmq_fault, amqp_url, queue_name
+):
+    probes = serve(consumer_of(queue_name), amqp_url)
+    with Publisher(amqp_url, routing_key=queue_name) as publisher:
+        publisher.publish(0)
+        rabbitmq_fault.block()
+        publishing = gevent.spawn(publisher.publish, 1)
+        wait_until(lambda: probes.answers() == (True, False, True))
+        assert "is blocked: the broker takes no messages" in probes.ask("/readyz")[1]
+        rabbitmq_fault.unblock()
+        publishing.join()
+        wait_until(lambda: probes.answers() == (True, True, True))
