@@ -7,6 +7,7 @@ request; mount it in an application of your own only behind its own authenticati
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -158,9 +159,11 @@ class App:
         return Answer.tagged(to_json(status, health=answers), _JSON)
 
     def _metrics(self, _environ: Mapping[str, Any]) -> Answer:
-        found: Answer = self._snapshots.get(
-            "metrics", lambda: Answer(metrics.exposition(self._now()), metrics.CONTENT_TYPE)
-        )
+        def made() -> Answer:
+            text = metrics.exposition(self._now()) + _others_metrics()
+            return Answer(text, metrics.CONTENT_TYPE)
+
+        found: Answer = self._snapshots.get("metrics", made)
         return found
 
     def _greenlets(self, _environ: Mapping[str, Any]) -> Answer:
@@ -190,6 +193,21 @@ class App:
         names = {each.name for each in consumers} | {each.group for each in consumers}
         near = get_close_matches(error.name, names, n=1)
         return f"{error}: did you mean {near[0]}?" if near else str(error)
+
+
+def _others_metrics() -> bytes:
+    """Return what the process has in prometheus_client's own registry, if it has imported that."""
+    client: Any = sys.modules.get("prometheus_client")
+    if client is None:
+        return b""
+
+    class Others:
+        def collect(self) -> Iterable[Any]:
+            found = client.REGISTRY.collect()
+            return (each for each in found if not each.name.startswith("greenconsume_"))
+
+    text: bytes = client.generate_latest(Others())
+    return text
 
 
 def _body(environ: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Names as FastStream has them where it has one, else by Prometheus' conventions. Labels are the consumer, its
 queues, a broker: never what a publisher chooses. All numbers come from a `ProcessStatus`; nothing is counted
-here. `prometheus` hands the same families to prometheus_client; this text needs no library, and is ten
-times as fast. Called by `app`.
+here. `greenconsume.metrics` hands the same families to prometheus_client; this text needs no library, and is
+ten times as fast. Called by `app`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from greenconsume.tally import BOUNDS, Timings
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Bounds of the histograms, in seconds; some of `tally.BOUNDS`.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0)
+#: Where they are among these.
+PLACES = [BOUNDS.index(bound) for bound in BUCKETS]
 
 Kind = Literal["counter", "gauge", "histogram"]
 #: Name and value of each label.
@@ -182,8 +184,6 @@ def _process_families(status: ProcessStatus) -> Iterator[Family]:
 
 # -- as text -----------------------------------------------------------------------------------------
 
-_PLACES = [BOUNDS.index(bound) for bound in BUCKETS]
-
 
 def _text(found: Iterable[Family]) -> Iterator[str]:
     # Most rows have the labels of another row: one consumer has a score of them.
@@ -201,7 +201,7 @@ def _text(found: Iterable[Family]) -> Iterator[str]:
 def _histogram(name: str, inner: str, timings: Timings) -> str:
     comma, braced = ("," if inner else ""), (f"{{{inner}}}" if inner else "")
     start, count = f'{name}_bucket{{{inner}{comma}le="', timings.count
-    counted = zip(BUCKETS, timings.cumulative(_PLACES), strict=True)
+    counted = zip(BUCKETS, timings.cumulative(PLACES), strict=True)
     lines = [f'{start}{bound}"}} {number}\n' for bound, number in counted]
     lines.append(f'{start}+Inf"}} {count}\n{name}_count{braced} {count}\n')
     return "".join(lines) + f"{name}_sum{braced} {timings.total}\n"
