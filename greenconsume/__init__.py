@@ -11,6 +11,7 @@ What runs in a process::
 
 Where it is written. A package imports only what stands below it, and says what to read in it first::
 
+    processes    what `greenconsume run --processes` becomes: gunicorn's arbiter without sockets
     gunicorn     consumers in gunicorn's gevent workers, beside HTTP
     cli          the command line: `greenconsume run MODULE:TARGET`, `greenconsume dead-letters`
     runtime      Runtime, spawn: many consumers, what restarts them and what stops them

@@ -54,6 +54,7 @@ class Gunicorn:
         conf: What follows the usual configuration, as lines of Python; later assignments win.
         app: The application; None: what `conf` says.
         command: What to run instead of gunicorn.
+        cwd: In which folder.
         **env: What `tests.webapp` is told.
     """
 
@@ -63,6 +64,7 @@ class Gunicorn:
         conf: str = "",
         app: str | None = "tests.webapp:app",
         command: list[str] | None = None,
+        cwd: Path | None = None,
         **env: object,
     ) -> None:
         self.port = free_port()
@@ -75,10 +77,13 @@ class Gunicorn:
             "PYTHONPATH": os.pathsep.join([*sys.path, str(root)]),
             **env,
         }
+        # A child of the test run takes none of its own options from it.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("GREENCONSUME_")}
         self.process = launch(
             *(command or [GUNICORN, "-c", folder / "gunicorn.conf.py", *filter(None, [app])]),
             log=self._log,
-            env={**os.environ, **{name: str(value) for name, value in mine.items()}},
+            cwd=cwd,
+            env={**inherited, **{name: str(value) for name, value in mine.items()}},
         )
 
     # -- what it is ------------------------------------------------------------------------------------

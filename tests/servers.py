@@ -91,7 +91,11 @@ def free_port() -> int:
 
 
 def launch(
-    *command: str | Path, log: Path, env: dict[str, str] | None = None, stdin: bool = False
+    *command: str | Path,
+    log: Path,
+    env: dict[str, str] | None = None,
+    stdin: bool = False,
+    cwd: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, so that Ctrl-C at a terminal does not reach it.
 
@@ -100,11 +104,13 @@ def launch(
         log: The file that takes what it prints.
         env: Its whole environment; ``None`` for this process's.
         stdin: Whether to give it a pipe to read; otherwise it reads nothing.
+        cwd: The folder that it starts in; ``None`` for this process's.
     """
     with log.open("ab") as output:
         return subprocess.Popen(
             [*_dies_with_us(), *map(str, command)],
             env=env,
+            cwd=cwd,
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

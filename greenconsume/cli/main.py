@@ -7,6 +7,7 @@ the default. What consuming and stopping is, `runtime` knows. Called by `__main_
 from __future__ import annotations
 
 import logging
+import random
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from greenconsume.admin import run_folder
 from greenconsume.cli.control import COMMANDS
 from greenconsume.cli.dead_letters import dead_letters
 from greenconsume.cli.flags import consumer_flags, flag
+from greenconsume.cli.handover import hand_over, require_extra
 from greenconsume.cli.loading import runtime_of, users_part
 from greenconsume.errors import (
     BrokerRefusedError,
@@ -28,6 +30,7 @@ from greenconsume.errors import (
     InvalidConsumerError,
     UnsupportedTransportError,
 )
+from greenconsume.handling.declaring import Unset
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.runtime.runtime import Runtime
 
@@ -123,6 +126,42 @@ def cli(ctx: click.Context) -> None:
     help="Warn of a handler that keeps all others waiting for so long, with its stack.",
 )
 @flag(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Run so many processes, each with all the consumers, under gunicorn's arbiter.",
+)
+@flag(
+    "--max-messages",
+    type=click.IntRange(min=1),
+    help="End a process when it has handled so many messages; with --processes another takes its place.",
+)
+@flag(
+    "--max-messages-jitter",
+    type=click.IntRange(min=0),
+    default=0,
+    help="A random part of so many further messages, so that not all processes end at once.",
+)
+@flag(
+    "--hang-timeout",
+    type=click.IntRange(min=1),
+    metavar="SECONDS",
+    default=60,
+    help="With --processes: replace a process that does not answer for so long.",
+)
+@flag(
+    "--pid-file",
+    metavar="PATH",
+    default="",
+    show_default=False,
+    help="With --processes: where the arbiter writes its process id.",
+)
+@flag(
+    "--reload",
+    is_flag=True,
+    help="For development: start anew whenever a Python file in this folder changes.",
+)
+@flag(
     "--freeze-gc",
     is_flag=True,
     help="Exempt what exists once all consume from garbage collection, whose pauses grow with it.",
@@ -161,7 +200,17 @@ def cli(ctx: click.Context) -> None:
 )
 @click.pass_context
 def run(
-    ctx: click.Context, /, target: str, log_level: str, log_format: Any, **options: Any
+    ctx: click.Context,
+    /,
+    target: str,
+    log_level: str,
+    log_format: Any,
+    processes: int | None,
+    hang_timeout: int,
+    pid_file: str,
+    reload: bool,
+    max_messages_jitter: int,
+    **options: Any,
 ) -> None:
     """Run the consumers of MODULE:TARGET until they have ended, or a signal drains them.
 
@@ -174,11 +223,15 @@ def run(
       greenconsume run shop:Orders
       greenconsume run shop:Orders --broker amqp://guest:guest@localhost// --replicas 20 --links 2
       greenconsume run shop:runtime --drain-timeout 5 --log-format json
+      greenconsume run shop:runtime --processes 4 --max-messages 100000 --max-messages-jitter 10000
       GREENCONSUME_BROKER='amqp://a;amqp://b' greenconsume run shop:Orders
 
     An option is taken from its flag, else from the environment, else from [tool.greenconsume] in
     ./pyproject.toml (drain-timeout = 5), else it has its default. A Runtime, or a consumer that has a
     connection, keeps its own values in place of the defaults; --replicas is not for these.
+
+    With --processes signals are gunicorn's: HUP starts all processes anew, TTIN and TTOU run one more
+    and one fewer. Each process has all the consumers, and all of --replicas.
 
     SIGTERM and Ctrl-C drain: what has begun is finished. A second signal cancels what still runs, a third
     one kills it, a fourth one exits at once.
@@ -192,17 +245,54 @@ def run(
         for name, value in options.items()
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
-    handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
-    others = {name: value for name, value in options.items() if name not in OPTIONS}
-    runtime = runtime_of(target, others, given, handled)
-    if "admin" not in given:
-        _admit(runtime)
-    _serve(runtime)
+    given.pop("max_messages_jitter", None)
+    if processes is None and not reload:
+        _serve(load(target, options, given, max_messages_jitter))
+        return
+    require_extra("--reload" if reload else "--processes", "gunicorn", "gunicorn")
+    if reload:
+        require_extra("--reload", "watchfiles", "reload")
+    runtime = load(target, options, given, 0)  # what is wrong with it is to be said now
+    orders = {"log_level": log_level, "log_format": log_format, "hang_timeout": hang_timeout}
+    orders |= {"processes": processes or 1, "pid_file": pid_file, "reload": reload}
+    orders |= {"options": options, "given": given, "jitter": max_messages_jitter}
+    hand_over(target, {**orders, "grace": _grace_of(runtime)})
 
 
 cli.add_command(dead_letters)
 for _command in COMMANDS:
     cli.add_command(_command)
+
+
+def load(target: str, options: dict[str, Any], given: dict[str, Any], jitter: int) -> Runtime:
+    """Return the runtime that a MODULE:TARGET names, as the command line wants it.
+
+    Args:
+        target: MODULE:TARGET.
+        options: All options that concern a runtime or its consumers, with their defaults.
+        given: Those that the user gave.
+        jitter: A random part of so many messages is added to `max_messages`.
+
+    Raises:
+        Exception: As `runtime_of`.
+    """
+    given = dict(given)
+    handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
+    others = {name: value for name, value in options.items() if name not in OPTIONS}
+    runtime = runtime_of(target, others, given, handled)
+    if runtime.max_messages is not None:
+        runtime.max_messages += random.randint(0, jitter)
+    if "admin" not in given:
+        _admit(runtime)
+    return runtime
+
+
+def _grace_of(runtime: Runtime) -> float:
+    """Return the seconds that a drain of a runtime may take, its goodbyes included."""
+    drain, cancel = runtime.options.drain_timeout, runtime.options.cancel_timeout
+    defaults = OPTIONS["drain_timeout"].default, OPTIONS["cancel_timeout"].default
+    drain = defaults[0] if isinstance(drain, Unset) else drain
+    return float(drain + (defaults[1] if isinstance(cancel, Unset) else cancel) + 1.0)
 
 
 def _admit(runtime: Runtime) -> None:

@@ -74,8 +74,8 @@ def consumers(
 
     def post_worker_init(worker: Any) -> None:
         # Not above: gevent and kombu are the worker's to import, once it has patched itself.
-        from greenconsume.gunicorn.host import Host
+        from greenconsume.gunicorn.worker import start
 
-        Host(worker, target, options, turns, on_failure).start()
+        start(worker, target, options, turns, on_failure == "exit")
 
     return post_worker_init

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -17,18 +19,33 @@ import gevent
 from gevent.event import Event
 
 from greenconsume import logs
-from greenconsume.cli.loading import runtime_of
 from greenconsume.errors import GreenconsumeError
 from greenconsume.gunicorn.ending import Ending, is_gevent
 from greenconsume.gunicorn.turns import Turns
 from greenconsume.handling.jobs import note_abort
-from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.patching import patch_all, require_patched
 from greenconsume.runtime.runtime import Runtime
 from greenconsume.stopping import Deadline, StopSignal, wait
 
-#: Seconds that a worker lives at least whose consumers fail, so that it is not started again in a loop.
-_MIN_LIFE = 10.0
+#: Seconds that the drain of a worker takes at the longest whose code has changed.
+_RELOAD = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What becomes of a worker whose consumers are not there, or no more.
+
+    Attributes:
+        exits: It ends when they cannot start, or are given up.
+        min_life: Seconds that it lives at least then, so that it is not started again in a loop.
+        lives_for_them: It has nothing else to do, and ends at once with them, however they end.
+        otherwise: What becomes of it without them, in words.
+    """
+
+    exits: bool = False
+    min_life: float = 10.0
+    lives_for_them: bool = False
+    otherwise: str = ""
 
 
 class WorkerClassError(GreenconsumeError):
@@ -40,25 +57,26 @@ class Host:
 
     Args:
         worker: gunicorn's worker, which has loaded its application.
-        target: What names the runtime, or what it runs.
-        options: What a new runtime is called with.
+        target: What the log calls the runtime.
+        make: Makes it.
         turns: The places for workers that run it; None: all do.
-        on_failure: "report" or "exit"; see `consumers`.
+        manner: What becomes of the worker without it.
 
     Raises:
         WorkerClassError: It is no gevent worker.
 
     Attributes:
         ended: Set when nothing of it runs any more.
+        failed: It could not start, or was given up.
     """
 
     def __init__(
         self,
         worker: Any,
         target: str,
-        options: dict[str, Any],
+        make: Callable[[], Runtime],
         turns: Turns | None,
-        on_failure: str,
+        manner: Manner,
     ) -> None:
         if not is_gevent(worker):
             raise WorkerClassError(
@@ -66,12 +84,14 @@ class Host:
                 'worker_class = "gevent" or "gevent_pywsgi" in gunicorn.conf.py'
             )
         self.ended = Event()
+        self.failed = False
         self._worker = worker
         self._target = target
-        self._options = options
+        self._make = make
         self._turns = turns
-        self._exits = on_failure == "exit"
+        self._manner = manner
         self._born = monotonic()
+        self._at_end: list[Callable[[], object]] = []
         self._stop = StopSignal()
         self._runtime: Runtime | None = None
         self._ending = Ending(worker, self)
@@ -82,16 +102,19 @@ class Host:
         patch_all()  # mends what was imported before the worker patched itself
         try:
             require_patched()
-            self._runtime = self._load()
+            self._runtime = self._make()
         except Exception as error:  # the user's module may raise whatever it likes
             self._report(error)
         gevent.spawn(self._serve).name = f"consumers of {self._target}"
 
-    def _load(self) -> Runtime:
-        given = dict(self._options)
-        handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
-        defaults = {"replicas": 1, "broker": "memory://"}
-        return runtime_of(self._target, defaults | given, given, handled)
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called when all has ended; it must not wait."""
+        self._at_end.append(callback)
+
+    def reload(self, reason: str) -> None:
+        """End the worker soon, for another to take its place. Switches: never. In its hub."""
+        self.stop(reason, within=_RELOAD)
+        self._worker.alive = False
 
     # -- its life ---------------------------------------------------------------------------------
 
@@ -99,23 +122,28 @@ class Host:
         try:
             if self._runtime is not None:
                 self._run(self._runtime)
-            elif self._exits:
-                self._take_down()
+            if self.failed and self._manner.exits:
+                self._stop.wait(max(0.0, self._born + self._manner.min_life - monotonic()))
+                self._worker.alive = False
         finally:
             self.ended.set()
+            for callback in self._at_end:
+                callback()
+        if self._manner.lives_for_them:
+            raise SystemExit(int(self.failed))  # in the main greenlet, by gevent's hub
 
     def _run(self, runtime: Runtime) -> None:
         try:
             if self._turns is None or self._has_turn(self._turns):
                 runtime.start()
-                self._tell_start(runtime)
+                if not self._stop.is_set():
+                    count = len(runtime.children)
+                    self._info("%d consumers of %s in this worker", count, self._target)
                 runtime.join()
                 if not self._stop.is_set():
-                    self._info("all consumers of %s have ended by themselves", self._target)
+                    self._info("all consumers of %s have ended", self._target)
         except Exception as error:  # whatever a class, a factory or the broker raised
             self._report(error)
-            if self._exits:
-                self._take_down()
         finally:
             if self._turns is not None:
                 self._turns.release()
@@ -126,10 +154,6 @@ class Host:
             self._info("the consumers of %s run in another worker: this one waits", self._target)
             wait(taken, Deadline(None), self._stop)
         return not self._stop.is_set()
-
-    def _take_down(self) -> None:
-        if not self._stop.wait(max(0.0, self._born + _MIN_LIFE - monotonic())):
-            self._worker.alive = False
 
     # -- its end: what `Ending` calls -----------------------------------------------------------------
 
@@ -153,23 +177,18 @@ class Host:
 
     # -- what it says -------------------------------------------------------------------------------
 
-    def _tell_start(self, runtime: Runtime) -> None:
-        if self._stop.is_set():
-            return
-        count = len(runtime.children)
-        self._info("%d consumers of %s in this worker", count, self._target)
-
     def _info(self, text: str, *args: object) -> None:
         self._worker.log.info("greenconsume: %s", text % args)
 
     def _report(self, error: Exception) -> None:
+        self.failed = True
         said = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if not isinstance(error, (click.ClickException, GreenconsumeError)):
             said = f"{type(error).__name__}: {said}"
         self._worker.log.debug("greenconsume: why:", exc_info=error)
-        what = "the worker ends" if self._exits else "HTTP is served on"
-        text = f"no consumers of {self._target} in this worker: {' '.join(said.split())}; {what}"
-        self._worker.log.error("greenconsume: %s", logs.redact(text))
+        said = logs.redact(" ".join(said.split()))
+        text = "greenconsume: no consumers of %s in this worker: %s; %s"
+        self._worker.log.error(text, self._target, said, self._manner.otherwise)
 
 
 def _log_with(log: Any) -> None:

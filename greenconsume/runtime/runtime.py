@@ -22,6 +22,7 @@ from greenconsume.runtime.child import Child
 from greenconsume.runtime.control import Control
 from greenconsume.runtime.freezing import freeze_garbage
 from greenconsume.runtime.groups import Groups
+from greenconsume.runtime.quota import Quota
 from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.runtime.run import Run
 from greenconsume.runtime.signals import rungs_on_signals
@@ -62,6 +63,7 @@ class Runtime:
         admin_token: str | None = None,
         stall_after: float | None = 300.0,
         freeze_gc: bool = False,
+        max_messages: int | None = None,
     ) -> None:
         """Make a runtime; nothing is connected before `start`.
 
@@ -82,13 +84,14 @@ class Runtime:
             freeze_gc: Once all consume, exempt what exists from garbage collection: full collections, which
                 hold up every greenlet for 50 to 200 ms with hundreds of consumers, no longer look at it.
                 What is part of a cycle by then is never freed, such as consumers that are replaced later.
+            max_messages: How many messages are handled until the runtime stops, or soon after; None: no end.
 
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
             TypeError: `broker` is neither a URL nor a connection.
             ValueError: A number is out of its range, or `admin` is an address that cannot be used.
         """
-        _check(links, max_handlers, block_warning)
+        _check(links, block_warning, max_handlers=max_handlers, max_messages=max_messages)
         self.connection = connection_to(broker)
         self._groups = Groups()
         self.children = self._groups.children
@@ -98,6 +101,7 @@ class Runtime:
         self.max_handlers = max_handlers
         self.block_warning = block_warning
         self.freeze_gc = freeze_gc
+        self.max_messages = max_messages
         self._stop = StopSignal()
         self._run: Run | None = None
         self.control = Control(self._groups, lambda: self._run, self.stop)
@@ -165,6 +169,8 @@ class Runtime:
             return
         self._run = run = self._new_run()
         self._start_admin(run)
+        if self.max_messages is not None:
+            run.on_end(Quota(self.max_messages, self.children, self.stop).close)
         try:
             run.start(list(self.children))
         except BaseException:  # also a kill or a Timeout: nothing that was started is left behind
@@ -341,11 +347,12 @@ class Runtime:
             raise ForkedError("this Runtime")
 
 
-def _check(links: int, max_handlers: int | None, block_warning: float | None) -> None:
+def _check(links: int, block_warning: float | None, **counts: int | None) -> None:
     if not links >= 1:
         raise ValueError(f"links must be 1 or more, not {links!r}")
-    if max_handlers is not None and not max_handlers >= 1:
-        raise ValueError(f"max_handlers must be 1 or more, or None, not {max_handlers!r}")
+    for name, count in counts.items():
+        if count is not None and not count >= 1:
+            raise ValueError(f"{name} must be 1 or more, or None, not {count!r}")
     if block_warning is not None and not block_warning > 0:
         raise ValueError(
             f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"

@@ -78,6 +78,10 @@ OPTIONS = (
     "CANCEL_TIMEOUT",
     "LOG_LEVEL",
     "LOG_FORMAT",
+    "FREEZE_GC",
+    "PROCESSES",
+    "MAX_MESSAGES",
+    "RELOAD",
 )
 
 
