@@ -177,6 +177,19 @@ class PrefetchTooSmall(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MessageRenewed(Event):
+    """A message that no handler settled was written to its queue again, before that would drop it.
+
+    It is the `count`th time; or it was put into the queue `buried_in`, as it came back too often.
+    """
+
+    consumer: str
+    queue: str
+    count: int
+    buried_in: str
+
+
+@dataclass(frozen=True, slots=True)
 class KillSwitchTripped(Event):
     """A consumer stops consuming for `pause` seconds: of its last `count` messages, `failed_count` failed."""
 

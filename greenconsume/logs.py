@@ -40,6 +40,7 @@ from greenconsume.events import (
     LinkBlocked,
     LinkDown,
     LinkUp,
+    MessageRenewed,
     PollingTransport,
     PrefetchTooSmall,
     PublishFailed,
@@ -265,6 +266,16 @@ def _(event: HubBlocked) -> Line:
 def _(event: StaleSettle) -> Line:
     text = "message %s was settled after its channel was gone: the broker has it back (%d so far)"
     return Line("handling", logging.DEBUG, text, (event.delivery_tag, event.count))
+
+
+@describe.register
+def _(event: MessageRenewed) -> Line:
+    if event.buried_in:
+        text = "consumer %s: a message of %s came back again and again, never settled: put into %s"
+        args: tuple[object, ...] = (event.consumer, event.queue, event.buried_in)
+        return Line("handling", logging.ERROR, text, args)
+    text = "consumer %s: a message of %s came back too often: written to its queue again (time %d)"
+    return Line("handling", logging.DEBUG, text, (event.consumer, event.queue, event.count))
 
 
 @describe.register

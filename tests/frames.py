@@ -246,10 +246,9 @@ def channel_close(channel: int, code: int, text: str, method: str = "basic.ack")
     return method_frame(channel, "channel.close", code, text, *ids)
 
 
-def connection_close(code: int, text: str, method: str | None = None) -> bytes:
-    """A connection error that `method` caused; none of them by default."""
-    ids = METHODS[method][:2] if method else (0, 0)
-    return method_frame(0, "connection.close", code, text, *ids)
+def connection_close(code: int, text: str) -> bytes:
+    """A connection error that no method caused."""
+    return method_frame(0, "connection.close", code, text, 0, 0)
 
 
 def blocked(reason: str = "low on memory") -> bytes:

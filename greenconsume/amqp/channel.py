@@ -102,7 +102,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     @auto_decode.setter
     def auto_decode(self, value: bool) -> None:
-        self._core.auto_decode = value
+        self.core.auto_decode = value
 
     @property
     def events(self) -> Handlers:

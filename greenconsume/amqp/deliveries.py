@@ -69,6 +69,9 @@ class Deliveries:
             if self._recovering:
                 return
             self._ledger.deliver(delivery[1])
+            screen = self._inbox.screen
+            if delivery[2] and screen is not None and screen(delivery):
+                return
         self._inbox.put(self, delivery, consumer.callback)
         if consumer.consume_args is not None and self._inbox.is_crowded and consumer.can_pause:
             self._pause(delivery[0], consumer)

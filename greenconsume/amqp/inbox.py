@@ -34,14 +34,17 @@ class Inbox:
             itself, and then looks at `paused`: a call for each message would be felt.
         paused: The owner and tag of each paused consumer, and what resumes it.
         given_back_count: How many deliveries went back to their queue because no callback took them.
+        screen: Sees what is delivered again before it is queued, and returns whether it takes it over; it
+            must not switch. None: nobody does.
     """
 
-    __slots__ = ("_arrival", "entries", "given_back_count", "paused")
+    __slots__ = ("_arrival", "entries", "given_back_count", "paused", "screen")
 
     def __init__(self) -> None:
         self.entries: deque[tuple[object, Item, Callable[..., object]]] = deque()
         self.paused: dict[tuple[object, str], Callable[[], object]] = {}
         self.given_back_count = 0
+        self.screen: Callable[[Delivery], bool] | None = None
         self._arrival = Event()
 
     def put(self, owner: object, item: _Item, callback: Callable[[_Item], object]) -> None:
@@ -49,6 +52,10 @@ class Inbox:
         self.entries.append((owner, item, callback))
         if not self._arrival.is_set():
             self._arrival.set()
+
+    def have_screened(self, screen: Callable[[Delivery], bool] | None) -> None:
+        """Have `screen` see what is delivered again before it is queued. Never switches."""
+        self.screen = screen
 
     def wait(self, deadline: Deadline, stop: StopSignal | None) -> None:
         """Wait until something was put, or the deadline, the stop signal or `wake`. Switches: yes."""

@@ -35,12 +35,17 @@ def limit_of(queue: Queue, server: Mapping[str, object]) -> int | None:
     return limit if isinstance(limit, int) and limit >= 0 else None
 
 
+def counts_returns(queue: Queue) -> bool:
+    """Whether a queue is known to count the ways back of its messages, by its arguments."""
+    return bool((queue.queue_arguments or {}).get("x-queue-type") == "quorum")
+
+
 def last_count(limit: int) -> int:
     """Return the count from which on a message is not handled any more, as its ways back are used up.
 
-    One less than the limit where that is possible: so a process may be killed while it sees to that.
+    A quarter of them is left, for processes that are killed while they see to it.
     """
-    return max(1, limit - 1)
+    return max(1, limit - max(1, limit // 4))
 
 
 def version_of(server: Mapping[str, object]) -> tuple[int, ...]:
@@ -53,4 +58,4 @@ def version_of(server: Mapping[str, object]) -> tuple[int, ...]:
 def count_in(headers: Mapping[str, object]) -> int | None:
     """Return how often a message went back to its queue; None for a queue that does not count."""
     count = headers.get(DELIVERY_COUNT)
-    return count if type(count) is int and count >= 0 else None
+    return count if isinstance(count, int) and count is not True and count >= 0 else None

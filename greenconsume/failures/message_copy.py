@@ -29,12 +29,14 @@ RETRIES = PREFIX + "retries"
 NOT_BEFORE = PREFIX + "not-before"
 #: Where it came from: the queue that it was consumed from, and what it was first published to.
 QUEUE, EXCHANGE, ROUTING_KEY = PREFIX + "queue", PREFIX + "exchange", PREFIX + "routing-key"
+#: How often it was written to its own queue again, because its ways back were used up.
+RENEWALS = PREFIX + "renewals"
 #: Why, where and when it was given up.
 ERROR_TYPE, ERROR, STACK = PREFIX + "error-type", PREFIX + "error", PREFIX + "stack"
 HOST, TIME = PREFIX + "host", PREFIX + "time"
 
 #: What a replay takes off again.
-FAILURE = (RETRIES, NOT_BEFORE, QUEUE, ERROR_TYPE, ERROR, STACK, HOST, TIME)
+FAILURE = (RETRIES, RENEWALS, NOT_BEFORE, QUEUE, ERROR_TYPE, ERROR, STACK, HOST, TIME)
 
 _EXPIRATION, _USER, _CC_ASIDE = PREFIX + "expiration", PREFIX + "user-id", PREFIX + "cc"
 _CC = "CC"
@@ -213,7 +215,16 @@ def _keeps_origin(channel: Any) -> bool:
 
 def retries_of(headers: dict[str, Any]) -> int:
     """Return how often a message was retried; 0 for a count that is none."""
-    count = headers.get(RETRIES)
+    return _count_in(headers, RETRIES)
+
+
+def renewals_of(headers: dict[str, Any]) -> int:
+    """Return how often a message was renewed; 0 for a count that is none."""
+    return _count_in(headers, RENEWALS)
+
+
+def _count_in(headers: dict[str, Any], name: str) -> int:
+    count = headers.get(name)
     return count if isinstance(count, int) and count is not True and count > 0 else 0
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from kombu import Message
 
 from greenconsume.errors import HandlerHung
-from greenconsume.failures.queue_names import check_dead_letter
+from greenconsume.failures.queue_names import DEAD_LETTER, check_dead_letter
 from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
 
@@ -67,7 +67,7 @@ class Requeue:
 
     delay: float = 1.0
     max_deliveries: int | None = None
-    dead_letter: str = "{queue}.dead"
+    dead_letter: str = DEAD_LETTER
 
     def __post_init__(self) -> None:
         if not self.delay >= 0:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from hashlib import sha256
 
+#: The dead-letter queue of a queue, unless told otherwise.
+DEAD_LETTER = "{queue}.dead"
 MAX_BYTES = 255
 _RESERVED, _OURS = "amq.", "greenconsume."
 #: As long as the longest that follows a name: ".retry." and the milliseconds of fifty days.

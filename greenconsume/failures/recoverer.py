@@ -18,7 +18,8 @@ from greenconsume.errors import GreenconsumeError
 from greenconsume.failures import delivery_limits, message_copy
 from greenconsume.failures.copy_publisher import CopyPublisher, copy_publisher_of
 from greenconsume.failures.message_copy import Copy
-from greenconsume.failures.queue_names import dead_letter_queue
+from greenconsume.failures.queue_names import DEAD_LETTER, dead_letter_queue
+from greenconsume.failures.renewals import Renewals, Source
 from greenconsume.failures.requeues import DelayedRequeues, is_live, is_settleable
 from greenconsume.failures.retry_queues import (
     declare_queues,
@@ -34,6 +35,8 @@ from greenconsume.links.pool import LinkPool
 _PATIENCE = 0.8
 #: Seconds that a copy is waited for where there is no settle deadline.
 _LONGEST_PATIENCE = 86400.0
+#: Seconds that what is being renewed may take when its consumer has ended.
+_LAST_SECONDS = 5.0
 #: Queues with their arguments; None for a queue that may have any.
 Wanted = Mapping[str, dict[str, Any] | None]
 
@@ -69,9 +72,9 @@ class Recoverer:
     """
 
     __slots__ = (
-        "_by_tag",
         "_connection",
         "_consumers",
+        "_dead_letter",
         "_life",
         "_links",
         "_longest",
@@ -79,6 +82,7 @@ class Recoverer:
         "_plans",
         "_publisher",
         "_requeues",
+        "_sources",
     )
 
     def __init__(
@@ -93,9 +97,10 @@ class Recoverer:
         self._life, self._links = life, links
         self._requeues = requeues
         self._patience = settle_deadline * _PATIENCE if settle_deadline else _LONGEST_PATIENCE
+        self._dead_letter = next((plan.dead_letter for plan in plans), DEAD_LETTER)
         self._longest = max((delay for plan in plans for delay in plan.delays), default=0.0)
         self._consumers: list[Any] = []
-        self._by_tag: dict[str, Queue] = {}
+        self._sources: dict[str, Source] = {}  # by consumer tag
         self._connection: Connection | None = None  # over AMQP, while it consumes
         self._publisher: CopyPublisher | None = None  # once something was published
 
@@ -114,17 +119,21 @@ class Recoverer:
             yield
             return
         self._consumers = consumers
-        self._by_tag.clear()
+        self._sources.clear()
         self._publisher = self._connection = None
+        source, renewals = connection, None
         if isinstance(connection.transport, Transport):
-            self._connection = connection
+            self._connection, source = connection, connection.connection
+            renewals = Renewals(self._life.name, source, self)
+            source.inbox.have_screened(renewals.screen)
         if self._plans:
-            source = connection if self._connection is None else connection.connection
             queues = [queue for consumer in consumers for queue in getattr(consumer, "queues", ())]
             declare_queues(source, self._queues_for(queues, source))
         try:
             yield
         finally:
+            if renewals is not None:
+                renewals.join(_LAST_SECONDS)
             self._connection = None
             if self._publisher is not None:
                 self._publisher.leave(self)
@@ -191,7 +200,8 @@ class Recoverer:
         if count is None or not is_live(message):
             return None
         queue = self._queue_of(message)
-        limit = delivery_limits.limit_of(queue, self._server)
+        session: Session = message.channel.connection
+        limit = delivery_limits.limit_of(queue, session.link.server_properties)
         if max_deliveries is None:
             max_deliveries = None if limit is None else delivery_limits.last_count(limit)
         if max_deliveries is None or count + 1 < max_deliveries:
@@ -225,10 +235,28 @@ class Recoverer:
         self._bury(message, self._copy_of(message, queue), target, error)
         return f"put into {target}"
 
-    @property
-    def _server(self) -> Mapping[str, object]:
-        session = self._connection.connection if self._connection is not None else None
-        return session.link.server_properties if isinstance(session, Session) else {}
+    # -- what renewals call -----------------------------------------------------------------------
+
+    def source_of(self, consumer_tag: str) -> Source | None:
+        """Return where what is delivered to a consumer comes from; None if that is not known."""
+        if consumer_tag not in self._sources:
+            self._note_sources()
+        return self._sources.get(consumer_tag)
+
+    def renew(self, message: Message, queue: Queue, count: int) -> None:
+        """Write a message to its queue again, confirmed, with our own count, and ack it. Switches: yes."""
+        copy = message_copy.copy_of(message)
+        message_copy.note_origin(copy, message, queue.name)
+        copy.forget_passage(queue.name)
+        copy.headers[message_copy.RENEWALS] = count
+        self._publish(message, copy, queue.name, lambda _source: {})
+        message.ack()
+
+    def bury(self, message: Message, queue: Queue, error: BaseException) -> str:
+        """Write a message to the dead-letter queue, confirmed, and return its name. Switches: yes."""
+        target = dead_letter_queue(self._dead_letter, queue.name)
+        self._bury(message, self._copy_of(message, queue), target, error)
+        return target
 
     # -- where a copy goes ------------------------------------------------------------------------
 
@@ -283,12 +311,10 @@ class Recoverer:
 
     def _queue_of(self, message: Message) -> Queue:
         """Return the queue that a message was consumed from; its routing key need not say."""
-        tag = message.delivery_info.get("consumer_tag")
-        if tag not in self._by_tag:
-            self._note_queues()
-        if tag in self._by_tag:
-            return self._by_tag[tag]
-        queues = list(self._by_tag.values())
+        source = self.source_of(message.delivery_info.get("consumer_tag"))
+        if source is not None:
+            return source.queue
+        queues = [source.queue for source in self._sources.values()]
         if len(queues) > 1:  # kombu's virtual transports do not tell; but they can look it up
             info = message.delivery_info
             names = message.channel._lookup(info.get("exchange"), info.get("routing_key"))
@@ -298,10 +324,11 @@ class Recoverer:
             raise GreenconsumeError("the queue that the message came from is not known")
         return queues[0]
 
-    def _note_queues(self) -> None:
+    def _note_sources(self) -> None:
         for consumer in self._consumers:
             for name, tag in getattr(consumer, "_active_tags", {}).items():
-                self._by_tag[tag] = consumer._queues.get(name) or Queue(name)
+                queue = consumer._queues.get(name) or Queue(name)
+                self._sources[tag] = Source(consumer, queue)
 
     def _queues_for(self, queues: Sequence[Queue], source: Session | Connection) -> Wanted:
         """Return the queues that retries of messages from `queues` need."""

@@ -22,7 +22,7 @@ from kombu import Message
 
 from greenconsume.errors import GreenconsumeError
 from greenconsume.failures.policies import FailurePolicy, each_policy
-from greenconsume.failures.queue_names import check_dead_letter
+from greenconsume.failures.queue_names import DEAD_LETTER, check_dead_letter
 from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
 from greenconsume.lifecycle import Lifecycle
@@ -68,7 +68,7 @@ class Retry:
     give_up_on: type[BaseException] | tuple[type[BaseException], ...] = field(
         default=(), kw_only=True
     )
-    dead_letter: str = field(default="{queue}.dead", kw_only=True)
+    dead_letter: str = field(default=DEAD_LETTER, kw_only=True)
 
     def __post_init__(self) -> None:
         count = (len(self.delays) or 5) if self.max_retries is None else self.max_retries

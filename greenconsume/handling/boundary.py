@@ -20,6 +20,7 @@ from gevent.event import Event
 
 from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
 from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
+from greenconsume.failures.delivery_limits import counts_returns
 from greenconsume.failures.requeues import DelayedRequeues, give_back, is_live, is_settleable
 from greenconsume.failures.retry import recoverer_of
 from greenconsume.handling.alarm import Alarm
@@ -32,6 +33,9 @@ from greenconsume.handling.settings import Settings
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import FORK
+
+#: The prefetch of callbacks that run inline, where the queue counts what goes back and none is set.
+_INLINE_PREFETCH = 10
 
 
 class Handler:
@@ -164,14 +168,20 @@ class Handling:
 
     def fit_prefetch(self, consumer: Any) -> None:
         """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
-        if self.pool is None:
-            return
         chosen = self.prefetch_of(consumer)
-        if chosen is None:
-            # As much again as runs, so that the next message is at hand when a handler ends.
-            consumer.qos(prefetch_count=min(2 * self.pool.size, MAX_PREFETCH))
-        elif 0 < chosen < self.pool.size:
+        counted = any(map(counts_returns, getattr(consumer, "queues", ())))
+        if chosen is None and (self.pool is not None or counted):
+            consumer.qos(prefetch_count=min(self._prefetch_for(counted), MAX_PREFETCH))
+        elif chosen and self.pool is not None and chosen < self.pool.size:
             emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))
+
+    def _prefetch_for(self, counted: bool) -> int:
+        if self.pool is None:
+            return _INLINE_PREFETCH
+        # As much again as runs, so that the next message is at hand when a handler ends; but where each
+        # way back is counted no more than is soon begun.
+        size = self.pool.size
+        return size + (max(1, size // 10) if counted else size)
 
     @staticmethod
     def prefetch_of(consumer: Any) -> int | None:

@@ -38,6 +38,8 @@ LINES = [
     (events.UnsettledTooLong("C-1", 7, 1440.0, 1800.0), "handling", "WARNING"),
     (events.HubBlocked("C-1", 7, 2.5, "  File"), "runtime", "WARNING"),
     (events.HubBlocked("", None, 2.5, "  File"), "runtime", "WARNING"),
+    (events.MessageRenewed("C-1", "orders", 1, ""), "handling", "DEBUG"),
+    (events.MessageRenewed("C-1", "orders", 10, "orders.dead"), "handling", "ERROR"),
     (events.PublishFailed(URI, 3, ERROR), "publishing", "ERROR"),
     (events.GarbageFrozen(900_000, 0.2), "runtime", "INFO"),
     (events.DrainStarted(20, "SIGTERM", 30.0), "runtime", "INFO"),

@@ -945,3 +945,10 @@ def test_an_id_is_free_again_where_opening_its_channel_was_given_up(connect, mak
         connection.connection.channel()
     peer.send(frames.method_frame(1, "channel.open-ok", b""))
     wait_until(lambda: set(link.channels) == {0})
+
+
+def test_decoding_may_be_turned_off_on_a_channel(connect, peer):
+    """As py-amqp's attribute of that name."""
+    channel = connect(peer).channel()
+    channel.auto_decode = False
+    assert channel.auto_decode is False
