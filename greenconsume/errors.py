@@ -124,7 +124,7 @@ class UnknownConsumerError(GreenconsumeError, LookupError):
 
 
 class ControlError(GreenconsumeError):
-    """What was asked of a consumer cannot be done now; the message says why, and what can."""
+    """Raised where what was asked of a consumer cannot be done now; the message says why, and what can."""
 
 
 class Interrupt(BaseException):

@@ -297,7 +297,7 @@ class DrainFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConsumersScaled(Event):
-    """What was spawned as `group` has, or will have, `replicas` consumers; before, it had `before`."""
+    """A runtime has, or will have, `replicas` consumers of what was spawned as `group`; it had `before`."""
 
     group: str
     before: int

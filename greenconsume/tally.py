@@ -98,7 +98,7 @@ class LastMinute:
 
     @property
     def rate(self) -> float:
-        """How many a second."""
+        """The number a second."""
         return self.count / self._seconds
 
     def quantile(self, share: float) -> float | None:
@@ -183,7 +183,7 @@ class Tally:
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """How many handlers ended in which way."""
+        """The number of handlers that ended in each way."""
         return {
             "ok": self.ok,
             "failed": self.failed,

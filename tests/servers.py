@@ -96,6 +96,7 @@ def launch(
     env: dict[str, str] | None = None,
     stdin: bool = False,
     cwd: Path | None = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, so that Ctrl-C at a terminal does not reach it.
 
@@ -105,6 +106,7 @@ def launch(
         env: Its whole environment; ``None`` for this process's.
         stdin: Whether to give it a pipe to read; otherwise it reads nothing.
         cwd: The folder that it starts in; ``None`` for this process's.
+        pass_fds: Descriptors that it has as well.
     """
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -116,6 +118,7 @@ def launch(
             stderr=subprocess.STDOUT,
             bufsize=0,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
 
 

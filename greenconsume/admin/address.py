@@ -27,7 +27,7 @@ class AddressError(GreenconsumeError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the admin listens: a host and a port, or the path of a Unix socket."""
+    """The place where the admin listens: a host and a port, or the path of a Unix socket."""
 
     host: str = ""
     port: int = 0
@@ -35,12 +35,12 @@ class Address:
 
     @property
     def is_unix(self) -> bool:
-        """Whether it is a Unix socket."""
+        """True for a Unix socket."""
         return bool(self.path)
 
     @property
     def is_private(self) -> bool:
-        """Whether only processes of this machine reach it."""
+        """True if only processes of this machine reach it."""
         return self.is_unix or is_loopback(self.host)
 
     def __str__(self) -> str:

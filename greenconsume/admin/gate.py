@@ -18,7 +18,7 @@ OPEN = frozenset({"/", "/livez", "/readyz"})
 
 
 class Refusal(NamedTuple):
-    """Why a request is not answered."""
+    """The reason why a request is not answered, and the status that says so."""
 
     status: str
     reason: str

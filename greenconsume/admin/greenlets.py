@@ -32,7 +32,7 @@ class GreenletCount:
 
     @property
     def alive(self) -> int:
-        """How many live. Never switches."""
+        """The number of those that live. Never switches."""
         return sum(1 for each in self._known if not each.dead)
 
     def close(self) -> None:

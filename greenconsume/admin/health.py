@@ -28,7 +28,7 @@ class Answer:
 
     @property
     def yes(self) -> bool:
-        """Whether there are no reasons against it."""
+        """True if there are no reasons against it."""
         return not self.reasons
 
 

@@ -69,7 +69,7 @@ class Place:
 
     @property
     def socket(self) -> str:
-        """Where it has its Unix socket, if it is not told another place."""
+        """The path of its Unix socket, if it is not told another place."""
         return os.path.join(self._folder, f"{self._name}.sock")
 
     def announce(self, address: str) -> None:

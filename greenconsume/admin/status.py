@@ -111,7 +111,7 @@ class LinkStatus:
 
 @dataclass(frozen=True, slots=True)
 class LagStatus:
-    """How late the hub was, in the last minute, in seconds."""
+    """The lateness of the hub in the last minute, in seconds."""
 
     p50: float | None = None
     p99: float | None = None
@@ -143,7 +143,7 @@ class ProcessStatus:
 
 
 class Process(Protocol):
-    """What the admin sees and steers. Nothing of it waits, but where it says so."""
+    """A process, as the admin sees and steers it. Nothing of it waits, but where it says so."""
 
     def status(self) -> ProcessStatus:
         """Return what is so now. Never switches."""

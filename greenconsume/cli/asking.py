@@ -22,7 +22,7 @@ class NoAnswerError(Exception):
 
 
 class Reply:
-    """What a process answered: an HTTP status, and its body."""
+    """The answer of a process: an HTTP status, and its body."""
 
     __slots__ = ("body", "code")
 

@@ -47,7 +47,7 @@ def _shown(
 
 
 class Screen:
-    """What a terminal shows of some processes; it remembers the rates that it has shown."""
+    """The picture of some processes in a terminal; it remembers the rates that it has shown."""
 
     def __init__(self) -> None:
         self._rates: dict[tuple[int, str], deque[float]] = {}

@@ -21,7 +21,7 @@ from greenconsume.tally import Tally
 
 
 class Wanted(enum.Enum):
-    """What is wanted of a consumer when its greenlet ends."""
+    """The wish for a consumer, when its greenlet ends."""
 
     AS_POLICY_SAYS = enum.auto()
     RESTARTED = enum.auto()

@@ -33,11 +33,11 @@ class Running(Protocol):
 
     @property
     def supervisor(self) -> Supervisor:
-        """What restarts its consumers, and drains them."""
+        """The supervisor of its consumers."""
 
     @property
     def state(self) -> str:
-        """As `ProcessStatus` has it."""
+        """The state, as `ProcessStatus` has it."""
 
 
 class Control:
