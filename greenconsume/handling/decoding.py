@@ -18,9 +18,14 @@ def decode(message: Any) -> Any:
 
     kombu builds a decoder for each message, and calls a Python function for each object in it, to bring
     back types that it marks with "__type__". A text without that mark, nor an escape that could
-    hide it, needs neither.
+    hide it, needs neither. Bytes are taken as UTF-8, as kombu takes them.
     """
     body = message.body
+    if type(body) is bytes:
+        try:
+            body = body.decode()
+        except UnicodeDecodeError:
+            return message.decode()
     if (
         message.content_type != "application/json"
         or type(body) is not str

@@ -17,7 +17,7 @@ from kombu.utils.uuid import uuid
 
 from greenconsume.redis.errand import Errand
 from greenconsume.redis.fanout import PREFIX
-from greenconsume.redis.feed import Feed, feeds_of
+from greenconsume.redis.feed import Feed, FeedState, feeds_of
 from greenconsume.redis.keeper import keeper_of
 from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
@@ -156,8 +156,9 @@ class Channel(Topology):
 
     def offer(self) -> None:
         """Have more taken if less waits than there is room for. Never switches."""
-        if self._feed is not None and self.waiting < self.room:
-            self._feed.want()
+        feed = self._feed
+        if feed is not None and feed.state is FeedState.RESTING and self.waiting < self.room:
+            feed.want()
 
     def deliver(self, queue: str, field: str, raw: bytes) -> None:
         """Have a message wait for `drain_events`. Never switches."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from json.scanner import make_scanner
 from typing import TYPE_CHECKING, Any
 
 from kombu.transport import virtual
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 #: How often a message came back unsettled; RabbitMQ's name for it.
 DELIVERY_COUNT = "x-delivery-count"
+
+
+#: What `json.loads` calls in the end; without white space around, nothing else is left of it.
+_scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
 
 
 class HeldMessage(virtual.Message):  # type: ignore[misc]  # kombu is untyped
@@ -95,7 +100,12 @@ def loaded(raw: bytes) -> Any:
     """Return what JSON says, as kombu's decoder does, sooner where kombu has marked nothing."""
     if b"__type__" in raw:
         return kombu_json.loads(raw)
-    return json.loads(raw)
+    text = raw.decode()
+    try:
+        payload, end = _scan(text, 0)
+    except StopIteration:
+        end = -1
+    return payload if end == len(text) else json.loads(text)  # with white space around, or an error
 
 
 def recounted(raw: bytes) -> tuple[bytes, int]:
