@@ -140,9 +140,8 @@ class Recoverer:
 
     def accept(self, consumer: Any, message: Message, raw: Any) -> bool:
         """See a message before its handler does; return False if it is not due and is held instead."""
-        if self._plans or (
-            type(raw) is tuple and raw[2]
-        ):  # else nothing is made of a first failure
+        redelivered = raw[2] if type(raw) is tuple else message.delivery_info.get("redelivered")
+        if self._plans or redelivered:  # else nothing is made of a first failure
             self.take_on(consumer, message)
             message_copy.keep_wire_form(message, raw)
         headers = message.headers
@@ -176,9 +175,13 @@ class Recoverer:
             copy.headers[message_copy.RETRIES] = retries
             self._bury(message, copy, target, error)
             return f"put into {target} after {retries} retries"
-        target = self._delay(copy, queue, retries, delay)
-        self._publish(message, copy, target, lambda source: self._queues_for([queue], source))
-        message.ack()
+        if hasattr(message.channel, "delay"):
+            if not self._delay_there(message, copy, retries, delay):
+                return "left to the broker, which has it back"
+        else:
+            target = self._delay(copy, queue, retries, delay)
+            self._publish(message, copy, target, lambda source: self._queues_for([queue], source))
+            message.ack()
         self._life.tally.count_copy(retry=True)
         return f"retry {retries + 1} of {plan.max_retries} in {delay:g} s"
 
@@ -200,8 +203,7 @@ class Recoverer:
         if count is None or not is_live(message):
             return None
         queue = self._queue_of(message)
-        session: Session = message.channel.connection
-        limit = delivery_limits.limit_of(queue, session.link.server_properties)
+        limit = self._limit_of(queue, message)
         if max_deliveries is None:
             max_deliveries = None if limit is None else delivery_limits.last_count(limit)
         if max_deliveries is None or count + 1 < max_deliveries:
@@ -273,6 +275,20 @@ class Recoverer:
         self._publish(message, copy, target, lambda _source: {target: None})
         message.ack()
         self._life.tally.count_copy(retry=False)
+
+    def _limit_of(self, queue: Queue, message: Message) -> int | None:
+        if self._connection is None:  # a transport of kombu's kind, which may count by itself
+            limit: int | None = getattr(message.channel, "delivery_limit", None)
+            return limit
+        session: Session = message.channel.connection
+        return delivery_limits.limit_of(queue, session.link.server_properties)
+
+    def _delay_there(self, message: Message, copy: Copy, retries: int, delay: float) -> bool:
+        """Have the copy take the message's place later, where the transport can do both at once."""
+        copy.headers[message_copy.RETRIES] = retries + 1
+        copy.put_aside(None)
+        moved: bool = message.channel.delay(message, copy.to_virtual(message.channel), delay)
+        return moved
 
     def _delay(self, copy: Copy, queue: Queue, retries: int, delay: float) -> str:
         copy.headers[message_copy.RETRIES] = retries + 1

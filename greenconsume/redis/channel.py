@@ -239,19 +239,35 @@ class Channel(Topology):
         self.qos.prefetch_count = prefetch_count
         self.offer()
 
-    def delay(self, message: HeldMessage, payload: Payload, seconds: float) -> bool:
-        """Have a copy of a message come back to its queue after `seconds`, and settle the message, at once.
+    @property
+    def delivery_limit(self) -> int | None:
+        """The number of times that a message comes back unsettled before it is set aside; None: any."""
+        return self.keyspace.delivery_limit
 
-        It waits in the server. Return False if the message was not held any more. Switches: yes.
+    def delay(self, message: HeldMessage, payload: Payload, seconds: float) -> bool:
+        """Settle a message, and in the same moment have a copy come back to its queue after `seconds`.
+
+        It waits in the server, and nothing of it here. Works over another link, if this channel's is lost.
+
+        Returns:
+            Whether the message was still held.
+
+        Switches: yes.
         """
-        key = self.keyspace.key(message.queue, self.keyspace.priority_of(payload))
+        link = self.ledger.link
+        if link is None:
+            raise self.link.lost()
+        self._inplace_augment_message(payload, "", message.queue)
         space = self.keyspace
+        key = space.key(message.queue, space.priority_of(payload))
         keys = (space.unacked, space.index, space.delayed, space.delayed_index)
-        entry = f"{key}\n{dumps(payload)}"
-        moved = self._call_script(DELAY, keys, (message.epoch, seconds, entry))
+        arguments = (message.epoch, seconds, f"{key}\n{dumps(payload)}")
+        moved = bool(link.call_script(DELAY, keys, arguments, deadline=self.session.waits.deadline))
         self.qos.forget(message.epoch)
-        keeper_of(self.ledger).expect(seconds)
-        return bool(moved)
+        message._state = "ACK"
+        if moved:
+            keeper_of(self.ledger).expect(seconds)
+        return moved
 
     @property
     def oldest_unsettled(self) -> None:

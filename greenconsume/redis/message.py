@@ -104,8 +104,8 @@ def loaded(raw: bytes) -> Any:
     try:
         payload, end = _scan(text, 0)
     except StopIteration:
-        end = -1
-    return payload if end == len(text) else json.loads(text)  # with white space around, or an error
+        return json.loads(text)  # which says what is wrong with it
+    return payload if end == len(text) else json.loads(text)  # there is white space around it
 
 
 def recounted(raw: bytes) -> tuple[bytes, int]:
