@@ -77,7 +77,7 @@ class Application(BaseApplication):  # type: ignore[misc]  # gunicorn is untyped
 
 
 class Reports:
-    """What the workers say of their ends: a pipe that all of them write to."""
+    """The last words of the workers: a pipe that all of them write to."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()

@@ -33,7 +33,7 @@ _RELOAD = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """What becomes of a worker whose consumers are not there, or no more.
+    """The fate of a worker whose consumers are not there, or no more.
 
     Attributes:
         exits: It ends when they cannot start, or are given up.

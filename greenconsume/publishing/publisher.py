@@ -6,7 +6,9 @@ greenlets that publish for one that waits. Used by applications, from any number
 
 from __future__ import annotations
 
+import atexit
 import os
+import weakref
 from itertools import count
 from math import inf
 from time import monotonic
@@ -34,6 +36,12 @@ from greenconsume.stopping import Deadline
 _encode_json = kombu_json.JSONEncoder().encode
 
 
+#: The publishers that have published, here or in a process that this one was forked from.
+_used: weakref.WeakSet[Publisher] = weakref.WeakSet()
+#: Seconds that the end of a process waits for what is not confirmed.
+_AT_EXIT = 1.0
+
+
 class Publisher:
     """Publishes from any number of greenlets over one channel; each `publish` returns with its own confirm.
 
@@ -44,7 +52,7 @@ class Publisher:
     it, and `mandatory` does nothing.
 
     It belongs to the process and thread that first publish with it: one that a fork finds only made is each
-    child's own. Leaving `with` closes it.
+    child's own. Leaving `with` closes it, and so does the end of the process.
 
     Attributes:
         uri: The broker's address, without its password.
@@ -169,6 +177,7 @@ class Publisher:
             require_patched()
         self._pid, self._hub = os.getpid(), get_hub()
         self._id_prefix = uuid4().hex[:20]
+        _used.add(self)
 
     def _serialize(
         self, body: Any, routing_key: str | None, options: dict[str, Any]
@@ -265,6 +274,17 @@ class Publisher:
         except PublishError:
             if exc_type is None:  # else it would hide what went wrong first; it is in the log
                 raise
+
+
+@atexit.register
+def _close_used() -> None:
+    """Close what this process has published with, and nobody has closed: after its last request, for one."""
+    for publisher in list(_used):
+        if publisher._pid == os.getpid() and publisher._hub is get_hub():
+            try:
+                publisher.close(_AT_EXIT)
+            except PublishError:  # the log has it
+                pass
 
 
 class _Taker:
