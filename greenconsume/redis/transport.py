@@ -16,6 +16,7 @@ from kombu.transport import virtual
 from redis import exceptions
 
 from greenconsume.events import PollingTransport, emit
+from greenconsume.patching import require_patched
 from greenconsume.redis import channel as channels
 from greenconsume.redis.address import database_of, dialler_of, sentinel_dialler_of
 from greenconsume.redis.fanout import Fanout, fanout_of
@@ -114,7 +115,14 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
         return " ".join(str(info.get(name)) for name in names)
 
     def dial(self) -> Link:
-        """Return a new, connected link; one attempt. Switches: yes."""
+        """Return a new, connected link; one attempt.
+
+        Raises:
+            NotPatchedError: The process is not patched by gevent, so that the link would wait for ever.
+
+        Switches: yes.
+        """
+        require_patched()
         options = self.client.transport_options
         health = options.get("health_check_interval", HEALTH_INTERVAL)
         close_timeout = options.get("close_timeout", DEFAULT_CLOSE_TIMEOUT)

@@ -121,6 +121,9 @@ worker = Worker(kombu.Connection("amqp://127.0.0.1:1"))
         "worker.run()",
         "next(iter(worker.consume()))",
         "in_thread(worker.run)",
+        "Worker(kombu.Connection('redis://127.0.0.1:1')).run()",
+        "from greenconsume.transports import registry; registry.register();"
+        "kombu.Connection('redis://127.0.0.1:1').connect()",
         "in_thread(lambda: list(worker.consume(limit=1)))",
         "Publisher('amqp://127.0.0.1:1').publish('a')",
         "in_thread(lambda: Publisher('amqp://127.0.0.1:1').publish('a'))",

@@ -78,6 +78,7 @@ class Later(Event):
 class Door(memory.Transport):
     """A broker that answers each login as the test says, by host and password."""
 
+    refusals = (AccessRefused,)
     answers: dict[tuple[str, str | None], BaseException | Later]
     calls: list[tuple[str, str | None]]
 
