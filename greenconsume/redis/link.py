@@ -382,17 +382,21 @@ class Link:
     # -- pings --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        asked = monotonic()
+        asked: float | None = None  # when something was sent that wants an answer
         while not self._dead.wait(self._health_interval):
-            if self._last_read >= asked:
-                asked = monotonic()
-            elif not self._dead.wait(_GRACE) and self._last_read < asked:
+            if self._is_silent_since(asked):
+                self._dead.wait(_GRACE)
+            if self._is_silent_since(asked):
                 seconds = round(monotonic() - self._last_read, 1)
                 self.fail(exceptions.TimeoutError(f"no answer from the server for {seconds} s"))
                 return
+            asked = None
             if monotonic() - self._last_read >= self._health_interval * 0.9 or self._replies:
                 asked = monotonic()
                 self.send(("PING",), matters=False)
+
+    def _is_silent_since(self, asked: float | None) -> bool:
+        return asked is not None and self._last_read < asked
 
     # -- forks ----------------------------------------------------------------------------------------------
 

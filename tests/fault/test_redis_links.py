@@ -114,6 +114,19 @@ def test_a_server_that_is_silent_is_left_and_found_again(
     assert duplicates(consumer.handled) == 0
 
 
+def test_an_idle_link_is_asked_and_kept(redis_process, server, queue_name, monkeypatch):
+    monkeypatch.setattr("greenconsume.redis.transport.HEALTH_INTERVAL", 0.1)
+    consumer = Collector(Connection(redis_process.url), queue_name)
+    with observing(LinkDown) as lost, running(consumer):
+        pings = server.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"]
+        gevent.sleep(1.0)
+        told = server.info("commandstats")["cmdstat_ping"]["calls"]
+        assert 5 <= told - pings <= 12
+        put(server, queue_name, 0)
+        wait_until(everything(consumer.handled, 1))
+    assert lost == []
+
+
 def test_a_half_open_connection_is_left_and_made_again(
     redis_process, server, make_proxy, queue_name, monkeypatch
 ):
