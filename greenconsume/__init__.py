@@ -27,6 +27,7 @@ Where it is written. A package imports only what stands below it, and says what 
     redis        the green Redis and Valkey client: takes, leases, restores, in kombu's layout
     amqp         the green AMQP client: a link, its sessions, its channels
     lifecycle    one consumer's name, state, readiness and stop signal
+    around       what is entered around a message: handlers, batches and publications
     tally        the numbers of one consumer, and what its handlers took in the last minute
     logs         structured logging, the first observer of the events
     events       what happens, as frozen values, and the one seam that observers hang on
@@ -51,6 +52,7 @@ __all__ = [
     "ConsumerMixin",
     "ConsumerOptions",
     "ConsumerProducerMixin",
+    "CurrentHandler",
     "DeadLetter",
     "DeadLetters",
     "HandlerTimeout",
@@ -69,6 +71,7 @@ __all__ = [
     "Runtime",
     "Shutdown",
     "UnconfirmedError",
+    "current_handler",
     "patch_all",
     "require_patched",
     "spawn",
@@ -94,6 +97,7 @@ if TYPE_CHECKING:
     from greenconsume.handling.batches import Batch
     from greenconsume.handling.kill_switch import KillSwitch
     from greenconsume.handling.options import ConsumerOptions
+    from greenconsume.handling.wrapping import CurrentHandler, current_handler
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
     from greenconsume.publishing.publication import Publication
@@ -111,6 +115,7 @@ else:
         "ConsumerMixin": "mixins",
         "ConsumerOptions": "handling.options",
         "ConsumerProducerMixin": "mixins",
+        "CurrentHandler": "handling.wrapping",
         "DeadLetter": "failures.dead_letters",
         "DeadLetters": "failures.dead_letters",
         "HandlerTimeout": "errors",
@@ -129,6 +134,7 @@ else:
         "Runtime": "runtime.runtime",
         "Shutdown": "errors",
         "UnconfirmedError": "errors",
+        "current_handler": "handling.wrapping",
         "patch_all": "patching",
         "require_patched": "patching",
         "spawn": "runtime.greenlet",

@@ -30,6 +30,7 @@ from greenconsume.handling.kill_switch import Switch
 from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.pool import HandlerPool
 from greenconsume.handling.settings import Settings
+from greenconsume.handling.wrapping import wrapped
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import FORK
@@ -92,6 +93,7 @@ class Handling:
         "_inline",
         "_life",
         "_owned",
+        "_receive_wrapped",
         "_switch",
         "cancelled",
         "given_back",
@@ -121,6 +123,7 @@ class Handling:
         )
         self._life, self._switch, self._owned = life, switch, owned
         self._inline: set[Job] = set()
+        self._receive_wrapped = wrapped(self._receive, settings.around)
         if settings.concurrency is None:
             self.idle = Event()
             self.idle.set()
@@ -206,10 +209,10 @@ class Handling:
             job.began = monotonic()
         try:
             if self.settings.handler_timeout is None:
-                self._receive(job.consumer, job.message)
+                self._receive_wrapped(job.consumer, job.message)
             else:
                 with Alarm(job, self.settings.handler_timeout, self.settings.cancel_timeout):
-                    self._receive(job.consumer, job.message)
+                    self._receive_wrapped(job.consumer, job.message)
             if job.interrupted is not None and self._is_unsettled(job.message):
                 raise job.interrupted  # it was swallowed, and the work is not done
             if self.settings.auto_settle and self._is_unsettled(job.message):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
@@ -147,6 +147,23 @@ class Switching:
         """See `Kind.check`."""
         if not (value is None or isinstance(value, KillSwitch)):
             raise InvalidOptionsError(name, value, self.allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """Some callables that return context managers."""
+
+    allowed: str = (
+        "a list of callables, each of which takes a message and returns a context manager"
+    )
+
+    def check(self, name: str, value: object) -> None:
+        """See `Kind.check`."""
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InvalidOptionsError(name, value, self.allowed)
+        for each in value:
+            if not callable(each):
+                raise InvalidOptionsError(name, each, self.allowed)
 
 
 @dataclass(frozen=True, slots=True)

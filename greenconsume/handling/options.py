@@ -7,10 +7,11 @@ a class, of its `spawn` and of its runtime mean together, `settings` works out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from greenconsume.around import Around
 from greenconsume.errors import InvalidOptionsError
 from greenconsume.failures.policies import OnError, Requeue
 from greenconsume.handling.declaring import (
@@ -22,6 +23,7 @@ from greenconsume.handling.declaring import (
     Seconds,
     Switching,
     Unset,
+    Wrapping,
     YesOrNo,
     declarations_of,
     explained,
@@ -100,6 +102,14 @@ class ConsumerOptions:
         "What becomes of a message whose callback raised. In a mapping the most specific class of exceptions "
         "counts, and what the mapping lacks meets what the next level says.",
         "`Requeue(delay=1.0)`",
+    )
+    around: Sequence[Around] | Unset = option(
+        Wrapping(),
+        (),
+        "What is entered around each callback: callables that take the message (or the `Batch`) and return a "
+        "context manager. What its exit raises or swallows is the callback's outcome. All levels count: the "
+        "runtime's are outermost, the class's innermost.",
+        "nothing",
     )
     kill_switch: KillSwitch | Unset | None = option(
         Switching(),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from greenconsume.around import Around
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.failures.policies import ByError, FailurePolicy
 from greenconsume.handling.declaring import UNSET
@@ -38,6 +39,7 @@ class Settings:
     batch_size: int | None = OPTIONS["batch_size"].default
     batch_timeout: float = OPTIONS["batch_timeout"].default
     kill_switch: KillSwitch | None = OPTIONS["kill_switch"].default
+    around: tuple[Around, ...] = ()
     slots: Slots | None = None
 
 
@@ -71,6 +73,7 @@ def resolve(
             f"{name} has partition_by but no concurrency: inline everything is in order anyway"
         )
     said["on_error"] = _policy(levels)
+    said["around"] = _around(levels)
     said["settle_deadline"] = said["settle_deadline"] or None
     return Settings(partition=_partition(by, consumer), slots=slots, **said)
 
@@ -90,6 +93,12 @@ def _policy(levels: Sequence[ConsumerOptions]) -> FailurePolicy:
         elif on_error is not UNSET:
             policy = on_error
     return policy
+
+
+def _around(levels: Sequence[ConsumerOptions]) -> tuple[Around, ...]:
+    """Return what all levels say, that of the most general outermost."""
+    said = (level.around for level in reversed(levels))
+    return tuple(each for around in said if around is not UNSET for each in around)
 
 
 def _partition(by: Any, consumer: object) -> Callable[[Any], Hashable] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import inf
 from time import monotonic
+from typing import Any
 
 import amqp
 from kombu import Exchange, Queue
@@ -102,6 +103,16 @@ class Publication(Confirm):
         if self.error is not None:
             self.seen = True
             raise self.error
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """The message's headers; what is around its publishing may add to them."""
+        message: Any = self.message
+        if isinstance(message, tuple):  # as `kombu` hands it to a channel's `prepare_message`
+            plain: dict[str, Any] = message[4]
+            return plain
+        headers: dict[str, Any] = message.properties.setdefault("application_headers", {})
+        return headers
 
     @property
     def deadline(self) -> Deadline:

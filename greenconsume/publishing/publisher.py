@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
+from collections.abc import Sequence
 from itertools import count
 from math import inf
 from time import monotonic
@@ -24,6 +25,7 @@ from kombu.transport import pyamqp
 from kombu.utils import json as kombu_json
 
 from greenconsume.amqp.transport import Transport
+from greenconsume.around import Around, entered
 from greenconsume.errors import ForeignThreadError, ForkedError, PublishError, StoppedError
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
@@ -70,6 +72,7 @@ class Publisher:
         max_retries: int | None = None,
         max_unconfirmed: int = 10_000,
         links: LinkPool | None = None,
+        around: Sequence[Around] = (),
     ) -> None:
         """Make a publisher; nothing is connected before it is used.
 
@@ -83,6 +86,9 @@ class Publisher:
             max_retries: How often a message is written again; None: until its timeout.
             max_unconfirmed: While this many messages are outstanding, publishing waits.
             links: Where its link comes from, to share it with others that publish.
+            around: What is entered around each message until it is confirmed, or, with `publish_nowait`,
+                until it is taken: callables that take the `Publication`, whose `headers` may be added to,
+                and return a context manager.
 
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
@@ -99,6 +105,7 @@ class Publisher:
         self.uri: str = connection.as_uri()
         self._timeout = timeout
         self._max_retries = max_retries
+        self._around = tuple(around)
         self._declare = [exchange] if isinstance(exchange, Exchange) and exchange.name else []
         self._on_amqp = isinstance(connection.transport, Transport)
         self._in_process = getattr(connection.transport, "in_process", False)
@@ -133,7 +140,14 @@ class Publisher:
 
         Switches: yes. From any greenlet of its hub, a consumer's handler too.
         """
-        self.publish_nowait(body, routing_key, **options).wait()
+        publication = self._make(body, routing_key, options)
+        if self._around:
+            with entered(self._around, publication):
+                self._outbox.put(publication)
+                publication.wait()
+        else:
+            self._outbox.put(publication)
+            publication.wait()
 
     def publish_nowait(
         self, body: Any, routing_key: str | None = None, **options: Any
@@ -155,14 +169,23 @@ class Publisher:
         Switches: only while `max_unconfirmed` messages are outstanding, the broker blocks its publishers,
         or more is unsent than the link holds.
         """
+        publication = self._make(body, routing_key, options)
+        if self._around:
+            with entered(self._around, publication):
+                self._outbox.put(publication)
+        else:
+            self._outbox.put(publication)
+        return publication
+
+    def _make(self, body: Any, routing_key: str | None, options: dict[str, Any]) -> Publication:
         if os.getpid() != self._pid or get_hub() is not self._hub:
             self._bind()
         if self._closed:
             raise StoppedError("close")
         self._outbox.stop.check()
-        publication = self._serialize(body, routing_key, options)
-        self._outbox.put(publication)
-        return publication
+        if self._around:  # they may add headers, and not to the caller's
+            options["headers"] = dict(options.get("headers") or {})
+        return self._serialize(body, routing_key, options)
 
     def _bind(self) -> None:
         """Make this process and thread its own; not sooner: a child that is forked later has its own."""

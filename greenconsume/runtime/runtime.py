@@ -7,11 +7,14 @@ user's code in the hub. Called by users and the command line.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import kombu
 
+from greenconsume.around import Around
 from greenconsume.errors import AlreadyRunningError, ForkedError, RestartLimitError
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.slots import Slots
@@ -57,6 +60,7 @@ class Runtime:
         links: int = 1,
         restart: RestartPolicy | None = None,
         options: ConsumerOptions | None = None,
+        around: Sequence[Around] = (),
         max_handlers: int | None = None,
         block_warning: float | None = None,
         admin: str | None = None,
@@ -86,6 +90,9 @@ class Runtime:
                 What is part of a cycle by then is never freed, such as consumers that are replaced later.
             max_messages: How many messages are handled until the runtime stops, or soon after; None: no end.
 
+            around: What is entered around each callback of all consumers, outermost: a short way to say
+                `options=ConsumerOptions(around=…)`.
+
         Raises:
             UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
             TypeError: `broker` is neither a URL nor a connection.
@@ -97,7 +104,7 @@ class Runtime:
         self.children = self._groups.children
         self.links = links
         self.restart = restart or RestartPolicy()
-        self.options = options or ConsumerOptions()
+        self.options = _with_around(options or ConsumerOptions(), around)
         self.max_handlers = max_handlers
         self.block_warning = block_warning
         self.freeze_gc = freeze_gc
@@ -345,6 +352,12 @@ class Runtime:
     def _check_process(self) -> None:
         if self._pid is not None and os.getpid() != self._pid:
             raise ForkedError("this Runtime")
+
+
+def _with_around(options: ConsumerOptions, around: Sequence[Around]) -> ConsumerOptions:
+    if not around:
+        return options
+    return replace(options, around=(*around, *options.value_of("around")))
 
 
 def _check(links: int, block_warning: float | None, **counts: int | None) -> None:
