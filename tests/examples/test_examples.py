@@ -36,7 +36,7 @@ OUTPUTS = {
     "a report of 60 s is not: the handler took longer than 0.5 s\n",
     "10_asyncio": r"\[0, 2, 4, 6, 8\]\n",
     "14_cluster": "booked 1\nbooked 2\nbooked 3\n",
-    "15_around_a_message": "paid: 4\n",
+    "15_around_a_message": "paid: 4\nin a transaction still: False\n",
 }
 # Those that are no scripts, but served: test_served_examples.py runs them.
 SERVED = {"11_gunicorn_flask", "12_gunicorn_django", "13_processes"}
