@@ -30,7 +30,9 @@ Where it is written. A package imports only what stands below it, and says what 
     around       what is entered around a message: handlers, batches and publications
     tally        the numbers of one consumer, and what its handlers took in the last minute
     logs         structured logging, the first observer of the events
-    events       what happens, as frozen values, and the one seam that observers hang on
+    log_lines    what the log says of each event
+    events       what happens, as frozen values
+    hooks        the one seam that observers of the events hang on
     hub          what keeps gevent's hub waiting while only a thread or a signal could wake it
     stopping     StopSignal and Deadline: what ends every wait
     patching     patch_all, require_patched: gevent's patching and its check

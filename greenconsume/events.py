@@ -1,18 +1,18 @@
-"""Owns the events of the package and the one seam that logs, metrics and tracing hang on.
+"""Owns the events of the package: what happens, as frozen values.
 
-Every part calls `emit` with a frozen event; hooks are subscribed by `logs` and by users. A hook is called
-in the greenlet (or hub) that emits: it must not switch. One that fails is logged and does no harm.
+Users import them from here, with `subscribe` and `emit`; what these do is told in `hooks`.
 """
 
 from __future__ import annotations
 
 import enum
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-logger = logging.getLogger("greenconsume.events")
+from greenconsume.hooks import Event as Event
+from greenconsume.hooks import Hook as Hook
+from greenconsume.hooks import emit as emit
+from greenconsume.hooks import subscribe as subscribe
 
 
 class ConsumerState(str, enum.Enum):
@@ -22,6 +22,7 @@ class ConsumerState(str, enum.Enum):
     CONNECTING = "connecting"
     STANDBY = "standby"
     CONSUMING = "consuming"
+    IDLE = "idle"
     PAUSED = "paused"
     DRAINING = "draining"
     STOPPED = "stopped"
@@ -29,11 +30,6 @@ class ConsumerState(str, enum.Enum):
 
     def __str__(self) -> str:
         return self.value
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """The root of all events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +138,19 @@ class HandlerFailed(Event):
     error: BaseException
     outcome: str
     message_count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerClosedChannel(Event):
+    """By a call of a handler's the broker closed the channel that its consumer consumes on.
+
+    All that is unsettled on it goes back, its neighbours' messages too. `error` names the call.
+    """
+
+    consumer: str
+    delivery_tag: Any
+    routing_key: str
+    error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,37 +376,3 @@ class Outcome:
 
     def __bool__(self) -> bool:
         return bool(self.finished or self.given_back or self.abandoned)
-
-
-class Hook(Protocol):
-    """An observer of events: a callable that takes one, does not switch and does not raise."""
-
-    def __call__(self, event: Event, /) -> None:
-        """Observe `event`."""
-
-
-_hooks: list[Hook] = []
-
-
-def subscribe(hook: Hook) -> Callable[[], None]:
-    """Have `hook` called with every event from now on.
-
-    Returns:
-        A function that ends the subscription.
-    """
-    _hooks.append(hook)
-
-    def unsubscribe() -> None:
-        if hook in _hooks:
-            _hooks.remove(hook)
-
-    return unsubscribe
-
-
-def emit(event: Event) -> None:
-    """Tell every hook of `event`. Never raises, never switches."""
-    for hook in tuple(_hooks):
-        try:
-            hook(event)
-        except Exception:  # a broken observer must not break what it observes
-            logger.exception("the hook %r failed on %s", hook, type(event).__name__)

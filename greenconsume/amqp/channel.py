@@ -160,7 +160,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         Switches: yes, for `close_timeout` at the most. Never raises for what the broker does.
         """
         if self._calls.life is not Life.CLOSED:
-            self.core.ask_to_close()
+            self.core.close_from_here()
             self.await_closed(self._session.waits.close_deadline)
 
     def await_closed(self, deadline: Deadline) -> None:
@@ -280,7 +280,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             consumer = ChannelConsumer(
                 taker_of(self, callback), no_ack, on_cancel, again if can_pause else None
             )
-            self.deliveries.consumers.start(tag, consumer)
+            self.deliveries.start(tag, consumer)
 
         def undo(_sig: object, tag: str) -> None:
             self.deliveries.undo_consume(tag, no_ack)

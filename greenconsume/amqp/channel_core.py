@@ -19,6 +19,7 @@ from amqp.exceptions import (
     AMQPNotImplementedError,
     ChannelError,
     ConsumerCancelled,
+    RecoverableChannelError,
     RecoverableConnectionError,
     error_for_code,
 )
@@ -37,6 +38,10 @@ from greenconsume.stopping import Deadline
 Handlers = defaultdict[str, set[Callable[..., object]]]
 
 _ack = Struct(">4xQB")
+_CLOSED_FROM_HERE = (
+    "a handler, or a library that it uses, closed the channel that its consumer consumes on: use a "
+    "channel of its own there, message.channel.connection.client.channel()"
+)
 #: The listener to each method, by name; the methods that answer a call have none.
 _LISTENERS: dict[Sig, str] = {
     spec.Channel.Close: "_on_close",
@@ -225,6 +230,16 @@ class ChannelCore:
         life = self.calls.life if self.calls.is_closing else Life.BROKEN
         self._end_life(life, self.calls.link.lost)
         self.calls.closed()
+
+    def close_from_here(self) -> None:
+        """Close as a user of the channel asks for it. Never switches.
+
+        A consumer that consumes on it would wait for ever, and is told.
+        """
+        is_consuming = self._waits.attend is not None and self.deliveries.consumers.has_running
+        self.ask_to_close()
+        if is_consuming:
+            self.deliveries.put_error(RecoverableChannelError(_CLOSED_FROM_HERE))
 
     def ask_to_close(self) -> None:
         """Send `Close` if there is something to close. Never switches."""

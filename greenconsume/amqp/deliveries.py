@@ -125,6 +125,11 @@ class Deliveries:
 
     # -- consumers ------------------------------------------------------------------------------------
 
+    def start(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
+        """Note a consumer that the broker has started; whoever drains looks again who consumes."""
+        self.consumers.start(consumer_tag, consumer)
+        self._inbox.wake()
+
     def undo_consume(self, consumer_tag: str, no_ack: bool) -> None:
         """End a consumer that was started for a caller who has given up."""
         if no_ack:

@@ -71,9 +71,13 @@ class Session:
         """Have `stop` end every wait for a broker that blocks its publishers. Never switches."""
         self.waits.begin_publishing(stop)
 
-    def begin_consuming(self) -> None:
-        """Have no stop end a call any more: what a callback calls may finish. Never switches."""
-        self.waits.begin_consuming()
+    def begin_consuming(self, attend: Callable[[bool], None] | None = None) -> None:
+        """Have no stop end a call any more: what a callback calls may finish. Never switches.
+
+        Args:
+            attend: Called with whether any consumer runs, before `drain_events` waits; must not switch.
+        """
+        self.waits.begin_consuming(attend)
 
     def begin_close(self, deadline: Deadline | None = None) -> None:
         """Give all that is still to be said to the broker one deadline; the first call counts.
@@ -198,8 +202,15 @@ class Session:
             deadline = deadline or Deadline(timeout)
             if deadline.expired:
                 raise socket.timeout("timed out")
+            if self.waits.attend is not None:
+                self.waits.attend(self.has_consumers)
             inbox.wait(deadline, stop)
             self._turn_began = monotonic()
+
+    @property
+    def has_consumers(self) -> bool:
+        """True while a consumer of any of its channels runs."""
+        return any(each.deliveries.consumers.running for each in self.channels.values())
 
     @property
     def backlog(self) -> int:

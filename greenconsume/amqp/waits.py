@@ -5,6 +5,7 @@ The session says which phase begins; its channels wait here and know no phase. S
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from gevent.event import Event
@@ -26,15 +27,18 @@ class Waits:
         stop: Ends a wait for a reply, with `StoppedError`: while the session is set up.
         publish_stop: Ends a wait for a broker that blocks publishers: while the session publishes.
         deadline: When every wait for a reply ends, with `TimeoutError`: while the session closes.
+        attend: Called with whether any consumer runs, before the session waits for messages: while it
+            consumes.
     """
 
-    __slots__ = ("_limits", "deadline", "publish_stop", "stop")
+    __slots__ = ("_limits", "attend", "deadline", "publish_stop", "stop")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.stop: StopSignal | None = None
         self.publish_stop: StopSignal | None = None
         self.deadline: Deadline | None = None
+        self.attend: Callable[[bool], None] | None = None
 
     def begin_setup(self, stop: StopSignal) -> None:
         """Have `stop` end every wait for a reply."""
@@ -44,13 +48,13 @@ class Waits:
         """Have `stop` end every wait for a broker that blocks publishers, and no call."""
         self.publish_stop = stop
 
-    def begin_consuming(self) -> None:
+    def begin_consuming(self, attend: Callable[[bool], None] | None = None) -> None:
         """Have no stop end a call: what a callback calls may finish."""
-        self.stop = None
+        self.stop, self.attend = None, attend
 
     def begin_close(self, deadline: Deadline | None = None) -> Deadline:
         """Have every wait for a reply end at one deadline, which is returned; the first call sets it."""
-        self.stop = None
+        self.stop = self.attend = None
         if self.deadline is None:
             self.deadline = deadline or Deadline(self._limits.close_timeout)
         return self.deadline

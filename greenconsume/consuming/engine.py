@@ -184,7 +184,7 @@ class Engine:
                     life.enter(ConsumerState.CONSUMING)
                     self._refusals.consumes()
                 if isinstance(conn, Connection):
-                    yield from receive(conn, loop, life.leave)
+                    yield from receive(conn, loop, life.leave, self._attend)
                 else:
                     yield from receive_from_double(conn, loop)
         except StoppedError:
@@ -194,6 +194,14 @@ class Engine:
             if life.stop.is_set():
                 self._finish()
         logger.debug("consume exiting")
+
+    def _attend(self, is_consuming: bool) -> None:
+        """Note whether any of its consumers runs: it may cancel them itself, and consume again later."""
+        life = self.life
+        if not is_consuming and life.state is ConsumerState.CONSUMING:
+            life.enter(ConsumerState.IDLE)
+        elif is_consuming and life.state is ConsumerState.IDLE:
+            life.enter(ConsumerState.CONSUMING)
 
     def wait_out(self, error: BaseException, stopping: StopCheck) -> None:
         """Tell that the broker refused the consumer, or closed its channel; wait until it is to ask again.

@@ -43,8 +43,16 @@ class Loop:
     ticks: bool
 
 
-def receive(conn: Connection, loop: Loop, leave: StopSignal) -> Iterator[None]:
+def receive(
+    conn: Connection, loop: Loop, leave: StopSignal, attend: Callable[[bool], None]
+) -> Iterator[None]:
     """Receive messages from a kombu connection; yield after each.
+
+    Args:
+        conn: The connection.
+        loop: How long to receive.
+        leave: Ends the wait for a message.
+        attend: Called with whether any consumer runs, before it waits for a message.
 
     Raises:
         TimeoutError: No message came for `timeout` seconds.
@@ -52,7 +60,7 @@ def receive(conn: Connection, loop: Loop, leave: StopSignal) -> Iterator[None]:
 
     Switches: yes.
     """
-    receive_one, wakes = _receiver(conn, leave)
+    receive_one, wakes = _receiver(conn, leave, attend)
     tick = loop.safety_interval if loop.ticks or not wakes else None
     stopping, on_iteration = loop.stopping, loop.on_iteration
     limit, timeout = loop.limit, loop.timeout
@@ -77,14 +85,16 @@ def receive(conn: Connection, loop: Loop, leave: StopSignal) -> Iterator[None]:
                 idle = Deadline(timeout)
 
 
-def _receiver(conn: Connection, leave: StopSignal) -> tuple[Receive, bool]:
+def _receiver(
+    conn: Connection, leave: StopSignal, attend: Callable[[bool], None]
+) -> tuple[Receive, bool]:
     """Return what receives one message, and whether a stop wakes it (or it polls)."""
     if not getattr(conn.transport, "wakes", False):
         return lambda seconds: conn.drain_events(timeout=seconds), False
     session = session_of(conn)
     if session is None:
         return lambda seconds: conn.drain_events(timeout=seconds, stop=leave), True
-    session.begin_consuming()
+    session.begin_consuming(attend)
     # Not kombu's: where a link was lost it would connect again, and wait without any consumer.
     return partial(session.drain_events, stop=leave), True
 

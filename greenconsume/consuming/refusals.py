@@ -70,6 +70,10 @@ def refusal_of(error: BaseException) -> Refusal:
         )
     if isinstance(error, amqp.PreconditionFailed) and "timed out" in text:
         return Refusal(Prospect.HELP, "settle sooner, or raise the broker's consumer_timeout")
+    if isinstance(error, amqp.PreconditionFailed) and "unknown delivery tag" in text:
+        return Refusal(
+            Prospect.HELP, "a message was settled twice, or on another channel than its own"
+        )
     return Refusal(Prospect.HELP, "")
 
 

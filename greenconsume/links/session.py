@@ -5,6 +5,7 @@ Called by `consuming` and `handling`, which know of no broker in particular.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from kombu import Connection
@@ -36,8 +37,12 @@ class GreenSession(Protocol):
     def begin_publishing(self, stop: StopSignal) -> None:
         """Have `stop` end every wait for a broker that blocks its publishers. Never switches."""
 
-    def begin_consuming(self) -> None:
-        """Have no stop end a call any more: what a callback calls may finish. Never switches."""
+    def begin_consuming(self, attend: Callable[[bool], None] | None = None) -> None:
+        """Have no stop end a call any more: what a callback calls may finish. Never switches.
+
+        Args:
+            attend: Called with whether any consumer runs, before it waits, where that can be told.
+        """
 
     def begin_close(self, deadline: Deadline | None = None) -> None:
         """Give all that is still to be said to the broker one deadline; the first call counts."""

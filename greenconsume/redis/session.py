@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -68,9 +69,9 @@ class Session:
     def begin_publishing(self, stop: StopSignal) -> None:
         """Do nothing: no server blocks its publishers. Never switches."""
 
-    def begin_consuming(self) -> None:
+    def begin_consuming(self, attend: Callable[[bool], None] | None = None) -> None:
         """Have no stop end a call any more: what a callback calls may finish. Never switches."""
-        self.waits.begin_consuming()
+        self.waits.begin_consuming(attend)
 
     def begin_close(self, deadline: Deadline | None = None) -> None:
         """Give all that is still to be said to the server one deadline; the first call counts."""

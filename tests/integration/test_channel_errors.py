@@ -15,9 +15,9 @@ import pytest
 from gevent.event import Event
 from kombu import Connection, Consumer, Producer, Queue
 
-from greenconsume import Runtime, spawn
+from greenconsume import ConsumerOptions, Runtime, spawn
 from greenconsume.errors import ConsumerRefusedError
-from greenconsume.events import ConsumerState, HandlerFailed, LinkDown
+from greenconsume.events import ConsumerState, HandlerClosedChannel, HandlerFailed, LinkDown
 from tests.integration.consumers import (
     SOON,
     Recorder,
@@ -118,6 +118,78 @@ def test_a_channel_error_in_a_handler_restarts_that_consumer_alone(
         assert (0 in consumer.bodies) or offend is ack_twice
         wait_until(lambda: channel_count(rabbitmq, amqp_url) == 3)
     assert queue_depth(amqp_url, queue_name) == 0
+
+
+def close_it(_body: Any, message: Any) -> None:
+    message.channel.close()
+
+
+@pytest.mark.parametrize("concurrency", [None, 5])
+def test_a_handler_that_closes_its_messages_channel_restarts_its_consumer(
+    amqp_url, queue_name, caplog, concurrency
+):
+    """HAZARDS row 38: the consumer lived, and consumed nothing, for ever and without a word."""
+    closed: list[Any] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if not closed:
+            closed.append(body)
+            close_it(body, message)
+
+    consumer = Recorder(amqp_url, queue_name, handle)
+    consumer.options = ConsumerOptions(concurrency=concurrency)
+    with consuming(consumer):
+        publish(amqp_url, queue_name, 5)
+        wait_until(lambda: consumer.ready_count == 2, SOON)
+        wait_until(lambda: set(consumer.bodies) == set(range(5)), SOON)
+        wait_until(lambda: queue_depth(amqp_url, queue_name) == 0, SOON)
+    assert "closed the channel that its consumer consumes on" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_consumer_that_cancels_itself_is_seen_to_be_idle(amqp_url, queue_name, caplog):
+    """It is its own wish, and it may consume again: from another greenlet, here."""
+
+    class Pausing(Recorder):
+        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+            [self.consumer] = super().get_consumers(Consumer, channel)
+            return [self.consumer]
+
+        def on_task(self, body: Any, message: Any) -> None:
+            super().on_task(body, message)
+            if body == 0:
+                self.consumer.cancel()
+
+    consumer = Pausing(amqp_url, queue_name)
+    with caplog.at_level("INFO"), consuming(consumer) as [greenlet]:
+        publish(amqp_url, queue_name, 3)
+        wait_until(lambda: greenlet.state is ConsumerState.IDLE, SOON)
+        assert not greenlet.ready.is_set()
+        assert "gets nothing until it consumes again" in caplog.text
+        consumer.consumer.consume()
+        wait_until(lambda: greenlet.state is ConsumerState.CONSUMING, SOON)
+        assert consumer.wait_for(3) == [0, 1, 2]
+
+
+def test_a_handler_that_has_the_broker_close_its_channel_is_named(amqp_url, queue_name, caplog):
+    """HAZARDS row 38: with what to do instead."""
+    offended: list[Any] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if body == 3 and not offended:
+            offended.append(body)
+            ask_for_a_missing_queue(body, message)
+
+    consumer = Recorder(amqp_url, queue_name, handle)
+    with observed(HandlerClosedChannel) as found, consuming(consumer):
+        publish(amqp_url, queue_name, 5)
+        wait_until(lambda: set(consumer.bodies) == set(range(5)), SOON)
+    [event] = found
+    assert (event.routing_key, type(event.error)) == (queue_name, amqp.NotFound)
+    assert "message.channel.connection.client.channel()" in caplog.text
+    assert consumer.bodies[:3] == [0, 1, 2]  # their acks had gone out before
+    assert not any(consumer.redelivered[:3])
+    assert Counter(consumer.bodies)[0] == 1
 
 
 def test_a_queue_that_is_deleted_under_its_consumer_is_declared_and_consumed_again(

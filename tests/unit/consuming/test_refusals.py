@@ -46,7 +46,8 @@ def met(life: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> Refusals:
         (MISSING, Prospect.HELP, "declare it"),
         (amqp.AccessRefused("access to queue 'q' refused"), Prospect.HELP, "grant the user"),
         (amqp.PreconditionFailed("delivery ack timed out"), Prospect.HELP, "settle sooner"),
-        (amqp.PreconditionFailed("unknown delivery tag 1"), Prospect.HELP, ""),
+        (amqp.PreconditionFailed("unknown delivery tag 1"), Prospect.HELP, "settled twice"),
+        (amqp.ChannelError("CHANNEL_ERROR"), Prospect.HELP, ""),
     ],
 )
 def test_a_refusal_has_its_remedy(error: BaseException, prospect: Prospect, remedy: str):
