@@ -154,6 +154,13 @@ class HandlerClosedChannel(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class BlockingConnectionShared(Event):
+    """Handlers use a connection that is not green, as py-amqp's, at the same time; told once a process."""
+
+    consumer: str
+
+
+@dataclass(frozen=True, slots=True)
 class HandlerInterrupted(Event):
     """A running handler was told to end (`killed` False), or killed because it did not."""
 

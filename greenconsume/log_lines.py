@@ -14,6 +14,7 @@ from greenconsume.events import (
     AdminAsked,
     AdminListening,
     AdminRefused,
+    BlockingConnectionShared,
     ConnectFailed,
     ConsumerChanged,
     ConsumerDrained,
@@ -147,6 +148,16 @@ def _(event: HandlerFailed) -> Line:
         event.outcome,
     )
     return Line("handling", logging.ERROR, text, args, event.error)
+
+
+@describe.register
+def _(event: BlockingConnectionShared) -> Line:
+    text = (
+        "handlers of consumer %s use a blocking connection at the same time, which only one greenlet may: "
+        "open it after greenconsume.patch_all(), or in a program that `greenconsume run` starts, and it is "
+        "green"
+    )
+    return Line("handling", logging.WARNING, text, (event.consumer,))
 
 
 @describe.register

@@ -15,15 +15,15 @@ from time import monotonic
 from typing import Any
 
 import gevent
-from amqp.exceptions import ChannelError
 from gevent import GreenletExit
 from gevent.event import Event
 
 from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
-from greenconsume.events import HandlerClosedChannel, HandlerFailed, PrefetchTooSmall, emit
+from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
 from greenconsume.failures.delivery_limits import counts_returns
 from greenconsume.failures.requeues import DelayedRequeues, give_back, is_live, is_settleable
 from greenconsume.failures.retry import recoverer_of
+from greenconsume.handling.advice import advise
 from greenconsume.handling.alarm import Alarm
 from greenconsume.handling.decoding import decode
 from greenconsume.handling.jobs import ALONE, Job
@@ -298,9 +298,7 @@ class Handling:
         routing_key = str(message.delivery_info.get("routing_key", ""))
         count = len(message) if isinstance(message, Sequence) else 1
         emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome, count))
-        channel = getattr(message, "channel", None)
-        if isinstance(exc, ChannelError) and not getattr(channel, "is_open", True):
-            emit(HandlerClosedChannel(self._life.name, message.delivery_tag, routing_key, exc))
+        advise(self._life.name, message, exc)
         if self._switch is not None:
             self._switch.note(failed=True)
 

@@ -32,6 +32,7 @@ LINES = [
     (events.ConsumerGivenUp("C-1", ERROR), "runtime", "ERROR"),
     (events.ConsumerGivenUp("C-1", None), "runtime", "ERROR"),
     (events.HandlerFailed("C-1", 7, "orders", ERROR, "requeued in 1 s"), "handling", "ERROR"),
+    (events.BlockingConnectionShared("C-1"), "handling", "WARNING"),
     (events.HandlerClosedChannel("C-1", 7, "orders", ERROR), "handling", "WARNING"),
     (events.ConsumerRefused("C-1", ERROR, "delete it", 1, 1.0), "consuming", "WARNING"),
     (events.ConsumerRefused("C-1", ERROR, "", 1, 1.0, stands_by=True), "consuming", "INFO"),
