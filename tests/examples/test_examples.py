@@ -44,10 +44,20 @@ SERVED = {"11_gunicorn_flask", "12_gunicorn_django", "13_processes"}
 TARGETS = {"02_a_hundred_consumers": "runtime"}
 
 
-@pytest.fixture(params=["memory", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+        pytest.param("redis", marks=pytest.mark.redis),
+    ]
+)
 def broker(request: pytest.FixtureRequest) -> str:
     """The address of each broker that examples run on."""
-    return "memory://" if request.param == "memory" else str(request.getfixturevalue("amqp_url"))
+    if request.param == "memory":
+        return "memory://"
+    return str(
+        request.getfixturevalue({"rabbitmq": "amqp_url", "redis": "redis_url"}[request.param])
+    )
 
 
 @pytest.fixture
