@@ -246,9 +246,9 @@ def channel_close(channel: int, code: int, text: str, method: str = "basic.ack")
     return method_frame(channel, "channel.close", code, text, *ids)
 
 
-def connection_close(code: int, text: str) -> bytes:
-    """A connection error that no method caused."""
-    return method_frame(0, "connection.close", code, text, 0, 0)
+def connection_close(code: int, text: str, method: tuple[int, int] = (0, 0)) -> bytes:
+    """A connection error, which the method of these ids caused, or none."""
+    return method_frame(0, "connection.close", code, text, *method)
 
 
 def blocked(reason: str = "low on memory") -> bytes:

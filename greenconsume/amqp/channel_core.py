@@ -27,6 +27,7 @@ from amqp.serialization import dumps
 
 from greenconsume.amqp.calls import Calls, Life
 from greenconsume.amqp.channel_publisher import ChannelPublisher
+from greenconsume.amqp.confirms import Confirms
 from greenconsume.amqp.deliveries import Deliveries
 from greenconsume.amqp.frames import Sig, decode_args, decode_message
 from greenconsume.amqp.inbox import Inbox
@@ -107,6 +108,11 @@ class ChannelCore:
         if self._publisher is None:
             self._publisher = ChannelPublisher(self.calls, self.deliveries, self._waits)
         return self._publisher
+
+    @property
+    def unconfirmed(self) -> Confirms | None:
+        """What was published on it and is not confirmed; None if nobody awaits a confirm."""
+        return self._publisher.confirms if self._publisher is not None else None
 
     @property
     def events(self) -> Handlers:

@@ -180,6 +180,11 @@ class Confirms:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def holds_immediate(self) -> bool:
+        """Whether one of them was published with `immediate`."""
+        return any(confirm.immediate for confirm in self._waiting.values())
+
 
 def _key_of(confirm: Confirm) -> _Key:
     message_id = confirm.message.properties.get("message_id")

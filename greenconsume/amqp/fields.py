@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from decimal import Decimal
+from math import isfinite
 from struct import Struct
 from struct import error as struct_error
 from typing import Any
@@ -196,16 +197,19 @@ def write_table(table: dict[Any, Any]) -> bytes:
     """Return a table as bytes, with its length.
 
     Raises:
-        Exception: What py-amqp raises for a value that cannot be encoded.
+        FrameSyntaxError: AMQP cannot hold a value, or brokers do not take it; the message names the header.
     """
     parts = [b""]
     for key, value in table.items():
-        name = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
-        item = _write_item(value) if type(name) is bytes and len(name) < 256 else None
-        if item is None:
-            parts.append(dumps("F", ({key: value},))[4:])
-        else:
-            parts += (_octets[len(name)], name, item)
+        try:
+            name = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+            item = _write_item(value) if type(name) is bytes and len(name) < 256 else None
+            if item is None:
+                parts.append(_left_to_py_amqp("F", {key: value}, value))
+            else:
+                parts += (_octets[len(name)], name, item)
+        except Exception as exc:  # whatever py-amqp or a value's own code raises
+            raise FrameSyntaxError(f"the header {key!r} cannot be sent: {exc}") from exc
     return _with_length(b"".join(parts))
 
 
@@ -213,8 +217,16 @@ def _write_array(items: Any) -> bytes:
     parts = []
     for value in items:
         item = _write_item(value)
-        parts.append(dumps("A", ([value],))[4:] if item is None else item)
+        parts.append(_left_to_py_amqp("A", [value], value) if item is None else item)
     return _with_length(b"".join(parts))
+
+
+def _left_to_py_amqp(format: str, whole: object, value: object) -> bytes:
+    if isinstance(value, float) and not isfinite(value):
+        # RabbitMQ closes the connection of everybody who shares it (541).
+        raise ValueError(f"{value!r} is no number that a broker takes")
+    encoded: bytes = dumps(format, (whole,))
+    return encoded[4:]
 
 
 def _with_length(encoded: bytes) -> bytes:

@@ -29,6 +29,7 @@ from gevent.event import Event
 
 from greenconsume.amqp import link_socket
 from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
+from greenconsume.amqp.culprit import tell_culprit
 from greenconsume.amqp.frames import (
     Sig,
     encode_content,
@@ -198,10 +199,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             event.set()
         self._gate.note_lost()
         link_socket.drop(self._transport)
-        sessions = list(self.sessions)
+        tell_culprit(error, self.channels)
         if was_open and not self.is_closing:
-            emit(LinkDown(self.uri, error, len(sessions)))
-        for session in sessions:
+            emit(LinkDown(self.uri, error, len(self.sessions)))
+        for session in list(self.sessions):
             session.on_link_lost()
         self.channels.clear()
         self._outgoing.clear()

@@ -177,9 +177,13 @@ class Sender:
     def _judge(self) -> None:
         """Fail what the channel was lost for, and what is not to be written again."""
         lost, self._lost = self._lost, []
-        refused = {each: why for each, error in lost if (why := _refusal_in(error)) is not None}
-        of_link = any(isinstance(error, LinkLostError) for each, error in lost if each in refused)
+        of_link = self._channel.channel is None or self._channel.channel.lost
+        found = ((each, _refusal_in(error, of_link)) for each, error in lost)
+        refused = {each: error for each, error in found if error is not None}
         culprits = self._culprits(refused, of_link)
+        for each, error in lost:
+            if refused.get(each) is error and not isinstance(error, ChannelError):
+                culprits.add(each)  # its link tells it alone with the broker's own error
         for publication, error in lost:
             if publication in culprits:
                 what = f"was refused by the broker: {refused[publication]}"
@@ -278,10 +282,11 @@ def _write(channel: ChannelPublisher | PlainChannel, publication: Publication) -
     publication.written_count += 1
 
 
-def _refusal_in(error: BaseException) -> AMQPError | None:
+def _refusal_in(error: BaseException, of_link: bool) -> AMQPError | None:
     """Return the error with which the broker closed the channel or the link; None if it was not refused."""
     if isinstance(error, ChannelError):
         return error
-    cause = error.__cause__
-    said = isinstance(cause, AMQPError) and getattr(cause, "method_sig", None) is not None
-    return cause if said and not isinstance(cause, ConnectionForced) else None
+    if isinstance(error, LinkLostError):
+        error = error.__cause__ or error
+    said = isinstance(error, AMQPError) and getattr(error, "method_sig", None) is not None
+    return error if of_link and said and not isinstance(error, ConnectionForced) else None

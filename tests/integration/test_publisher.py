@@ -12,7 +12,7 @@ from typing import Any
 
 import gevent
 import pytest
-from amqp.exceptions import ChannelError, MessageNacked
+from amqp.exceptions import AMQPNotImplementedError, ChannelError, MessageNacked
 from gevent.event import Event
 from kombu import Connection, Exchange, Producer, Queue
 
@@ -211,6 +211,31 @@ def test_a_message_that_breaks_a_rule_fails_alone(amqp_url, queue_name, publishe
     arrived = Counter(message.body for message in take(amqp_url, queue_name))
     assert len(arrived) == 29
     assert max(arrived.values()) <= 3
+
+
+def test_a_message_that_kills_the_connection_fails_alone(amqp_url, queue_name, publisher):
+    declare(amqp_url, queue_name)
+    publisher.publish("first", queue_name)
+    calls = []
+    for n in range(130):
+        poison = {"immediate": True} if n == 60 else {}
+        calls.append(call(publisher.publish, n, queue_name, **poison))
+    results = outcomes(calls)
+    assert [n for n, result in enumerate(results) if result is not None] == [60]
+    assert (type(results[60]), results[60].reply_code) == (RefusedError, 540)
+    arrived = Counter(message.body for message in take(amqp_url, queue_name))
+    assert len(arrived) == 130
+    assert max(arrived.values()) <= 2
+
+
+def test_kombus_own_retries_end_at_an_error_that_no_waiting_mends(amqp_url, queue_name):
+    """As over py-amqp; they went on for ever, losing the link a dozen times a second."""
+    connection = green_connection(amqp_url, transport_options={"confirm_publish": True})
+    with connection, observed(LinkDown) as lost:
+        producer = Producer(connection)
+        with pytest.raises(AMQPNotImplementedError, match="immediate=true"):
+            producer.publish("x", routing_key=queue_name, immediate=True, retry=True)
+    assert len(lost) == 1
 
 
 # -- what survives ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import amqp
 import gevent
 import pytest
 from amqp.exceptions import (
+    AMQPNotImplementedError,
     ChannelError,
     FrameSyntaxError,
     MessageNacked,
@@ -520,3 +521,36 @@ def test_a_return_whose_publisher_gave_up_meets_nobody_else(channel, peer):
     peer.wait_for("body", 2)
     peer.send(frames.basic_ack(1, 2))
     assert call.get(timeout=30) is None
+
+
+IMMEDIATE = frames.connection_close(540, "NOT_IMPLEMENTED - immediate=true", (60, 40))
+
+
+def test_the_only_publish_on_its_way_is_told_why_the_broker_closed_the_connection(channel, peer):
+    """As with py-amqp; a lost link would be tried again for ever."""
+    call = confirmed(channel, immediate=True)
+    peer.wait_for("body")
+    peer.send(IMMEDIATE)
+    assert isinstance(call.get(timeout=30), AMQPNotImplementedError)
+
+
+def test_of_several_on_their_way_each_is_told_of_a_lost_link(channel, peer):
+    calls = [confirmed(channel, immediate=n == 1) for n in range(3)]
+    peer.wait_for("body", 3)
+    peer.send(IMMEDIATE)
+    assert {type(call.get(timeout=30)) for call in calls} == {LinkLostError}
+
+
+@pytest.mark.parametrize(
+    "close",
+    [
+        IMMEDIATE,  # it did not ask for that: somebody did who awaits no confirm
+        frames.connection_close(320, "CONNECTION_FORCED - shutdown"),
+        frames.connection_close(503, "COMMAND_INVALID - unknown exchange type", (40, 10)),
+    ],
+)
+def test_what_another_method_was_closed_for_is_a_lost_link(channel, peer, close):
+    call = confirmed(channel)
+    peer.wait_for("body")
+    peer.send(close)
+    assert isinstance(call.get(timeout=30), LinkLostError)

@@ -115,7 +115,7 @@ plain = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | texts
     | st.datetimes(datetime(1970, 1, 1), datetime(9999, 1, 1)).map(
         lambda time: time.replace(microsecond=0)

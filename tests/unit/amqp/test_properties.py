@@ -7,6 +7,7 @@ from decimal import Decimal
 
 import amqp
 import pytest
+from amqp.exceptions import FrameSyntaxError
 from amqp.serialization import dumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,14 @@ texts = st.text(max_size=260) | st.text("\ud800a☃", max_size=90)
 times = st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1))
 decimals = st.builds(Decimal, st.integers(-999, 999))
 scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.binary() | times | decimals
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+    | st.binary()
+    | times
+    | decimals
 )
 tables = st.dictionaries(texts, st.recursive(scalars, st.lists), max_size=4)
 # What is usual for a property, and what is not: other types, and numbers that do not fit.
@@ -49,7 +57,12 @@ def theirs(message):
 @given(st.fixed_dictionaries({}, optional=values) | st.fixed_dictionaries({}, optional=anything))
 def test_properties_are_byte_for_byte_what_py_amqp_writes(given_properties):
     message = amqp.Message(b"", **given_properties)
-    assert outcome(encode_properties, message) == theirs(message)
+    ours, expected = outcome(encode_properties, message), theirs(message)
+    if "the header" in str(ours):  # refused by both; only here it is said which header it is
+        assert ours[0] is FrameSyntaxError
+        assert issubclass(expected[0], Exception)
+    else:
+        assert ours == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from uuid import UUID
 import gevent
 import pytest
 from amqp.exceptions import (
+    AMQPNotImplementedError,
     ChannelError,
     InternalError,
     MessageNacked,
@@ -527,6 +528,28 @@ def test_a_message_that_kills_the_link_is_not_taken_for_another_publishers(publi
     bad = run(publishers[1].publish, "bad", "q")
     assert isinstance(bad.get(timeout=SOON), RefusedError)
     assert outcomes(calls) == [None] * 15
+
+
+def test_the_only_message_on_its_way_is_refused_at_once(publish_to, peer):
+    """The broker names the method that it closed the connection for, and there is one such call."""
+    closed = frames.connection_close(540, "NOT_IMPLEMENTED - immediate=true", (60, 40))
+    peer.answers["body"] = closed
+    with pytest.raises(RefusedError, match="immediate=true") as caught:
+        publish_to(peer).publish(1, "q", immediate=True)
+    assert isinstance(caught.value.__cause__, AMQPNotImplementedError)
+    assert len(peer.published) == peer.connection_count == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**70, object(), [float("-inf")]])
+def test_a_value_that_amqp_cannot_hold_is_refused_at_the_call_naming_its_header(
+    publish_to, broker, value
+):
+    publisher = publish_to(broker)
+    publisher.publish(0, "q")
+    with pytest.raises(PublishError, match="the header 'rate' cannot be sent"):
+        publisher.publish_nowait(1, "q", headers={"tenant": "acme", "rate": value})
+    publisher.publish(2, "q")
+    assert bodies(broker) == [b"0", b"2"]
 
 
 def test_a_broker_that_is_away_is_waited_for(publish_to, make_peer, monkeypatch):
