@@ -218,6 +218,22 @@ class Session:
         return len(self.inbox.entries)
 
     @property
+    def unsettled_count(self) -> int:
+        """The number of deliveries that are not settled."""
+        return sum(each.unsettled_count for each in self.channels.values())
+
+    @property
+    def oldest_unsettled_at(self) -> float | None:
+        """The time at which the oldest of these came (`time.monotonic`)."""
+        oldest = (each.oldest_unsettled for each in self.channels.values())
+        return min((each[1] for each in oldest if each is not None), default=None)
+
+    @property
+    def prefetch_count(self) -> int:
+        """The largest prefetch of its channels; 0: without a limit."""
+        return max((each.prefetch_count for each in self.channels.values()), default=0)
+
+    @property
     def given_back_count(self) -> int:
         """How many deliveries went back to their queues because no callback took them."""
         return self.inbox.given_back_count

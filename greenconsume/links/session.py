@@ -31,6 +31,22 @@ class GreenSession(Protocol):
     def left(self) -> bool:
         """True once the link has forgotten it."""
 
+    @property
+    def backlog(self) -> int:
+        """The number of messages that wait for `drain_events`."""
+
+    @property
+    def unsettled_count(self) -> int:
+        """The number of messages that are not settled."""
+
+    @property
+    def oldest_unsettled_at(self) -> float | None:
+        """The time at which the oldest of these came (`time.monotonic`), where that is known."""
+
+    @property
+    def prefetch_count(self) -> int:
+        """The number of messages that the broker may send ahead; 0: without a limit."""
+
     def begin_setup(self, stop: StopSignal) -> None:
         """Have `stop` end every call, with `StoppedError`, until it consumes. Never switches."""
 

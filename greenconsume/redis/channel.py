@@ -270,6 +270,11 @@ class Channel(Topology):
         return moved
 
     @property
+    def unsettled_count(self) -> int:
+        """The number of messages that are not settled."""
+        return len(self.qos._delivered)
+
+    @property
     def oldest_unsettled(self) -> None:
         """None: this server never loses its patience with a message that is looked after."""
 

@@ -75,6 +75,7 @@ class Link:
 
     session_size = 1
     has_room = True
+    blocked = False  # no server blocks its publishers
 
     def __init__(
         self,
@@ -378,6 +379,16 @@ class Link:
                     gevent.sleep(0)  # sendall does not switch while the kernel takes all
         except OSError as exc:
             self.fail(exc)
+
+    @property
+    def last_read(self) -> float:
+        """The time at which its reader last read something (`time.monotonic`)."""
+        return self._last_read
+
+    @property
+    def heartbeat(self) -> float:
+        """The seconds within which it is heard of; 0: not looked at."""
+        return self._health_interval
 
     # -- pings --------------------------------------------------------------------------------------------
 

@@ -97,6 +97,20 @@ class Session:
         """The number of messages that wait for `drain_events`."""
         return len(self._inbox)
 
+    @property
+    def unsettled_count(self) -> int:
+        """The number of messages that are not settled."""
+        waiting = len(self._inbox)  # no channel counts them before they are delivered
+        return waiting + sum(each.unsettled_count for each in self.channels.values())
+
+    #: Not known: no server loses its patience with a message.
+    oldest_unsettled_at: float | None = None
+
+    @property
+    def prefetch_count(self) -> int:
+        """The largest prefetch of its channels; 0: without a limit."""
+        return max((each.qos.prefetch_count for each in self.channels.values()), default=0)
+
     def tell(self, error: BaseException) -> None:
         """Have `drain_events` raise. Never switches."""
         self._errors.append(error)

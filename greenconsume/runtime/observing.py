@@ -15,6 +15,7 @@ from greenconsume.consuming.engine import Engine, engine_of
 from greenconsume.events import ConsumerState
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.pool import LinkPool
+from greenconsume.links.session import GreenSession
 from greenconsume.logs import redact
 from greenconsume.runtime.child import Child
 
@@ -106,16 +107,13 @@ def _work_of(engine: Engine, now: float) -> dict[str, Any]:
     return known
 
 
-def _inbox_of(session: Any, now: float) -> dict[str, Any]:
-    channels = session.channels.values()
-    oldest = min(
-        (each.oldest_unsettled[1] for each in channels if each.oldest_unsettled), default=None
-    )
+def _inbox_of(session: GreenSession, now: float) -> dict[str, Any]:
+    oldest = session.oldest_unsettled_at
     return {
         "waiting": session.backlog,
-        "unsettled": sum(each.unsettled_count for each in channels),
+        "unsettled": session.unsettled_count,
         "oldest_unsettled": None if oldest is None else _rounded(now - oldest),
-        "prefetch": max((each.prefetch_count for each in channels), default=0),
+        "prefetch": session.prefetch_count,
     }
 
 
