@@ -58,6 +58,15 @@ class LinkBlocked(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SecretUpdated(Event):
+    """A link got a new secret; with an `error`, none was to be had: it is asked for in `delay` seconds."""
+
+    uri: str
+    error: BaseException | None
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectFailed(Event):
     """An attempt to connect failed; the next one follows in `delay` seconds.
 

@@ -42,6 +42,7 @@ from greenconsume.events import (
     PollingTransport,
     PrefetchTooSmall,
     PublishFailed,
+    SecretUpdated,
     StaleSettle,
     UnsettledTooLong,
 )
@@ -84,6 +85,15 @@ def _(event: LinkBlocked) -> Line:
         return Line("links", logging.WARNING, "link to %s: the broker blocks publishing: %s", args)
     text = "link to %s: the broker lets publish again"
     return Line("links", logging.INFO, text, (redact(event.uri),))
+
+
+@describe.register
+def _(event: SecretUpdated) -> Line:
+    if event.error is None:
+        return Line("links", logging.DEBUG, "link to %s: has a new secret", (redact(event.uri),))
+    text = "link to %s: no new secret is to be had: %s (asked again in %.1f s)"
+    args = (redact(event.uri), words(event.error), event.delay)
+    return Line("links", logging.WARNING, text, args)
 
 
 @describe.register

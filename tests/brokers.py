@@ -13,7 +13,7 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -70,12 +70,20 @@ class RabbitMQ:
     Args:
         folder: An empty folder for all that it writes.
         release: `INSTALLED` or `NEWER`.
+        plugins: What of its own it runs besides.
+        advanced: The Erlang terms of its advanced configuration.
 
     Attributes:
         version: ``(3, 10, 8)``, say; from the first start on.
     """
 
-    def __init__(self, folder: Path, release: str = INSTALLED) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        release: str = INSTALLED,
+        plugins: Sequence[str] = (),
+        advanced: str = "[].",
+    ) -> None:
         self.folder = folder
         self.version: tuple[int, ...] = ()
         self.port, self.tls_port = free_port(), free_port()
@@ -91,6 +99,8 @@ class RabbitMQ:
         self._paused = False
         self._vhosts = count(1)
         _write_files(folder, CONFIG.format(host=HOST, **vars(self)))
+        (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
+        (folder / "advanced.config").write_text(f"{advanced}\n")
 
     @property
     def pid(self) -> int:
@@ -331,8 +341,6 @@ def _write_files(folder: Path, config: str) -> None:
 
     (folder / "conf.d").mkdir()
     (folder / "rabbitmq.conf").write_text(config)
-    (folder / "enabled_plugins").write_text("[].\n")
-    (folder / "advanced.config").write_text("[].\n")
     (folder / "rabbitmq-env.conf").touch()
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")

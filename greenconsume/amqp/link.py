@@ -18,11 +18,7 @@ from typing import Any
 import amqp
 import gevent
 from amqp import spec
-from amqp.exceptions import (
-    RecoverableConnectionError,
-    ResourceError,
-    error_for_code,
-)
+from amqp.exceptions import RecoverableConnectionError, ResourceError, error_for_code
 from amqp.method_framing import frame_handler
 from amqp.serialization import dumps
 from gevent.event import Event
@@ -30,15 +26,12 @@ from gevent.event import Event
 from greenconsume.amqp import link_socket
 from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
 from greenconsume.amqp.culprit import tell_culprit
-from greenconsume.amqp.frames import (
-    Sig,
-    encode_content,
-    encode_method,
-)
+from greenconsume.amqp.frames import Sig, encode_content, encode_method
 from greenconsume.amqp.heartbeats import beat
 from greenconsume.amqp.link_reader import LinkReader
 from greenconsume.amqp.link_users import LinkUser, TakesDeliveries
 from greenconsume.amqp.publish_gate import PublishGate
+from greenconsume.amqp.secret import UPDATED
 from greenconsume.amqp.send_queue import Outgoing
 from greenconsume.amqp.tls import TLSTransport
 from greenconsume.errors import ForkedError
@@ -71,6 +64,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     Attributes:
         uri: The broker's address, without its password.
         failure: Why the link ended; None while it has not.
+        over: Set once the link has ended.
         sessions: Who shares it.
         lasting_queues: Queues that were declared over it and are not deleted when unused.
         last_read: When the reader last read something (`time.monotonic`).
@@ -80,6 +74,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     _METHODS = {
         **amqp.Connection._METHODS,
         spec.Connection.Blocked: spec.method(spec.Connection.Blocked, "s"),
+        UPDATED: spec.method(UPDATED),
     }
     heartbeat: float
     channel_max: int
@@ -109,7 +104,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._outgoing = Outgoing()
         self._gate = PublishGate(self._outgoing)
         self._unsent = Event()
-        self._opened, self._closed, self._dead = Event(), Event(), Event()
+        self._opened, self._closed, self.over = Event(), Event(), Event()
         self.last_read = self.last_write = monotonic()
         _links.add(self)
 
@@ -135,7 +130,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             self.fail(exc)
             raise
         if self.heartbeat:
-            gevent.spawn(beat, self, self._dead).name = f"heartbeat of {self.uri}"
+            gevent.spawn(beat, self, self.over).name = f"heartbeat of {self.uri}"
         emit(LinkUp(self.uri))
 
     def Transport(  # noqa: N802  # py-amqp's plug point
@@ -195,7 +190,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             return
         was_open = self._opened.is_set()
         self.failure = error
-        for event in (self._opened, self._closed, self._dead, self._unsent):
+        for event in (self._opened, self._closed, self.over, self._unsent):
             event.set()
         self._gate.note_lost()
         link_socket.drop(self._transport)
@@ -214,6 +209,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         """Do nothing: a timer of the link's own sends and judges heartbeats. For py-amqp's users."""
 
     # -- what the broker says of the connection ---------------------------------------------------
+
+    def listen(self, sig: Sig, callback: Callable[[], object]) -> None:
+        """Have the reader call `callback`, which must not switch, for each such method of the broker's."""
+        self._callbacks[sig] = callback
 
     def _on_tune(self, channel_max: int, frame_max: int, server_heartbeat: int) -> None:
         # py-amqp takes the server's channel_max even where the user asked for less.

@@ -7,15 +7,18 @@ its own; a `LinkPool` sets `acquire`, and then connections share its links.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import amqp
+import gevent
 from gevent.lock import BoundedSemaphore
 from kombu.transport import pyamqp
 from kombu.utils.imports import symbol_by_name
 
 from greenconsume.amqp import tls
 from greenconsume.amqp.link import DEFAULT_HEARTBEAT, Link, LinkLostError
+from greenconsume.amqp.secret import SecretSource, keep_current
 from greenconsume.amqp.session import Session
 from greenconsume.patching import require_patched
 from greenconsume.stopping import StopSignal
@@ -28,9 +31,11 @@ REFUSALS = (amqp.AccessRefused, amqp.NotAllowed)
 class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     """kombu's transport for RabbitMQ over a green link.
 
-    `transport_options` are those of `amqp.Connection`, and `close_timeout` and `call_timeout` of `Link`.
+    `transport_options` are those of `amqp.Connection`, `close_timeout` and `call_timeout` of `Link`, and
+    `secret_interval`.
     Heartbeats are on, every 30 s, unless `heartbeat` says otherwise; `{"heartbeat": 0}` turns them off.
-    A callable password, or a `credential_provider`, is asked anew for each link that is dialled.
+    A callable password, or a `credential_provider`, is asked anew for each link that is dialled; and while
+    a link lives, before its token ends where it is a JWT, else every `secret_interval` seconds, if it is set.
     Over TLS the broker's certificate has to have its name: see `tls.verified`.
     """
 
@@ -47,6 +52,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         super().__init__(*args, **kwargs)
         self._dialling = BoundedSemaphore(1)
         self._host = DEFAULT_HOST
+        self._secrets: SecretSource | None = None
         self._session: Session | None = None
 
     def establish_connection(self) -> Session:
@@ -77,6 +83,8 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
             # kombu makes an address of localhost, whose name is then unknown the next time.
             client.hostname = hostname
         link.client = None
+        if self._secrets is not None:
+            gevent.spawn(keep_current, link, self._secrets).name = f"secrets of {link.uri}"
         return link
 
     def Connection(self, **options: Any) -> Link:
@@ -84,9 +92,13 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         client = self.client
         if not client.heartbeat and "heartbeat" not in (client.transport_options or {}):
             options["heartbeat"] = DEFAULT_HEARTBEAT
+        interval = options.pop("secret_interval", None)
         provider = getattr(client, "credential_provider", None)  # older kombus have none
+        ask = client.password
         if provider:
             options.update(_credentials_from(provider))
+            ask = partial(_secret_from, provider)
+        self._secrets = SecretSource(options["password"], ask, interval) if callable(ask) else None
         options["ssl"] = tls.verified(client.ssl, self._host)
         link = Link(**options)
         link.uri = client.as_uri()
@@ -114,6 +126,10 @@ def _credentials_from(provider: Any) -> dict[str, str]:
         provider = symbol_by_name(provider)()
     names = ("password", "userid")  # the user's name, which comes first, may be left out
     return dict(zip(names, reversed(provider.get_credentials()), strict=False))
+
+
+def _secret_from(provider: Any) -> str:
+    return _credentials_from(provider)["password"]
 
 
 __all__ = ["REFUSALS", "Link", "LinkLostError", "SSLTransport", "Session", "Transport"]

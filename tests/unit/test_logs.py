@@ -19,6 +19,8 @@ LINES = [
     (events.LinkDown(URI, ERROR, 500), "links", "WARNING"),
     (events.LinkBlocked(URI, True, "low on memory"), "links", "WARNING"),
     (events.LinkBlocked(URI, False, ""), "links", "INFO"),
+    (events.SecretUpdated(URI, None, 0.0), "links", "DEBUG"),
+    (events.SecretUpdated(URI, ERROR, 5.0), "links", "WARNING"),
     (events.ConnectFailed(URI, ERROR, 3, 4.0, False), "links", "WARNING"),
     (events.ConnectFailed(URI, ERROR, 1, 1.0, True), "links", "WARNING"),
     (events.PollingTransport("redis", 1.0), "transports", "INFO"),

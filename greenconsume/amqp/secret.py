@@ -1,0 +1,126 @@
+"""Owns a link's secret that expires (an OAuth2 token): asks for the next, and hands it to the broker in time.
+
+RabbitMQ refuses all that a link does after its token's end, and a link carries a thousand consumers. One
+greenlet for each link whose secret can expire runs `keep_current`; it is the one that calls the user's
+credential provider, never the reader. Called by `transport`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from amqp.exceptions import ConnectionForced, RecoverableConnectionError
+from amqp.serialization import dumps
+from gevent.event import Event
+
+from greenconsume.events import SecretUpdated, emit
+from greenconsume.stopping import Deadline, wait
+
+UPDATE, UPDATED = (10, 70), (10, 71)
+
+#: The next token is asked for when so much of the life of one has passed.
+_SHARE = 0.75
+#: Seconds to the next attempt where none, or the same token again, was to be had.
+_RETRY = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class SecretSource:
+    """Where the secrets of a link come from.
+
+    Args:
+        first: The secret that the link is opened with.
+        ask: Returns the next one; may switch, and may raise.
+        interval: Seconds between two secrets, for those that do not say when they end; None: they do not.
+    """
+
+    first: str
+    ask: Callable[[], str]
+    interval: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the interval, which is the user's.
+
+        Raises:
+            ValueError: It is not above 0.
+        """
+        if self.interval is not None and not self.interval > 0:
+            raise ValueError(f"secret_interval must be above 0 seconds, not {self.interval!r}")
+
+    def delay_after(self, secret: str) -> float | None:
+        """Return the seconds after which the next secret is to be asked for; None: never."""
+        end = end_of(secret)
+        if end is None:
+            return self.interval
+        return max((end - time.time()) * _SHARE, 0.0)
+
+
+class Secretive(Protocol):
+    """What the update of a secret asks of a link."""
+
+    uri: str
+    call_timeout: float
+    over: Event
+
+    def listen(self, sig: tuple[int, int], callback: Callable[[], object]) -> None:
+        """Have `callback` called for each such method of the broker's."""
+        ...
+
+    def write_method(self, channel: int, sig: tuple[int, int], args: bytes = b"") -> None:
+        """Queue one method."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """End the link."""
+        ...
+
+
+def end_of(secret: str) -> float | None:
+    """Return when a token ends, in seconds since the epoch; None where it is no JWT, or never ends."""
+    parts = secret.split(".")
+    if len(parts) != 3:
+        return None
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        end: Any = claims["exp"]
+        return float(end)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def keep_current(link: Secretive, source: SecretSource) -> None:
+    """Hand the broker one secret after the other until the link is over. Switches: yes."""
+    taken = Event()
+    link.listen(UPDATED, taken.set)
+    secret, delay = source.first, source.delay_after(source.first)
+    while delay is not None and not link.over.wait(delay):
+        try:
+            following = source.ask()
+        except Exception as exc:  # the user's provider: whatever it raises, the link has time left
+            emit(SecretUpdated(link.uri, exc, _RETRY))
+            delay = _RETRY
+            continue
+        delay = source.delay_after(following)
+        if following == secret and end_of(secret) is not None:
+            delay = _RETRY  # a provider that keeps its token until the end
+        elif not _hand_over(link, following, taken):
+            return
+        secret = following
+
+
+def _hand_over(link: Secretive, secret: str, taken: Event) -> bool:
+    taken.clear()
+    try:
+        link.write_method(0, UPDATE, dumps("Ss", (secret, "the one before expires")))
+    except RecoverableConnectionError:  # the link was lost while its provider was asked
+        return False
+    if not wait(taken, Deadline(link.call_timeout)):
+        link.fail(ConnectionForced("the broker does not answer to a new secret"))
+        return False
+    emit(SecretUpdated(link.uri, None, 0.0))
+    return True
