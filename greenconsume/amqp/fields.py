@@ -262,6 +262,11 @@ def _write_wired(value: Any) -> bytes | None:
         return b"f" + _NUMBERS[WireFloat.letter].pack(value)
     if isinstance(value, WireBytes):
         return b"x" + _with_length(value)
-    if type(value) is datetime and value < _EPOCH:
-        return b"T" + _signed.pack((value - _EPOCH) // timedelta(seconds=1))
+    if isinstance(value, datetime):
+        return b"T" + _signed.pack((_in_utc(value) - _EPOCH) // timedelta(seconds=1))
     return None
+
+
+def _in_utc(value: datetime) -> datetime:
+    """Return a time in UTC, without a zone; one that has none is taken for UTC, as by py-amqp."""
+    return value.replace(tzinfo=None) - (value.utcoffset() or timedelta())

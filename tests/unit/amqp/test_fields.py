@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 
 import amqp
@@ -100,6 +100,14 @@ def test_a_timestamp_that_no_datetime_holds_is_published_as_a_timestamp(value):
 
 def test_a_time_before_1970_is_published():
     assert write_table({"a": datetime(1969, 12, 31, 23, 59, 59)}) == table_of(item("T", "q", -1))
+
+
+@pytest.mark.parametrize("hours", [-5, 0, 14])
+def test_a_time_with_a_zone_is_published_in_utc(hours):
+    zone = timezone(timedelta(hours=hours))
+    for moment in (datetime(1969, 12, 31, 23, tzinfo=zone), datetime(2024, 2, 29, tzinfo=zone)):
+        field = item("T", "q", int(moment.timestamp()))
+        assert write_table({"a": moment}) == table_of(field)
 
 
 def test_numbers_and_bytes_that_remember_their_type_are_what_they_are():
