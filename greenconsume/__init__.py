@@ -16,6 +16,7 @@ Where it is written. A package imports only what stands below it, and says what 
     cli          the command line: `greenconsume run MODULE:TARGET`, `greenconsume dead-letters`
     runtime      Runtime, spawn: many consumers, what restarts them and what stops them
     metrics      greenconsume[metrics]: a runtime's metrics for prometheus_client
+    otel         greenconsume[otel]: spans and metrics around handlers and publications
     admin        how a process is seen and steered: health, metrics, a live page, commands
     mixins       ConsumerMixin, ConsumerProducerMixin: kombu's interface, which users subclass
     consuming    the engine of a consumer: connect, receive, drain, close, by kombu's methods alone
