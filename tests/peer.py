@@ -85,6 +85,7 @@ class Peer:
         heartbeat: Proposed in Tune, in seconds; 0 for none.
         channel_max: Proposed in Tune.
         frame_max: Proposed in Tune.
+        rabbitmq: The version of RabbitMQ that it says it is; None: it is none.
         close_after: Send this many bytes on each connection, in all, then close it.
 
     Attributes:
@@ -101,6 +102,7 @@ class Peer:
         heartbeat: int = 0,
         channel_max: int = 2047,
         frame_max: int = 131072,
+        rabbitmq: str | None = None,
         close_after: int | None = None,
     ) -> None:
         self.answers = dict(answers or {})
@@ -110,6 +112,7 @@ class Peer:
         self.connection_count = 0
         self.port = free_port()
         self._tune = method_frame(0, "connection.tune", channel_max, frame_max, heartbeat)
+        self._start = _start(rabbitmq)
         self._close_after = close_after
         self._line: _Line | None = None
         self._handlers = Group()
@@ -188,7 +191,7 @@ class Peer:
         line = self._line = _Line(sock, self._close_after)
         try:
             if line.read_protocol_header():
-                line.send(_start())
+                line.send(self._start)
                 self._converse(line)
         except OSError:
             pass  # the client, or a test, has closed the connection
@@ -261,8 +264,9 @@ class _Line:
         return bool(data)
 
 
-def _start() -> bytes:
-    properties = {"product": "scripted peer", "version": "0", "capabilities": CAPABILITIES}
+def _start(rabbitmq: str | None) -> bytes:
+    product, version = ("RabbitMQ", rabbitmq) if rabbitmq else ("scripted peer", "0")
+    properties = {"product": product, "version": version, "capabilities": CAPABILITIES}
     return method_frame(0, "connection.start", 0, 9, properties, "PLAIN AMQPLAIN", "en_US")
 
 

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import amqp
+from kombu import Message
 from kombu.transport import virtual
 
 from greenconsume.amqp.channel import Channel
@@ -131,7 +132,7 @@ class Copy:
         )
 
 
-def keep_wire_form(message: Any, raw: Any) -> None:
+def keep_wire_form(message: Message, raw: Any) -> None:
     """Have `copy_of` see a delivery as it came, whatever its handler does to the message."""
     if type(raw) is tuple:
         properties = raw[5]
@@ -141,7 +142,7 @@ def keep_wire_form(message: Any, raw: Any) -> None:
         message.wire_form = (properties, raw[6])
 
 
-def copy_of(message: Any) -> Copy:
+def copy_of(message: Message) -> Copy:
     """Return a copy of a kombu message, or of what a green channel's `basic_get` returns."""
     if isinstance(message, virtual.Message):
         return _copy_of_virtual(message)
@@ -157,7 +158,7 @@ def copy_of(message: Any) -> Copy:
     return Copy(body, headers, properties)
 
 
-def _copy_of_virtual(message: Any) -> Copy:
+def _copy_of_virtual(message: Message) -> Copy:
     raw = message._raw
     known = raw["properties"]
     properties = {name: value for name, value in known.items() if name not in _PASSAGE}
@@ -169,7 +170,7 @@ def _copy_of_virtual(message: Any) -> Copy:
     return Copy(body, dict(raw.get("headers") or {}), properties)
 
 
-def note_origin(copy: Copy, message: Any, queue: str) -> None:
+def note_origin(copy: Copy, message: Message, queue: str) -> None:
     """Write into the headers where a message came from; the first time counts, but for the queue."""
     info = message.delivery_info
     copy.headers.setdefault(EXCHANGE, info.get("exchange") or "")
@@ -197,7 +198,7 @@ def _words(error: BaseException) -> str:
         return f"<its text cannot be had: {type(exc).__name__}>"
 
 
-def restore_origin(message: Any) -> None:
+def restore_origin(message: Message) -> None:
     """Show a handler the exchange, routing key and CC that the message was first published with."""
     headers = message.headers
     if _CC_ASIDE in headers:
