@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import amqp
+import gevent
 import pytest
+from gevent.event import Event
 from kombu import Queue
 
 from greenconsume import DeadLetters, Reject, Requeue, Retry
-from greenconsume.events import HandlerFailed
+from greenconsume.events import HandlerFailed, LinkBlocked
+from tests.brokers import NEWER, chosen_release
 from tests.integration.consumers import SOON, Recorder, consuming, observed
 from tests.messages import channel, declare, publish, queue_depth
 from tests.options import say
@@ -165,3 +168,68 @@ def test_a_message_that_succeeds_in_the_end_is_no_poison(amqp_url, queue_name, p
         publish(amqp_url, queue_name, ["good"] * 20)
         wait_until(lambda: len(consumer.came) == 20, SOON)
     assert depth(amqp_url, f"{queue_name}.dead") == 0
+
+
+def test_of_a_thousand_messages_none_is_lost_and_those_that_always_fail_are_kept(
+    amqp_url, queue_name
+):
+    """With the queue's default limit, where the broker has one."""
+    arguments = {} if chosen_release() == NEWER else {"x-delivery-limit": 20}
+    bodies = ["bad" if n % 20 == 0 else n for n in range(1000)]
+    consumer = Failing(amqp_url, quorum(queue_name, **arguments), Requeue(delay=0.0))
+    say(consumer, concurrency=20)
+    with consuming(consumer):
+        publish(amqp_url, queue_name, bodies)
+        wait_until(lambda: depth(amqp_url, f"{queue_name}.dead") == 50, SOON)
+        wait_until(lambda: set(consumer.bodies) == set(bodies) - {"bad"}, SOON)
+    assert queue_depth(amqp_url, queue_name) == 0
+    assert consumer.came.count("bad") == 50 * 15
+
+
+@pytest.mark.parametrize("policy", [Retry(0), Requeue(delay=0.0, max_deliveries=2)])
+def test_while_the_broker_blocks_publishers_a_dead_letter_is_written_once(
+    rabbitmq_fault, amqp_url, queue_name, policy
+):
+    gate, dead = Event(), f"{queue_name}.dead"
+
+    class Held(Failing):
+        def fail(self, body: Any, message: Any) -> None:
+            if message.delivery_info["redelivered"] or isinstance(policy, Retry):
+                gate.wait(SOON)
+            super().fail(body, message)
+
+    consumer = Held(amqp_url, quorum(queue_name), policy)
+    say(consumer, concurrency=5)
+    with consuming(consumer), observed(LinkBlocked) as blocks:
+        publish(amqp_url, queue_name, ["bad"] * 5)
+        wait_until(lambda: len(consumer.came) >= (0 if isinstance(policy, Retry) else 5), SOON)
+        rabbitmq_fault.block()
+        gate.set()
+        wait_until(lambda: blocks, SOON)
+        wait_until(lambda: rabbitmq_fault.queue_counts(amqp_url, queue_name).unacked == 5, SOON)
+        rabbitmq_fault.unblock()
+        wait_until(lambda: depth(amqp_url, dead) == 5, SOON)
+    assert (queue_depth(amqp_url, queue_name), queue_depth(amqp_url, dead)) == (0, 5)
+
+
+def test_a_replay_while_the_broker_blocks_publishers_waits_and_doubles_nothing(
+    rabbitmq_fault, amqp_url, queue_name
+):
+    dead = f"{queue_name}.dead"
+    with consuming(Failing(amqp_url, queue_name, Retry(0))):
+        publish(amqp_url, queue_name, ["bad"] * 3)
+        wait_until(lambda: depth(amqp_url, dead) == 3, SOON)
+
+    def replay() -> None:
+        with DeadLetters(amqp_url, dead) as letters:
+            for letter in letters:
+                letters.replay(letter)
+
+    with observed(LinkBlocked) as blocks:
+        rabbitmq_fault.block()
+        replaying = gevent.spawn(replay)
+        wait_until(lambda: blocks, SOON)
+        assert not replaying.ready()
+        rabbitmq_fault.unblock()
+        replaying.get(timeout=SOON)
+    assert (queue_depth(amqp_url, queue_name), queue_depth(amqp_url, dead)) == (3, 0)

@@ -17,6 +17,7 @@ from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkBlocked
 from greenconsume.failures import message_copy
 from greenconsume.handling.options import ConsumerOptions
+from tests.brokers import NEWER, chosen_release, vhost_of
 from tests.integration.consumers import (
     SOON,
     Recorder,
@@ -635,3 +636,25 @@ def test_a_poison_message_among_ten_thousand(amqp_url, queue_name, policy, ends_
         )
     # 10 % is the aim, of an idle machine; a busy one adds to either.
     assert min(cost.cpu for cost in mixed) < 1.35 * min(cost.cpu for cost in pure)
+
+
+def test_the_default_queue_type_of_a_virtual_host_is_recognised(rabbitmq, amqp_url, queue_name):
+    """Where the broker has such a thing: its delay queues must lose nothing either."""
+    if chosen_release() != NEWER:
+        pytest.skip("this RabbitMQ has no default queue type")
+    vhost = vhost_of(amqp_url)
+    rabbitmq.rabbitmqctl("update_vhost_metadata", vhost, "--default-queue-type", "quorum")
+    consumer = Failing(amqp_url, queue_name, Retry(delays=[0.05]))
+    with consuming(consumer):
+        publish(amqp_url, queue_name, ["bad"])
+        assert taken(amqp_url, f"{queue_name}.dead").headers[message_copy.RETRIES] == 1
+    declare(  # refused where it is there with other arguments
+        amqp_url,
+        f"{queue_name}.retry.50",
+        x_queue_type="quorum",
+        x_message_ttl=50,
+        x_dead_letter_exchange="",
+        x_dead_letter_routing_key=queue_name,
+        x_dead_letter_strategy="at-least-once",
+        x_overflow="reject-publish",
+    )
