@@ -130,7 +130,7 @@ class ConsumerMixin(_KombuConsumer):
 
     @property
     def should_stop(self) -> bool:
-        """Whether the consumer stops; assigning True wakes whatever it waits in. Never switches."""
+        """True if the consumer stops; assigning True wakes whatever it waits in. Never switches."""
         return lifecycle_of(self).stop.is_set()
 
     @should_stop.setter

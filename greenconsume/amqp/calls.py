@@ -24,7 +24,7 @@ from greenconsume.stopping import Deadline, wait
 
 
 class Life(Enum):
-    """What a channel can be used for."""
+    """The uses that a channel is good for."""
 
     OPENING = "opening"  # `Open` was sent, or is about to be
     OPEN = "open"
@@ -67,12 +67,12 @@ class Calls:
 
     @property
     def is_closing(self) -> bool:
-        """Whether it was closed from here."""
+        """True if it was closed from here."""
         return self.life is Life.CLOSING or self.life is Life.CLOSED
 
     @property
     def is_lost(self) -> bool:
-        """Whether it cannot be used any more; one that the broker closed opens itself again."""
+        """True if it cannot be used any more; one that the broker closed opens itself again."""
         return self.life is Life.CLOSED or self.link.failure is not None
 
     # -- calling --------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Calls:
     # -- what the reader brings -------------------------------------------------------------------------
 
     def heeds(self, method: Sig) -> bool:
-        """Whether a method that comes now is of this life of the channel."""
+        """Return whether a method that comes now is of this life of the channel."""
         return self.life is Life.OPEN or method in _HEEDED[self.life]
 
     def answer(self, method: Sig, args: list[object]) -> None:
@@ -173,5 +173,5 @@ class Calls:
 
     @property
     def close_deadline(self) -> Deadline:
-        """When a close that begins now must be done."""
+        """The deadline of a close that begins now."""
         return self._waits.close_deadline

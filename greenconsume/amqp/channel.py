@@ -44,7 +44,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     """
 
     Message = Message
-    returned_messages = None  # nothing reads it, and a thread-safe queue is dear
+    returned_messages = None  # nothing reads it, and py-amqp's thread-safe queue takes much memory
     connection: ChannelOwner | None
     __slots__ = (
         "_calls",
@@ -77,27 +77,27 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     @property
     def publisher(self) -> ChannelPublisher:
-        """What publishes on it, for those who need nothing else."""
+        """The part that publishes, for those who need nothing else."""
         return self.core.publisher
 
     @property
     def is_open(self) -> bool:
-        """Whether the broker has opened it, and nobody closed it."""
+        """True if the broker has opened it, and nobody closed it."""
         return self._calls.life is Life.OPEN
 
     @property
     def is_closing(self) -> bool:
-        """Whether it was closed from here."""
+        """True if it was closed from here."""
         return self._calls.is_closing
 
     @property
     def active(self) -> bool:
-        """Whether the broker lets it publish, by AMQP's flow control."""
+        """True if the broker lets it publish, by AMQP's flow control."""
         return self.core.is_active
 
     @property
     def auto_decode(self) -> bool:
-        """Whether bodies are decoded where they name an encoding."""
+        """True if bodies are decoded where they name an encoding."""
         return self.core.auto_decode
 
     @auto_decode.setter
@@ -106,7 +106,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     @property
     def events(self) -> Handlers:
-        """Who is told of `basic_return`, `basic_ack` and `basic_nack`, each in a greenlet of its own."""
+        """The callables that are told of `basic_return`, `basic_ack` and `basic_nack`, in greenlets."""
         return self.core.events
 
     @property
@@ -133,12 +133,12 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     @property
     def stale_count(self) -> int:
-        """How many messages were settled after their channel was gone."""
+        """The number of messages that were settled after their channel was gone."""
         return self.deliveries.stale_count
 
     @property
     def unsettled_count(self) -> int:
-        """How many deliveries are not settled."""
+        """The number of deliveries that are not settled."""
         return self.deliveries.unsettled_count
 
     @property
@@ -348,7 +348,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         self._calls.expect(spec.Basic.RecoverOk, self.deliveries.recovered)
 
     def holds(self, epoch: int) -> bool:
-        """Whether messages of this life of the channel can still be settled."""
+        """Return whether messages of this life of the channel can still be settled."""
         return self.deliveries.holds(epoch)
 
     # -- publishing -------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ _LISTENERS: dict[Sig, str] = {
 
 
 class ChannelOwner(Protocol):
-    """What a channel asks of its session."""
+    """A session, as its channels see it."""
 
     link: Link
     inbox: Inbox
@@ -104,19 +104,19 @@ class ChannelCore:
 
     @property
     def publisher(self) -> ChannelPublisher:
-        """What publishes on it."""
+        """The part that publishes."""
         if self._publisher is None:
             self._publisher = ChannelPublisher(self.calls, self.deliveries, self._waits)
         return self._publisher
 
     @property
     def unconfirmed(self) -> Confirms | None:
-        """What was published on it and is not confirmed; None if nobody awaits a confirm."""
+        """The publishes that are not confirmed; None if nobody awaits a confirm."""
         return self._publisher.confirms if self._publisher is not None else None
 
     @property
     def events(self) -> Handlers:
-        """Who is told of `basic_return`, `basic_ack` and `basic_nack`."""
+        """The callables that are told of `basic_return`, `basic_ack` and `basic_nack`."""
         if self._events is None:
             self._events = defaultdict(set)
         return self._events

@@ -32,7 +32,7 @@ class ChannelIds:
         self._last = 0
 
     def has_room(self, session_count: int, channel_count: int, channel_max: int) -> bool:
-        """Whether another session would find its ids."""
+        """Return whether another session would find its ids."""
         taken = max(session_count * self.session_size, channel_count)
         return taken + self.session_size <= channel_max
 

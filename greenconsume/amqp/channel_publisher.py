@@ -38,17 +38,17 @@ class ChannelPublisher:
 
     @property
     def lost(self) -> bool:
-        """Whether the channel cannot be used any more; one that the broker closed opens itself again."""
+        """True if the channel cannot be used any more; one that the broker closed opens itself again."""
         return self._calls.is_lost
 
     @property
     def blocked(self) -> bool:
-        """Whether the broker blocks publishers on this channel's link."""
+        """True if the broker blocks publishers on this channel's link."""
         return self._calls.link.blocked
 
     @property
     def publishable(self) -> bool:
-        """Whether `wait_publishable` would return at once."""
+        """True if `wait_publishable` would return at once."""
         return self._calls.link.is_publishable(self._calls.channel_id)
 
     def wait_publishable(self, deadline: Deadline, stop: StopSignal | None = None) -> None:

@@ -182,7 +182,7 @@ class Confirms:
 
     @property
     def holds_immediate(self) -> bool:
-        """Whether one of them was published with `immediate`."""
+        """True if one of them was published with `immediate`."""
         return any(confirm.immediate for confirm in self._waiting.values())
 
 

@@ -92,7 +92,7 @@ class Consumers:
 
     @property
     def has_running(self) -> bool:
-        """Whether any consumer runs."""
+        """True if any consumer runs."""
         return bool(self.running)
 
     def start(self, tag: str, consumer: ChannelConsumer) -> None:
@@ -130,11 +130,11 @@ class Consumers:
         return tags
 
     def was_announced(self, tag: str) -> bool:
-        """Whether the broker was told that this consumer ends, and it was not started again."""
+        """Return whether the broker was told that this consumer ends, and it was not started again."""
         return tag in self._announced
 
     def needs_settle(self, tag: str) -> bool:
-        """Whether a delivery to this consumer has to be settled."""
+        """Return whether a delivery to this consumer has to be settled."""
         return tag not in self.no_ack_tags
 
     def clear(self) -> None:

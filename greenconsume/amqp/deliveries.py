@@ -261,7 +261,7 @@ class Deliveries:
 
     @property
     def unsettled_count(self) -> int:
-        """How many deliveries are not settled."""
+        """The number of deliveries that are not settled."""
         return len(self._ledger)
 
     @property
@@ -270,7 +270,7 @@ class Deliveries:
         return self._ledger.oldest
 
     def holds(self, epoch: int) -> bool:
-        """Whether messages of this life of the channel can still be settled."""
+        """Return whether messages of this life of the channel can still be settled."""
         return epoch == self.epoch and self._calls.link.failure is None
 
     def count_stale(self, delivery_tag: int) -> None:

@@ -18,7 +18,7 @@ GRACE = 0.05
 
 
 class Beating(Protocol):
-    """What heartbeats ask of a link."""
+    """A link, as its heartbeats see it."""
 
     heartbeat: float
     last_read: float
@@ -26,7 +26,7 @@ class Beating(Protocol):
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the writer has something to send, which says as much as a heartbeat."""
+        """True if the writer has something to send, which says as much as a heartbeat."""
         ...
 
     def write(self, frames: list[bytes]) -> None:

@@ -86,7 +86,7 @@ class Inbox:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether a consumer that nothing else bounds is to be paused."""
+        """True if a consumer that nothing else bounds is to be paused."""
         return len(self.entries) > PAUSE_AT
 
     def pause(self, owner: object, consumer_tag: str, resume: Callable[[], object]) -> None:

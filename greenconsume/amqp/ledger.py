@@ -82,7 +82,7 @@ class Ledger:
 
     @property
     def pending(self) -> bool:
-        """Whether `flush` has something to send."""
+        """True if `flush` has something to send."""
         return bool(self._settled)
 
     def flush(self) -> list[Settle]:

@@ -162,7 +162,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     @property
     def connected(self) -> bool:
-        """Whether the link is open and has not failed."""
+        """True if the link is open and has not failed."""
         return self.failure is None and self._opened.is_set()
 
     def close(self, *args: Any, **kwargs: Any) -> None:
@@ -299,16 +299,16 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the writer still has something to send."""
+        """True if the writer still has something to send."""
         return self._gate.has_unsent
 
     @property
     def blocked(self) -> bool:
-        """Whether the broker blocks this link's publishers."""
+        """True if the broker blocks this link's publishers."""
         return self._gate.is_blocked
 
     def is_publishable(self, channel: int) -> bool:
-        """Whether `wait_publishable` would return at once. Never switches."""
+        """Return whether `wait_publishable` would return at once. Never switches."""
         return self._gate.is_open(channel)
 
     def wait_publishable(
@@ -336,12 +336,12 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     @property
     def session_size(self) -> int:
-        """How many channels another session is taken to need."""
+        """The number of channels that another session is taken to need."""
         return self._ids.session_size
 
     @property
     def has_room(self) -> bool:
-        """Whether another session would find its channel ids."""
+        """True if another session would find its channel ids."""
         channel_count = len(self.channels) - 1  # the link itself is number 0
         return self._ids.has_room(len(self.sessions), channel_count, self.channel_max)
 

@@ -23,7 +23,7 @@ READ_SIZE = 131072
 
 
 class ReadLink(Protocol):
-    """What the reader asks of its link."""
+    """A link, as its reader sees it."""
 
     channels: dict[int, LinkChannel]
     failure: BaseException | None

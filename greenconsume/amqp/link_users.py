@@ -11,7 +11,7 @@ from greenconsume.amqp.frames import Delivery, Sig
 
 
 class TakesDeliveries(Protocol):
-    """What the link hands a channel's deliveries to, and asks for its settles."""
+    """The deliveries of a channel, as its link sees them."""
 
     def take(self, delivery: Delivery) -> None:
         """Take a delivery from the reader."""
@@ -23,11 +23,11 @@ class TakesDeliveries(Protocol):
 
 
 class LinkChannel(Protocol):
-    """What the link knows of a channel."""
+    """A channel, as its link sees it."""
 
     @property
     def deliveries(self) -> TakesDeliveries:
-        """What takes its deliveries."""
+        """The part that takes its deliveries."""
         ...
 
     def dispatch_method(self, method_sig: Sig, payload: bytes, content: Any) -> None:
@@ -36,7 +36,7 @@ class LinkChannel(Protocol):
 
 
 class LinkUser(Protocol):
-    """What the link knows of a session."""
+    """A session, as its link sees it."""
 
     def on_link_lost(self) -> None:
         """The link is gone."""

@@ -18,7 +18,7 @@ from greenconsume.amqp.ledger import ACK, GIVE_BACK
 
 
 class Settles(Protocol):
-    """What settles a message: the deliveries of its channel."""
+    """The deliveries of a channel, as a message sees them that is to be settled."""
 
     epoch: int
 
@@ -27,7 +27,7 @@ class Settles(Protocol):
         ...
 
     def holds(self, epoch: int) -> bool:
-        """Whether messages of this life of the channel can still be settled."""
+        """Return whether messages of this life of the channel can still be settled."""
         ...
 
     def count_stale(self, delivery_tag: int) -> None:
@@ -36,7 +36,7 @@ class Settles(Protocol):
 
 
 class MessageChannel(Protocol):
-    """What a message knows of the channel that it came from."""
+    """A channel, as a message sees it that came from it."""
 
     deliveries: Settles
 

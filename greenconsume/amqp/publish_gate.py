@@ -30,12 +30,12 @@ class PublishGate:
 
     @property
     def is_blocked(self) -> bool:
-        """Whether the broker blocks this link's publishers."""
+        """True if the broker blocks this link's publishers."""
         return not self._unblocked.is_set()
 
     @property
     def has_unsent(self) -> bool:
-        """Whether something is still to be sent."""
+        """True if something is still to be sent."""
         return bool(self._sending or self._outgoing)
 
     def block(self) -> None:
@@ -65,7 +65,7 @@ class PublishGate:
         self._unblocked.set()
 
     def is_open(self, channel: int) -> bool:
-        """Whether `wait` would return at once. Never switches."""
+        """Return whether `wait` would return at once. Never switches."""
         return bool(self._unblocked.is_set()) and not self._is_full(channel)
 
     def wait(self, deadline: Deadline, stop: StopSignal | None, channel: int | None) -> None:

@@ -43,7 +43,7 @@ REPLIES: frozenset[Sig] = frozenset(
 
 
 class Reply:
-    """What one call waits for; kept in line after its caller gave up, so that its reply meets nobody.
+    """The reply that one call waits for; it stays in line after its caller gave up, so as to meet nobody.
 
     Attributes:
         methods: The methods that may answer it.
@@ -71,7 +71,7 @@ class Reply:
 
     @property
     def is_over(self) -> bool:
-        """Whether the reply came, or never will."""
+        """True if the reply came, or never will."""
         return self.sig is not None or self.error is not None
 
     def give_up(self, undo: Callable[..., object] | None) -> None:

@@ -31,7 +31,7 @@ _RETRY = 5.0
 
 @dataclass(frozen=True, slots=True)
 class SecretSource:
-    """Where the secrets of a link come from.
+    """The source of a link's secrets.
 
     Args:
         first: The secret that the link is opened with.
@@ -61,7 +61,7 @@ class SecretSource:
 
 
 class Secretive(Protocol):
-    """What the update of a secret asks of a link."""
+    """A link, as the update of its secret sees it."""
 
     uri: str
     call_timeout: float

@@ -60,13 +60,13 @@ class Outgoing:
         return b"".join(frames)
 
     def holds_large(self, channel: int | None) -> bool:
-        """Whether a large body waits of this channel, or of any: what it sends next waits behind it."""
+        """Return whether a large body of this channel waits, or of any: what it sends next waits behind."""
         if not self._large or channel is None:
             return bool(self._large)
         return channel.to_bytes(2, "big") in self._large
 
     def take_relief(self) -> bool:
-        """Whether the last of a large body was taken since this was last asked.
+        """Return whether the last of a large body was taken since this was last asked.
 
         Its channel is as any other again.
         """

@@ -101,7 +101,7 @@ class Session:
 
     @property
     def connected(self) -> bool:
-        """Whether the session is open and its link lives."""
+        """True if the session is open and its link lives."""
         return not self.is_closing and self.link.connected
 
     def channel(
@@ -134,7 +134,7 @@ class Session:
 
     @property
     def server_properties(self) -> dict[str, Any]:
-        """What the broker said about itself: product, version, capabilities."""
+        """The broker's words about itself: product, version, capabilities."""
         return self.link.server_properties
 
     @property
@@ -149,7 +149,7 @@ class Session:
 
     @property
     def confirm_publish(self) -> bool:
-        """Whether `basic_publish` waits for the confirm, by the transport option of this name."""
+        """True if `basic_publish` waits for the confirm, by the transport option of this name."""
         return self.link.confirm_publish
 
     @property
@@ -214,7 +214,7 @@ class Session:
 
     @property
     def backlog(self) -> int:
-        """How many deliveries wait for `drain_events`."""
+        """The number of deliveries that wait for `drain_events`."""
         return len(self.inbox.entries)
 
     @property
@@ -235,7 +235,7 @@ class Session:
 
     @property
     def given_back_count(self) -> int:
-        """How many deliveries went back to their queues because no callback took them."""
+        """The number of deliveries that went back to their queues because no callback took them."""
         return self.inbox.given_back_count
 
     def announce_stop(self) -> None:
@@ -288,7 +288,7 @@ class Session:
 
     @property
     def left(self) -> bool:
-        """Whether the link has forgotten the session."""
+        """True if the link has forgotten the session."""
         return self not in self.link.sessions
 
     def _leave(self) -> None:

@@ -14,7 +14,7 @@ from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
 
 
 class Limits(Protocol):
-    """What a link allows for an answer, and for a close; in seconds."""
+    """The seconds that a link allows for an answer, and for a close."""
 
     call_timeout: float
     close_timeout: float
@@ -61,7 +61,7 @@ class Waits:
 
     @property
     def close_deadline(self) -> Deadline:
-        """When a channel that is closed now must be done: with its session, or in `close_timeout`."""
+        """The deadline of a channel that is closed now: its session's, or in `close_timeout`."""
         return self.deadline or Deadline(self._limits.close_timeout)
 
     @property

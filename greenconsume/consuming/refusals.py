@@ -35,7 +35,7 @@ class Prospect(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a broker's error means for the consumer that met it.
+    """A broker's error, as it concerns the consumer that met it.
 
     Attributes:
         prospect: How it may end.

@@ -53,7 +53,7 @@ class DeadLetter:
 
     @property
     def time(self) -> str:
-        """When it was given up, in UTC, or an empty text."""
+        """The time at which it was given up, in UTC, or an empty text."""
         at = self._death.get("time")
         if isinstance(at, datetime):
             return at.replace(tzinfo=timezone.utc).isoformat()
@@ -76,12 +76,12 @@ class DeadLetter:
 
     @property
     def host(self) -> str:
-        """Where the handler failed: the host and the process."""
+        """The host and the process in which the handler failed."""
         return str(self.headers.get(message_copy.HOST, ""))
 
     @property
     def retry_count(self) -> int:
-        """How often it was retried."""
+        """The number of its retries."""
         return message_copy.retries_of(self.headers)
 
     @property
@@ -102,7 +102,7 @@ class DeadLetter:
 
     @property
     def _death(self) -> dict[str, Any]:
-        """What the broker noted when it dead-lettered the message for the first time."""
+        """The broker's note of the first time that it dead-lettered the message."""
         deaths = self.headers.get(_DEATHS)
         if message_copy.QUEUE in self.headers or not isinstance(deaths, list) or not deaths:
             return {}

@@ -36,7 +36,7 @@ def limit_of(queue: Queue, server: Mapping[str, object]) -> int | None:
 
 
 def counts_returns(queue: Queue) -> bool:
-    """Whether a queue is known to count the ways back of its messages, by its arguments."""
+    """Return whether a queue is known to count the ways back of its messages, by its arguments."""
     return bool((queue.queue_arguments or {}).get("x-queue-type") == "quorum")
 
 

@@ -210,7 +210,7 @@ def restore_origin(message: Message) -> None:
 
 
 def _keeps_origin(channel: Any) -> bool:
-    """Whether a virtual channel puts a message back by what it noted itself, not by `delivery_info`."""
+    """Return whether a virtual channel puts messages back by its own notes, not by `delivery_info`."""
     return getattr(type(channel), "_restore", None) not in (None, virtual.Channel._restore)
 
 

@@ -18,7 +18,7 @@ from greenconsume.failures.requeues import DelayedRequeues
 
 
 class FailurePolicy(Protocol):
-    """What becomes of a message whose handler failed.
+    """A rule for what becomes of a message whose handler failed.
 
     Called in the handler's greenlet after it has ended; no timeout or shutdown interrupts it any more.
     """

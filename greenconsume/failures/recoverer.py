@@ -42,11 +42,11 @@ Wanted = Mapping[str, dict[str, Any] | None]
 
 
 class RetryPlan(Protocol):
-    """When a message is tried again, how often, and where it ends; `Retry` is one."""
+    """A plan of when a message is tried again, how often, and where it ends; `Retry` is one."""
 
     @property
     def max_retries(self) -> int | None:
-        """How often a message is tried again."""
+        """The number of times that a message is tried again."""
 
     @property
     def delays(self) -> Sequence[float]:
@@ -61,7 +61,7 @@ class RetryPlan(Protocol):
 
 
 class Recoverer:
-    """What the failure policies of one consumer need to know of it: its queues, and its way out.
+    """The queues of one consumer and its way out, for its failure policies.
 
     Args:
         plans: Its `Retry` policies.

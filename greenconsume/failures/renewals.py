@@ -32,14 +32,14 @@ _MARK = DELIVERY_COUNT.encode()
 
 
 class Source(NamedTuple):
-    """Where deliveries come from: the consumer that takes them, and its queue."""
+    """The origin of deliveries: the consumer that takes them, and its queue."""
 
     consumer: Any
     queue: Queue
 
 
 class Rewriter(Protocol):
-    """What writes a message elsewhere, confirmed, and acks it."""
+    """A writer of messages to another place: confirmed, and only then acked."""
 
     def source_of(self, consumer_tag: str) -> Source | None:
         """Return where what is delivered to a consumer comes from."""

@@ -14,7 +14,7 @@ _AGAIN = 1.0
 
 
 def is_settleable(message: Message) -> bool:
-    """Whether the message still waits for its settlement: nobody settled it, and the broker wants one."""
+    """Return whether the message is still to be settled: nobody has, and the broker wants it."""
     if message.acknowledged or message.channel is None:
         return False
     auto_acked = getattr(message.channel, "no_ack_consumers", None) or ()
@@ -30,7 +30,7 @@ def is_settleable(message: Message) -> bool:
 
 
 def is_live(message: Message) -> bool:
-    """Whether the channel that the message came from can still settle it."""
+    """Return whether the channel that the message came from can still settle it."""
     channel = message.channel
     holds = getattr(channel, "holds", None)
     if holds is not None and hasattr(message, "epoch"):

@@ -67,7 +67,7 @@ def _type_of(queue: Queue) -> str | None:
 
 
 def is_quorum(queue: Queue, session: Session) -> bool:
-    """Whether a queue that was declared is a quorum queue, by its arguments or by its virtual host's default.
+    """Return whether a declared queue is a quorum queue, by its arguments or its virtual host's default.
 
     Switches: yes, where only the broker knows.
     """
@@ -104,12 +104,12 @@ def _proves_quorum(queue: Queue, session: Session) -> bool:
 
 
 def lasts(queue: Queue) -> bool:
-    """Whether the queue is there when a delay is over, even if its consumer is not."""
+    """Return whether the queue is there when a delay is over, even if its consumer is not."""
     return not (queue.auto_delete or queue.exclusive or queue.name.startswith("amq."))
 
 
 class _Declared:
-    """What was declared over one link: ten thousand replicas declare their queues once."""
+    """The queues that were declared over one link: ten thousand replicas declare theirs once."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()

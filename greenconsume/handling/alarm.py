@@ -17,7 +17,7 @@ PATIENCE = 1.0
 
 
 class Alarm:
-    """Interrupts one handler at its `handler_timeout`, and kills it where it goes on all the same.
+    """Interrupts one handler at its `handler_timeout`, and kills it if it does not end then.
 
     Args:
         job: The handler.

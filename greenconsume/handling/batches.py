@@ -30,7 +30,7 @@ from greenconsume.links.pool import LinkPool
 
 
 class Batch(Sequence[tuple[Any, Any]]):
-    """What a callback of a consumer with `batch_size` is given: pairs of body and message, in their order.
+    """The argument of a callback with `batch_size`: pairs of body and message, in their order.
 
     Write `for body, message in batch`. A message may be settled by itself, `message.ack()`, and the rest of
     the batch afterwards. What neither does is left to `auto_settle`, or to the failure policy.
@@ -120,7 +120,7 @@ class Batching(Handling):
 
     @property
     def gathered(self) -> int:
-        """How many messages wait in batches that have not started."""
+        """The number of messages that wait in batches that have not started."""
         return sum(len(job.pairs) for job in self._unstarted)
 
     def submit(self, consumer: Any, message: Any) -> None:

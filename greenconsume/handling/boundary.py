@@ -41,7 +41,7 @@ _INLINE_PREFETCH = 10
 
 
 class Handler:
-    """What a kombu `Consumer` calls with each delivery, in the place of its own `_receive_callback`.
+    """The callable that a kombu `Consumer` has in the place of its own `_receive_callback`.
 
     Args:
         consumer: The `kombu.Consumer` whose callbacks are run.
@@ -274,7 +274,7 @@ class Handling:
         return True
 
     def _is_foreign(self, job: Job, exc: BaseException) -> bool:
-        """Whether `exc` is meant for the greenlet itself, or for the whole process."""
+        """Return whether `exc` is meant for the greenlet itself, or for the whole process."""
         if isinstance(exc, (Exception, Interrupt)):
             return False
         if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
@@ -332,12 +332,12 @@ class Handling:
 
     @property
     def busy(self) -> bool:
-        """Whether a handler runs."""
+        """True if a handler runs."""
         return bool(self._inline) or (self.pool is not None and bool(self.pool.jobs))
 
     @property
     def holds_live(self) -> bool:
-        """Whether a handler runs whose message can still be settled."""
+        """True if a handler runs whose message can still be settled."""
         messages = [job.message for job in self.running()]
         return any(is_live(each[0][1] if isinstance(each, Sequence) else each) for each in messages)
 

@@ -34,7 +34,7 @@ UNSET: Final = Unset.UNSET
 
 
 class Kind(Protocol):
-    """What values an option takes.
+    """The kind of values that an option takes.
 
     Attributes:
         allowed: Says it in words, to follow "must be".
@@ -124,7 +124,7 @@ class YesOrNo:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What makes the key of a message."""
+    """A callable that makes the key of a message."""
 
     allowed: str = (
         "the name of a header, 'routing_key', a callable that is given the message, or None"

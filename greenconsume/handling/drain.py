@@ -51,7 +51,7 @@ class Drain:
     Attributes:
         finished: How many handlers ended by themselves during the drain.
         killed: How many had to be killed.
-        told: It is over.
+        told: True once it is over, and was told of by `ConsumerDrained`.
     """
 
     __slots__ = (
@@ -167,7 +167,7 @@ class Drain:
 
     @property
     def outcome(self) -> Outcome:
-        """What has become of the messages in hand, so far."""
+        """The numbers of the messages in hand by what has become of them, so far."""
         handling = self._handling
         return Outcome(self.finished, handling.given_back, handling.cancelled, self.killed)
 
@@ -208,7 +208,9 @@ class Drain:
                     rungs.kill.reason or f"cancel_timeout of {settings.cancel_timeout:g} s is over"
                 )
         self.finished += started - (handling.cancelled + self.killed - before)
-        self._climbed = True  # who goes on all the same is not waited for again
+        self._climbed = (
+            True  # a handler that runs on although it was killed is not waited for again
+        )
 
     def _give_back(self) -> None:
         for job in self._handling.unstarted():

@@ -23,7 +23,7 @@ _JITTER = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KillSwitch:
-    """When a consumer stops consuming because its messages fail, and for how long.
+    """The rule by which a consumer stops consuming for a while, because its messages fail.
 
     A message fails when its callback raises, whatever its policy then does with it.
 
@@ -136,7 +136,7 @@ class Switch:
 
     @property
     def limit(self) -> int | None:
-        """How many messages are to be consumed now; None: all."""
+        """The number of messages that are to be consumed now; None: all."""
         return 1 if self.half_open else None
 
     def wait_out(self, stopping: StopCheck) -> None:
@@ -161,7 +161,7 @@ class Switch:
 
 
 class NoSwitch:
-    """What a consumer without a kill switch has."""
+    """The kill switch of a consumer that has none."""
 
     limit = None
 

@@ -46,7 +46,7 @@ PartitionBy: TypeAlias = str | Callable[..., Hashable]
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ConsumerOptions:
-    """How a consumer's messages are handled: the class attribute `options` of a consumer.
+    """The options of a consumer, by which its messages are handled: its class attribute `options`.
 
     Every option that is not said here is left to `Runtime.spawn(…, options=…)`, then to
     `Runtime(options=…)`, then to its default. docs/reference.md has them in a table.

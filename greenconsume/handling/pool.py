@@ -82,7 +82,7 @@ class HandlerPool:
 
     @property
     def size(self) -> int:
-        """How many jobs run at once."""
+        """The number of jobs that run at once."""
         return self._slots.count
 
     def submit(self, job: Job, stop: StopSignal, wanted: Callable[[Job], bool]) -> bool:

@@ -21,7 +21,7 @@ from greenconsume.handling.slots import Slots
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a consumer's handlers run; see `ConsumerOptions`.
+    """The options by which a consumer's handlers run, resolved; see `ConsumerOptions`.
 
     Attributes:
         partition: The key of a message, or None where it waits for no other.
@@ -113,7 +113,7 @@ def _partition(by: Any, consumer: object) -> Callable[[Any], Hashable] | None:
 
 
 def _is_method(by: Any) -> bool:
-    """Whether it is a function that was written as a method: it takes the consumer and the message."""
+    """Return whether it is a function that was written as a method: it takes the consumer and the message."""
     code = getattr(by, "__code__", None)
     if code is None or hasattr(by, "__self__"):
         return False

@@ -50,22 +50,22 @@ class Dialer:
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a link that can be used."""
+        """True if there is a link that can be used."""
         return self.link is not None and self.link.connected and not self.link.is_closing
 
     @property
     def load(self) -> int:
-        """How many use the link or wait for it."""
+        """The number of those who use the link or wait for it."""
         return self._waiting_count + (len(self.link.sessions) if self.is_live and self.link else 0)
 
     @property
     def session_size(self) -> int:
-        """How many channels a session is taken to need."""
+        """The number of channels that a session is taken to need."""
         return self.link.session_size if self.link else 1
 
     @property
     def has_room(self) -> bool:
-        """Whether another session would find its channels."""
+        """True if another session would find its channels."""
         return not (self.is_live and self.link) or self.link.has_room
 
     def acquirer(self, connection: Connection) -> Callable[[], Link]:

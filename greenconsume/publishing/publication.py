@@ -125,7 +125,7 @@ class Publication(Confirm):
 
     @property
     def fate(self) -> str:
-        """What can be said of it while it is not confirmed, in words."""
+        """The words for it while it is not confirmed."""
         return "it may or may not have arrived" if self.written_count else "it was never sent"
 
     def finish(self, error: PublishError | None) -> None:

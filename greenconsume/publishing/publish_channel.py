@@ -87,7 +87,7 @@ class PublishChannel:
 
     @property
     def blocked(self) -> bool:
-        """Whether the broker blocks publishers."""
+        """True if the broker blocks publishers."""
         return self.channel is not None and self.channel.blocked
 
     def connect(self) -> ChannelPublisher | PlainChannel:
@@ -120,7 +120,7 @@ class PublishChannel:
             self.isolated, self._links = True, LinkPool()
 
     def has_declared(self, entities: Sequence[Exchange | Queue]) -> bool:
-        """Whether these exchanges and queues were all declared on this connection. Never switches."""
+        """Return whether these exchanges and queues were all declared on this connection. Never switches."""
         declared = self._connection.declared_entities if self._connection is not None else ()
         return all(each.can_cache_declaration and hash(each) in declared for each in entities)
 

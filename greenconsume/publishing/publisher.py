@@ -235,7 +235,7 @@ class Publisher:
         )
 
     def _is_json(self, options: dict[str, Any]) -> bool:
-        """Whether kombu would make plain JSON of a dict or list."""
+        """Return whether kombu would make plain JSON of a dict or list."""
         return (
             self._on_amqp
             and self._producer.serializer is None
@@ -311,7 +311,7 @@ def _close_used() -> None:
 
 
 class _Taker:
-    """What a `kombu.Producer` takes for its channel: returns what is published, and where to."""
+    """A stand-in for a `kombu.Producer`'s channel: it returns what is published, and where to."""
 
     prepare_message = pyamqp.Channel.prepare_message
 

@@ -137,7 +137,7 @@ def test_the_lowest_dependencies_that_are_tested_are_those_declared() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_fits_in_the_head(path: Path) -> None:
     source = path.read_text()
-    assert source.count("\n") <= 500
+    assert source.count("\n") <= 400
     assert ast.get_docstring(ast.parse(source))
 
 
@@ -155,15 +155,9 @@ def function_lengths(path: Path) -> Iterator[tuple[str, int]]:
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
 
 
-#: Their docstrings are still to be gone over.
-_UNCHECKED = ("amqp/", "failures/", "handling/", "links/", "mixins.py", "publishing/")
-
-
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_docstring_begins_with_what_it_does(path: Path) -> None:
     """A verb, or for a class or property a noun: never a question that the reader has to finish."""
-    if str(path.relative_to(PACKAGE)).startswith(_UNCHECKED):
-        pytest.skip("still to be gone over")
     questions = [
         f"{node.name}: {doc.splitlines()[0]}"
         for node in ast.walk(ast.parse(path.read_text()))
