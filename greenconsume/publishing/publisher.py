@@ -95,12 +95,7 @@ class Publisher:
             TypeError: `broker` is neither a URL nor a connection.
             ValueError: A number is out of its range.
         """
-        if not max_unconfirmed >= 1:
-            raise ValueError(f"max_unconfirmed must be 1 or more, not {max_unconfirmed!r}")
-        if not (timeout is None or timeout > 0):
-            raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout!r}")
-        if not (max_retries is None or max_retries >= 0):
-            raise ValueError(f"max_retries must be 0 or more, or None, not {max_retries!r}")
+        _check_numbers(max_unconfirmed, timeout, max_retries)
         connection = connection_to(broker)
         self.uri: str = connection.as_uri()
         self._timeout = timeout
@@ -308,6 +303,15 @@ def _close_used() -> None:
                 publisher.close(_AT_EXIT)
             except PublishError:  # the log has it
                 pass
+
+
+def _check_numbers(max_unconfirmed: int, timeout: float | None, max_retries: int | None) -> None:
+    if not max_unconfirmed >= 1:
+        raise ValueError(f"max_unconfirmed must be 1 or more, not {max_unconfirmed!r}")
+    if not (timeout is None or timeout > 0):
+        raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout!r}")
+    if not (max_retries is None or max_retries >= 0):
+        raise ValueError(f"max_retries must be 0 or more, or None, not {max_retries!r}")
 
 
 class _Taker:
