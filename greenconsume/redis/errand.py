@@ -10,10 +10,11 @@ from typing import Any
 
 from gevent.event import Event
 
+from greenconsume.redis.calls import CALL_TIMEOUT
 from greenconsume.redis.feed import MAX_BYTES, feeds_of
 from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.ledger import Ledger
-from greenconsume.redis.link import CALL_TIMEOUT, Link
+from greenconsume.redis.link import Link
 from greenconsume.redis.scripts import TAKE
 from greenconsume.stopping import Deadline, StopSignal, wait
 

@@ -23,7 +23,7 @@ from greenconsume.redis.feed import feeds_of
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
 from greenconsume.redis.restore import restore
-from greenconsume.redis.scripts import BEAT, DUE, REFRESH
+from greenconsume.redis.scripts import BEAT, DUE, REFRESH, REFRESH_BINDING
 from greenconsume.stopping import Deadline, wait
 
 logger = logging.getLogger("greenconsume.redis")
@@ -35,6 +35,8 @@ BEAT_INTERVAL, DEAD_AFTER = 10.0, 25.0
 REFRESHES = 4
 #: How many messages are restored, or come back from their delay, by one look.
 LOOK = 100
+#: The bindings of an expiring queue are refreshed so many times before they would be over.
+_BINDING_REFRESHES = 3
 #: How many fields one refresh names.
 _CHUNK = 500
 
@@ -49,8 +51,9 @@ class Keeper:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._greenlet: gevent.Greenlet[..., None] | None = None
-        self._beat_at = self._refresh_at = self._due_at = 0.0
+        self._beat_at = self._refresh_at = self._due_at = self._bindings_at = 0.0
         self._lease = ledger.keyspace.visibility_timeout / REFRESHES
+        self._known: Link | None = None  # the link that was last spoken over
 
     def start(self) -> None:
         """Begin, if it has not. Never switches."""
@@ -87,15 +90,24 @@ class Keeper:
         if link is None or link.is_closing:
             return None  # until it is gone, or another comes
         refresh_at = self._refresh_at if self._ledger.held else float("inf")
-        return max(0.0, min(self._beat_at, refresh_at, self._due_at) - monotonic())
+        bindings_at = self._bindings_at if self._ledger.bindings else float("inf")
+        return max(0.0, min(self._beat_at, refresh_at, self._due_at, bindings_at) - monotonic())
 
     def _postpone(self, to: float) -> None:
         self._beat_at, self._refresh_at = max(self._beat_at, to), max(self._refresh_at, to)
-        self._due_at = max(self._due_at, to)
+        self._due_at, self._bindings_at = max(self._due_at, to), max(self._bindings_at, to)
 
     def _look(self, link: Link) -> None:
+        if link is not self._known:
+            # Others know this process by its connection, and may have taken it for dead meanwhile.
+            self._beat(link)
+            if self._known is not None:
+                self._refresh(link)
+            self._known = link
         self._settle(link)
         now = monotonic()
+        if now >= self._bindings_at:
+            self._refresh_bindings(link)
         if now >= self._refresh_at:
             self._refresh(link)
         if now >= self._due_at:
@@ -131,6 +143,15 @@ class Keeper:
                     *(len(gone), ledger.keyspace.visibility_timeout),
                 )
         self._refresh_at = monotonic() + self._lease
+
+    def _refresh_bindings(self, link: Link) -> None:
+        """Keep the bindings of expiring queues that are consumed, which kombu sweeps away in time."""
+        space, bindings = self._ledger.keyspace, self._ledger.bindings
+        for (exchange, member), ttl in list(bindings.items()):
+            keys = (space.bindings(exchange), space.binding_deadlines)
+            link.call_script(REFRESH_BINDING, keys, (member, exchange, ttl))
+        least = min(bindings.values(), default=0) / 1000
+        self._bindings_at = monotonic() + max(least / _BINDING_REFRESHES, BEAT_INTERVAL)
 
     # -- what others have left ------------------------------------------------------------------------
 

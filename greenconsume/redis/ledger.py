@@ -52,6 +52,7 @@ class Ledger:
         doubtful: Fields that a lost link may have taken, or not.
         changed: Set when something is in `failed` or `doubtful`, or a link came or went.
         on_returned: Called with the keys that messages went back to.
+        bindings: Those of expiring queues that are in use here, with the milliseconds that they live.
         stale_count: How many acks came for messages that were not ours any more.
     """
 
@@ -65,6 +66,7 @@ class Ledger:
         self.links: list[Link] = []
         self.on_returned: list[Callable[[Iterable[str]], object]] = []
         self.stale_count = 0
+        self.bindings: dict[tuple[str, str], int] = {}
         self._number = 1
         self._acks: list[str] = []
         self._oldest_ack = 0.0

@@ -10,7 +10,6 @@ and shared by a `LinkPool`.
 from __future__ import annotations
 
 import os
-import socket
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -25,23 +24,19 @@ from redis import exceptions
 from greenconsume.amqp.link import LinkLostError
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkDown, LinkUp, emit
+from greenconsume.redis.calls import CALL_TIMEOUT, Calls, OnReply
 from greenconsume.redis.handshake import Greeting, greet
+from greenconsume.redis.outgoing import Outgoing
+from greenconsume.redis.pings import watch
 from greenconsume.redis.protocol import Argument, Parser, ProtocolError, Push, encode
 from greenconsume.redis.scripts import Script
-from greenconsume.stopping import Deadline, StopSignal, wait
-
-#: Called with a reply in the reader, where it must not switch; an error is a reply as well.
-OnReply = Callable[[Any], object]
+from greenconsume.stopping import Deadline, wait
 
 READ_SIZE = 131072
 #: A silent server is asked after so many seconds whether it lives, and left after as many without an
 #: answer.
 HEALTH_INTERVAL = 5.0
 DEFAULT_CLOSE_TIMEOUT = 5.0
-#: Seconds that a call waits for its reply; a server that says nothing at all is left earlier.
-CALL_TIMEOUT = 60.0
-#: A hub that was busy is given this long to read what had arrived before silence is judged.
-_GRACE = 0.05
 #: What says that this server is the wrong one to talk to.
 _WRONG_SERVER = (
     exceptions.ReadOnlyError,
@@ -54,7 +49,7 @@ _WRONG_SERVER = (
 _TO_SUBSCRIBERS = (b"psubscribe", b"punsubscribe", b"pmessage")
 
 
-class Link:
+class Link(Calls):
     """One connection to a server, used by any number of sessions and greenlets.
 
     Args:
@@ -102,8 +97,7 @@ class Link:
         self._sock: Any = None
         self._replies: deque[tuple[OnReply | None, bool]] = deque()
         self._owed_count = 0  # replies that a close waits for
-        self._unsent: list[bytes] = []
-        self._sending = False
+        self._outgoing = Outgoing()
         self._known: set[str] = set()  # scripts that the server has seen
         self._has_unsent, self._dead, self._quiet = Event(), Event(), Event()
         self._opened = False
@@ -132,7 +126,7 @@ class Link:
         gevent.spawn(self._read).name = f"reader of {self.uri}"
         gevent.spawn(self._write).name = f"writer of {self.uri}"
         if self._health_interval:
-            gevent.spawn(self._watch).name = f"pings of {self.uri}"
+            gevent.spawn(watch, self, self._health_interval).name = f"pings of {self.uri}"
         emit(LinkUp(self.uri))
 
     def _took(self, connection: Any) -> None:
@@ -186,7 +180,7 @@ class Link:
         for on_reply, _ in replies:
             if on_reply is not None:
                 on_reply(self.lost())
-        self._unsent.clear()
+        self._outgoing.clear()
         for event in (self._has_unsent, self._dead, self._quiet):
             event.set()
         for ended in self.on_end:
@@ -228,7 +222,7 @@ class Link:
         """
         if self.failure is not None:
             raise self.lost()
-        self._unsent.append(encode(arguments))
+        self._outgoing.put(encode(arguments))
         self._replies.append((on_reply, matters))
         self._owed_count += matters
         self._has_unsent.set()
@@ -237,7 +231,7 @@ class Link:
         """Have a command sent that is answered by pushes alone. Never switches."""
         if self.failure is not None:
             raise self.lost()
-        self._unsent.append(encode(arguments))
+        self._outgoing.put(encode(arguments))
         self._has_unsent.set()
 
     def run(
@@ -262,50 +256,6 @@ class Link:
                 on_reply(reply)
 
         self.send(("EVALSHA", script.sha, *body), replied, matters)
-
-    def call(
-        self,
-        *arguments: Argument,
-        stop: StopSignal | None = None,
-        deadline: Deadline | None = None,
-    ) -> Any:
-        """Send a command and return its reply.
-
-        Raises:
-            StoppedError: `stop` was set.
-            TimeoutError: The deadline came.
-            LinkLostError: The link is gone; whether the command was executed is not known.
-            redis.exceptions.ResponseError: The server refused it.
-
-        Switches: yes.
-        """
-        return self.call_all([arguments], stop, deadline)[0]
-
-    def call_all(
-        self,
-        commands: Sequence[Sequence[Argument]],
-        stop: StopSignal | None = None,
-        deadline: Deadline | None = None,
-    ) -> list[Any]:
-        """Send commands and return their replies; the first that is an error is raised, as `call` does."""
-        answer = _Answer(len(commands))
-        for command in commands:
-            self.send(command, answer.take)
-        return answer.wait(stop, deadline or Deadline(CALL_TIMEOUT))
-
-    def call_script(
-        self,
-        script: Script,
-        keys: Sequence[Argument],
-        arguments: Iterable[Argument],
-        stop: StopSignal | None = None,
-        deadline: Deadline | None = None,
-        matters: bool = True,
-    ) -> Any:
-        """Run a script and return its reply; see `call`."""
-        answer = _Answer(1)
-        self.run(script, keys, arguments, answer.take, matters)
-        return answer.wait(stop, deadline or Deadline(CALL_TIMEOUT))[0]
 
     # -- reading ----------------------------------------------------------------------------------------
 
@@ -352,37 +302,29 @@ class Link:
 
     def flush_now(self) -> None:
         """Send what can be sent without waiting: this greenlet keeps the hub for long. Never switches."""
-        raw = getattr(self._sock, "_sock", None)
-        if self._sending or not self._unsent or raw is None or hasattr(self._sock, "_sslobj"):
-            return  # the writer's, as soon as it has its turn
-        data = b"".join(self._unsent)
-        try:
-            sent = raw.send(data)
-        except OSError:
-            return  # likewise: it waits, or it fails the link
-        self._unsent[:] = [data[sent:]] if sent < len(data) else []
+        self._outgoing.send_now(self._sock)
 
     def _write(self) -> None:
-        sendall = self._sock.sendall
+        sendall, outgoing = self._sock.sendall, self._outgoing
         try:
             while self.failure is None:
                 self._has_unsent.wait()
                 self._has_unsent.clear()
                 for gather in self.before_write:
                     gather()
-                data = b"".join(self._unsent)
-                self._unsent.clear()
-                self._sending = True
-                sendall(data)
-                self._sending = False
-                if self._unsent:
+                outgoing.is_sending = True
+                sendall(outgoing.take())
+                outgoing.is_sending = False
+                if outgoing:
                     gevent.sleep(0)  # sendall does not switch while the kernel takes all
         except OSError as exc:
             self.fail(exc)
 
+    # -- pings ----------------------------------------------------------------------------------------
+
     @property
     def last_read(self) -> float:
-        """The time at which its reader last read something (`time.monotonic`)."""
+        """The monotonic time at which the server last said something."""
         return self._last_read
 
     @property
@@ -390,24 +332,18 @@ class Link:
         """The seconds within which it is heard of; 0: not looked at."""
         return self._health_interval
 
-    # -- pings --------------------------------------------------------------------------------------------
+    @property
+    def is_owed(self) -> bool:
+        """True while the server has yet to answer."""
+        return bool(self._replies)
 
-    def _watch(self) -> None:
-        asked: float | None = None  # when something was sent that wants an answer
-        while not self._dead.wait(self._health_interval):
-            if self._is_silent_since(asked):
-                self._dead.wait(_GRACE)
-            if self._is_silent_since(asked):
-                seconds = round(monotonic() - self._last_read, 1)
-                self.fail(exceptions.TimeoutError(f"no answer from the server for {seconds} s"))
-                return
-            asked = None
-            if monotonic() - self._last_read >= self._health_interval * 0.9 or self._replies:
-                asked = monotonic()
-                self.send(("PING",), matters=False)
+    def wait_for_end(self, seconds: float) -> bool:
+        """Wait until it has failed, for so many seconds; return whether it has. Switches: yes."""
+        return bool(self._dead.wait(seconds))
 
-    def _is_silent_since(self, asked: float | None) -> bool:
-        return asked is not None and self._last_read < asked
+    def ping(self) -> None:
+        """Have the server asked whether it lives. Never switches."""
+        self.send(("PING",), matters=False)
 
     # -- forks ----------------------------------------------------------------------------------------------
 
@@ -430,34 +366,6 @@ class Link:
 def _is_subscribers(reply: Any) -> bool:
     # In the older protocol nothing else tells them from replies.
     return type(reply) is list and bool(reply) and reply[0] in _TO_SUBSCRIBERS
-
-
-class _Answer:
-    """The replies to some commands, for one who waits for them."""
-
-    __slots__ = ("_count", "_event", "_replies")
-
-    def __init__(self, count: int) -> None:
-        self._replies: list[Any] = []
-        self._count = count
-        self._event = Event()
-
-    def take(self, reply: Any) -> None:
-        self._replies.append(reply)
-        if len(self._replies) == self._count:
-            self._event.set()
-
-    def wait(self, stop: StopSignal | None, deadline: Deadline) -> list[Any]:
-        if self._count:
-            wait(self._event, deadline, stop)
-        if len(self._replies) < self._count:
-            if stop is not None:
-                stop.check()
-            raise socket.timeout("the server did not answer in time")
-        for reply in self._replies:
-            if isinstance(reply, BaseException):
-                raise reply
-        return self._replies
 
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()

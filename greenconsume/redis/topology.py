@@ -122,6 +122,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         keys = (self.keyspace.bindings(exchange), self.keyspace.binding_deadlines)
         ttl = self.keyspace.binding_ttl(self._expires[queue])
         self._call_script(REFRESH_BINDING, keys, (member, exchange, ttl))
+        self.ledger.bindings[exchange, member] = ttl  # while somebody consumes here
 
     # -- publishing -----------------------------------------------------------------------------------
 
