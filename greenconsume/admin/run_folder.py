@@ -72,13 +72,13 @@ class Place:
         """The path of its Unix socket, if it is not told another place."""
         return os.path.join(self._folder, f"{self._name}.sock")
 
-    def announce(self, address: str) -> None:
+    def announce(self, address: str, name: str) -> None:
         """Say that the process is found at `address`. Raises `OSError`."""
         path = os.path.join(self._folder, f"{self._name}{_SUFFIX}")
         partial = f"{path}.new"
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(f"{address}\n{' '.join(title().split())}\n")
+            file.write(f"{address}\n{' '.join(name.split())}\n")
         os.replace(partial, path)
 
     def leave(self) -> None:
@@ -152,9 +152,5 @@ def _require_private(path: str) -> None:
 
 
 def title() -> str:
-    """Return what this process is best known by: the target of `greenconsume run`, else its script."""
-    names = [each for each in sys.argv[1:] if not each.startswith("-")]
-    program = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if program in ("greenconsume", "__main__.py") and names[:1] == ["run"] and len(names) > 1:
-        return names[1]
-    return program or "python"
+    """Return what this process is best known by, where nobody says it: its script."""
+    return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "python"

@@ -108,7 +108,7 @@ class Server:
         if self._place is None:
             return
         try:
-            self._place.announce(str(self.address))
+            self._place.announce(str(self.address), self._process.status().name)
         except OSError as exc:  # it is served all the same, to who knows the address
             _logger.debug("not announced in the run folder: %s", exc)
 

@@ -253,6 +253,11 @@ def run(
     if reload:
         require_extra("--reload", "watchfiles", "reload")
     runtime = load(target, options, given, 0)  # what is wrong with it is to be said now
+    if (processes or 1) > 1 and runtime.admin not in (None, "none", "run"):
+        raise click.UsageError(
+            f"{runtime.admin} cannot be the admin of {processes} processes: leave --admin away, and each has "
+            "a Unix socket of its own, where `greenconsume status` finds it"
+        )
     orders = {"log_level": log_level, "log_format": log_format, "hang_timeout": hang_timeout}
     orders |= {"processes": processes or 1, "pid_file": pid_file, "reload": reload}
     orders |= {"options": options, "given": given, "jitter": max_messages_jitter}
@@ -284,6 +289,7 @@ def load(target: str, options: dict[str, Any], given: dict[str, Any], jitter: in
         runtime.max_messages += random.randint(0, jitter)
     if "admin" not in given:
         _admit(runtime)
+    runtime.title = runtime.title or target
     return runtime
 
 

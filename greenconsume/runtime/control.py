@@ -50,12 +50,17 @@ class Control:
         groups: The runtime's consumers.
         run: Returns its present start, if there is one.
         stop: Stops it.
+        title: Returns its name, or an empty one.
     """
 
     def __init__(
-        self, groups: Groups, run: Callable[[], Running | None], stop: Callable[[str], None]
+        self,
+        groups: Groups,
+        run: Callable[[], Running | None],
+        stop: Callable[[str], None],
+        title: Callable[[], str] = str,
     ) -> None:
-        self._groups, self._run, self._stop = groups, run, stop
+        self._groups, self._run, self._stop, self._title = groups, run, stop, title
         self._lag: LagWatch | None = None
         self._greenlets: GreenletCount | None = None
         self._started, self._began = time(), monotonic()
@@ -67,7 +72,7 @@ class Control:
         now, run = monotonic(), self._run()
         self._forget_retired()
         return ProcessStatus(
-            name=run_folder.title(),
+            name=self._title() or run_folder.title(),
             pid=os.getpid(),
             version=_version(),
             state="stopped" if run is None else run.state,

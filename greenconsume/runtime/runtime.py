@@ -50,6 +50,7 @@ class Runtime:
         connection: The kombu `Connection` that classes and factories are called with; never connected.
         children: A `Child` for each consumer, in the order of their `spawn`.
         links: As given, like `options`, `restart` and `admin`; the next start goes by them.
+        title: Its name in what is shown of it; by default that of the script.
         control: Its state, and what can be asked of its consumers by name.
     """
 
@@ -111,7 +112,8 @@ class Runtime:
         self.max_messages = max_messages
         self._stop = StopSignal()
         self._run: Run | None = None
-        self.control = Control(self._groups, lambda: self._run, self.stop)
+        self.title = ""
+        self.control = Control(self._groups, lambda: self._run, self.stop, lambda: self.title)
         self.admin = admin
         self.admin_token = admin_token
         self.stall_after = stall_after

@@ -163,3 +163,18 @@ def test_top_renders_what_status_says(runtime):
 )
 def test_durations_are_written_to_be_read(value, words):
     assert table.seconds(value) == words
+
+
+def test_one_address_is_not_for_several_processes(say, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "ported.py").write_text(
+        "from greenconsume import Runtime\nruntime = Runtime(admin='127.0.0.1:9191')\n"
+    )
+    code, said = say("run", "ported:runtime", "--processes", "2")
+    assert code == 2
+    assert "leave --admin away" in said
+
+
+def test_a_process_is_known_by_its_target(runtime, say):
+    runtime.title = "shop:runtime"
+    assert say("status")[1].startswith("shop:runtime (pid")
