@@ -317,7 +317,8 @@ class Engine:
 
 def _queues_of(consumers: Iterable[Any]) -> dict[str, bool]:
     """Return the names of the queues that `kombu.Consumer`s consume from, and whether they are fleeting."""
-    queues = (queue for each in consumers for queue in getattr(each, "queues", None) or ())
+    # Whatever else a test gives for a consumer may have anything by that name.
+    queues = (queue for each in consumers if isinstance(each, Consumer) for queue in each.queues)
     return {
         str(getattr(queue, "name", queue)): bool(
             getattr(queue, "auto_delete", False) or getattr(queue, "exclusive", False)

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 import gevent
+import kombu
 from gevent import GreenletExit
 from gevent.event import Event
 
@@ -173,7 +174,8 @@ class Handling:
     def fit_prefetch(self, consumer: Any) -> None:
         """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
         chosen = self.prefetch_of(consumer)
-        counted = any(map(counts_returns, getattr(consumer, "queues", ())))
+        queues = consumer.queues if isinstance(consumer, kombu.Consumer) else ()
+        counted = any(map(counts_returns, queues))
         if chosen is None and (self.pool is not None or counted):
             consumer.qos(prefetch_count=min(self._prefetch_for(counted), MAX_PREFETCH))
         elif chosen and self.pool is not None and chosen < self.pool.size:
