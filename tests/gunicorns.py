@@ -160,12 +160,16 @@ class Gunicorn:
 
     def close(self) -> None:
         """Kill whatever is left of it, and print what it logged, for a test that failed."""
+        self.close_quietly()
+        print(self.log)
+
+    def close_quietly(self) -> None:
+        """Kill whatever is left of it."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         self.process.wait()
-        print(self.log)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,14 @@ def note(kind: str, body: object = "-", more: object = "") -> None:
 
 
 class Worker(ConsumerMixin):
-    options = ConsumerOptions(concurrency=CONCURRENCY)
+    options = ConsumerOptions(concurrency=CONCURRENCY or None)  # 0: inline, in order
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         queue = Queue(QUEUE, durable=True, queue_arguments=ARGUMENTS)
-        return [Consumer([queue], callbacks=[self.on_task], prefetch_count=CONCURRENCY)]
+        return [Consumer([queue], callbacks=[self.on_task], prefetch_count=CONCURRENCY or 1)]
 
     def on_consume_ready(self, *args: Any, **kwargs: Any) -> None:
         note("consuming")

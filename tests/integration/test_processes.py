@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -109,6 +110,24 @@ def test_a_killed_process_is_replaced_at_once_and_nothing_is_lost(
     wait_until(lambda: len({e.body for e in processes.journal if e.kind == "finished"}) == 200)
     processes.wait_consuming(3)
     assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
+
+
+def test_a_single_active_consumer_keeps_the_order_over_several_processes(amqp_url, queue_name, run):
+    """The process that has it is killed, twice; what comes again comes in order."""
+    arguments = json.dumps({"x-single-active-consumer": True})
+    options = {"CONCURRENCY": 0, "WORK": "0.01,0.02", "QUEUE_ARGUMENTS": arguments}
+    processes = run("--processes", "3", consuming=3, **options)
+    publish(amqp_url, queue_name, 300)
+    for count in (50, 150):
+        wait_until(lambda count=count: processes.count("finished") >= count)
+        processes.signal(signal.SIGKILL, processes.journal[-1].pid)
+
+    def finished() -> list[str]:
+        return list(dict.fromkeys(e.body for e in processes.journal if e.kind == "finished"))
+
+    wait_until(lambda: len(finished()) == 300)
+    assert finished() == [str(number) for number in range(300)]
+    assert len({entry.pid for entry in processes.journal if entry.kind == "finished"}) >= 2
 
 
 def test_one_process_more_and_one_fewer(rabbitmq, amqp_url, queue_name, run):
