@@ -13,7 +13,7 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -60,6 +60,36 @@ class QueueCounts(NamedTuple):
     consumers: int
 
 
+class Member(NamedTuple):
+    """A node's place in a cluster.
+
+    Attributes:
+        name: The node's name, as `n1@localhost`.
+        nodes: The names of all nodes; the first one starts alone, and the others join it.
+        epmd_port: Where the port mapper of all listens.
+        plugins: Those that are enabled.
+    """
+
+    name: str
+    nodes: list[str]
+    epmd_port: int
+    plugins: list[str]
+
+    def write_files(self, folder: Path) -> None:
+        """Say so in the node's files."""
+        peers = "".join(
+            f"cluster_formation.classic_config.nodes.{number} = {name}\n"
+            for number, name in enumerate(self.nodes, 1)
+        )
+        with (folder / "rabbitmq.conf").open("a") as config:
+            config.write("cluster_formation.peer_discovery_backend = classic_config\n" + peers)
+            config.write("cluster_partition_handling = pause_minority\n")
+        (folder / "enabled_plugins").write_text(f"[{', '.join(self.plugins)}].\n")
+        cookie = folder / ".erlang.cookie"
+        cookie.write_text("ACOOKIEOFTESTS")
+        cookie.chmod(0o400)
+
+
 class RabbitMQ:
     """A private RabbitMQ node that can be stopped, killed, paused and asked.
 
@@ -70,19 +100,14 @@ class RabbitMQ:
     Args:
         folder: An empty folder for all that it writes.
         release: `INSTALLED` or `NEWER`.
-        plugins: What of its own it runs besides.
-        advanced: The Erlang terms of its advanced configuration.
+        member: Which node of a cluster it is; None: of none.
 
     Attributes:
         version: ``(3, 10, 8)``, say; from the first start on.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        release: str = INSTALLED,
-        plugins: Sequence[str] = (),
-        advanced: str = "[].",
+        self, folder: Path, release: str = INSTALLED, member: Member | None = None
     ) -> None:
         self.folder = folder
         self.version: tuple[int, ...] = ()
@@ -90,7 +115,9 @@ class RabbitMQ:
         self.ca_path = folder / "ca.pem"
         self._find = _FINDERS[release]
         self._program = self._find("rabbitmq-server")
-        self._env = _environment(folder, free_port(), free_port())
+        epmd_port = free_port() if member is None else member.epmd_port
+        self._env = _environment(folder, free_port(), epmd_port)
+        self._has_epmd = member is not None  # the cluster's
         # RabbitMQ's scripts take the first Erlang on the path.
         self._env["PATH"] = f"{Path(self._find('erl')).parent}{os.pathsep}{self._env['PATH']}"
         self._epmd: subprocess.Popen[bytes] | None = None
@@ -99,8 +126,9 @@ class RabbitMQ:
         self._paused = False
         self._vhosts = count(1)
         _write_files(folder, CONFIG.format(host=HOST, **vars(self)))
-        (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
-        (folder / "advanced.config").write_text(f"{advanced}\n")
+        if member is not None:
+            self._env["RABBITMQ_NODENAME"] = member.name
+            member.write_files(folder)
 
     @property
     def pid(self) -> int:
@@ -125,7 +153,7 @@ class RabbitMQ:
         """Start the node and wait until clients are served."""
         assert not self.running, "the broker runs already"
         log = self.folder / "node.out"
-        if self._epmd is None:
+        if self._epmd is None and not self._has_epmd:
             self._epmd = launch(self._find("epmd"), log=self.folder / "epmd.out", env=self._env)
         self._node = launch(self._program, log=log, env=self._env, stdin=True)
         assert self._node.stdin is not None
@@ -341,6 +369,8 @@ def _write_files(folder: Path, config: str) -> None:
 
     (folder / "conf.d").mkdir()
     (folder / "rabbitmq.conf").write_text(config)
+    (folder / "enabled_plugins").write_text("[].\n")
+    (folder / "advanced.config").write_text("[].\n")
     (folder / "rabbitmq-env.conf").touch()
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
