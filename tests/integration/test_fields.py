@@ -124,6 +124,7 @@ def test_the_broker_hands_every_field_on_as_it_came(amqp_url, queue):
 
 @pytest.mark.parametrize("on_error", [Requeue(), Retry(delays=[0.05])])
 def test_every_field_reaches_a_handler_and_comes_again(amqp_url, queue, on_error):
+    """HAZARDS row 33: a timestamp that no `datetime` holds, for one."""
     consumer = Failing(amqp_url, queue, on_error)
     with consuming(consumer):
         publish_all_fields(amqp_url, queue.name)

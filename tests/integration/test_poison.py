@@ -51,6 +51,7 @@ def depth(url: str, queue: str) -> int:
 
 
 def test_a_message_that_always_fails_is_parked_before_its_queue_drops_it(amqp_url, queue_name):
+    """HAZARDS row 34."""
     dead = f"{queue_name}.dead"
     queue = quorum(queue_name, **{"x-delivery-limit": 5})
     consumer = Failing(amqp_url, queue, Requeue(delay=0.0))

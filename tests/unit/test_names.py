@@ -147,6 +147,7 @@ def test_a_consumer_that_runs_has_one_attribute_of_ours(mixin):
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("module", [greenconsume.mixins, kombu_mixins], ids=["ours", "adapted"])
 def test_a_name_of_the_users_means_nothing_to_us(module, name):
+    """HAZARDS row 32: such a class failed, or silently received nothing."""
     for attributes in shapes_of(name):
         consumes(consumer_of(module.ConsumerMixin, dict(attributes)))
 

@@ -143,7 +143,7 @@ def test_runs_of_different_settles_are_merged_each_for_itself() -> None:
 
 @pytest.mark.parametrize("how", [REQUEUE, REJECT])
 def test_what_has_failed_is_said_of_each_message_by_itself(how: int) -> None:
-    """AMQP rejects several in one frame only by a nack, which says that nobody failed on them."""
+    """HAZARDS row 35: several in one frame are only rejected by a nack, which says that nobody failed."""
     ledger = Ledger()
     for tag in range(1, 6):
         ledger.deliver(tag)
