@@ -13,7 +13,7 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -67,13 +67,11 @@ class Member(NamedTuple):
         name: The node's name, as `n1@localhost`.
         nodes: The names of all nodes; the first one starts alone, and the others join it.
         epmd_port: Where the port mapper of all listens.
-        plugins: Those that are enabled.
     """
 
     name: str
     nodes: list[str]
     epmd_port: int
-    plugins: list[str]
 
     def write_files(self, folder: Path) -> None:
         """Say so in the node's files."""
@@ -84,7 +82,6 @@ class Member(NamedTuple):
         with (folder / "rabbitmq.conf").open("a") as config:
             config.write("cluster_formation.peer_discovery_backend = classic_config\n" + peers)
             config.write("cluster_partition_handling = pause_minority\n")
-        (folder / "enabled_plugins").write_text(f"[{', '.join(self.plugins)}].\n")
         cookie = folder / ".erlang.cookie"
         cookie.write_text("ACOOKIEOFTESTS")
         cookie.chmod(0o400)
@@ -100,6 +97,8 @@ class RabbitMQ:
     Args:
         folder: An empty folder for all that it writes.
         release: `INSTALLED` or `NEWER`.
+        plugins: What of its own it runs besides.
+        advanced: The Erlang terms of its advanced configuration.
         member: Which node of a cluster it is; None: of none.
 
     Attributes:
@@ -107,7 +106,12 @@ class RabbitMQ:
     """
 
     def __init__(
-        self, folder: Path, release: str = INSTALLED, member: Member | None = None
+        self,
+        folder: Path,
+        release: str = INSTALLED,
+        plugins: Sequence[str] = (),
+        advanced: str = "[].",
+        member: Member | None = None,
     ) -> None:
         self.folder = folder
         self.version: tuple[int, ...] = ()
@@ -126,6 +130,8 @@ class RabbitMQ:
         self._paused = False
         self._vhosts = count(1)
         _write_files(folder, CONFIG.format(host=HOST, **vars(self)))
+        (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
+        (folder / "advanced.config").write_text(f"{advanced}\n")
         if member is not None:
             self._env["RABBITMQ_NODENAME"] = member.name
             member.write_files(folder)
@@ -369,8 +375,6 @@ def _write_files(folder: Path, config: str) -> None:
 
     (folder / "conf.d").mkdir()
     (folder / "rabbitmq.conf").write_text(config)
-    (folder / "enabled_plugins").write_text("[].\n")
-    (folder / "advanced.config").write_text("[].\n")
     (folder / "rabbitmq-env.conf").touch()
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")

@@ -35,7 +35,7 @@ class Cluster:
         for name in names:
             own = folder / name.partition("@")[0]
             own.mkdir()
-            self.nodes.append(RabbitMQ(own, member=Member(name, names, epmd_port, PLUGINS)))
+            self.nodes.append(RabbitMQ(own, plugins=PLUGINS, member=Member(name, names, epmd_port)))
 
     def start(self) -> None:
         """Start all nodes, and wait until they are one cluster."""
