@@ -30,6 +30,7 @@ from greenconsume.handling.decoding import decode
 from greenconsume.handling.jobs import ALONE, Job
 from greenconsume.handling.kill_switch import Switch
 from greenconsume.handling.options import MAX_PREFETCH
+from greenconsume.handling.pace import Pace
 from greenconsume.handling.pool import HandlerPool
 from greenconsume.handling.settings import Settings
 from greenconsume.handling.wrapping import wrapped
@@ -56,7 +57,7 @@ class Handler:
 
     def __init__(self, consumer: Any, handling: Handling) -> None:
         self._consumer = consumer
-        self._handle = handling.handle if handling.pool is None else handling.submit
+        self._handle = handling.paced(handling.handle if handling.pool is None else handling.submit)
         self._accept = handling.recoverer.accept
         self._tally = handling.tally
 
@@ -95,6 +96,7 @@ class Handling:
         "_inline",
         "_life",
         "_owned",
+        "_pace",
         "_receive_wrapped",
         "_switch",
         "cancelled",
@@ -124,6 +126,7 @@ class Handling:
             settings.on_error, life, links, self.requeues, settings.settle_deadline
         )
         self._life, self._switch, self._owned = life, switch, owned
+        self._pace = None if settings.rate is None else Pace(settings.rate)
         self._inline: set[Job] = set()
         self._receive_wrapped = wrapped(self._receive, settings.around)
         if settings.concurrency is None:
@@ -171,12 +174,29 @@ class Handling:
             if not self._inline:
                 self.idle.set()
 
+    def paced(self, handle: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        """Return `handle` at the consumer's rate; itself, where there is none."""
+        pace, life = self._pace, self._life
+        if pace is None:
+            return handle
+
+        def handle_in_time(consumer: Any, message: Any) -> None:
+            if pace.wait(life.leave):
+                handle(consumer, message)
+            else:
+                self.give_back(message)
+
+        return handle_in_time
+
     def fit_prefetch(self, consumer: Any) -> None:
         """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
         chosen = self.prefetch_of(consumer)
         queues = consumer.queues if isinstance(consumer, kombu.Consumer) else ()
         counted = any(map(counts_returns, queues))
-        if chosen is None and (self.pool is not None or counted):
+        rate = self.settings.rate
+        if rate is not None and not 0 < (chosen or 0) <= rate.most_unsettled:
+            consumer.qos(prefetch_count=min(rate.most_unsettled, MAX_PREFETCH))
+        elif chosen is None and (self.pool is not None or counted):
             consumer.qos(prefetch_count=min(self._prefetch_for(counted), MAX_PREFETCH))
         elif chosen and self.pool is not None and chosen < self.pool.size:
             emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 from greenconsume.errors import InvalidOptionsError
 from greenconsume.handling.kill_switch import KillSwitch
+from greenconsume.handling.pace import rate_of
 
 _METADATA = "greenconsume"
 
@@ -146,6 +147,18 @@ class Switching:
     def check(self, name: str, value: object) -> None:
         """See `Kind.check`."""
         if not (value is None or isinstance(value, KillSwitch)):
+            raise InvalidOptionsError(name, value, self.allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class Frequency:
+    """So many messages in a time, in words."""
+
+    allowed: str = "a rate such as '100/s', '90/m' or '100/s burst 20', or None"
+
+    def check(self, name: str, value: object) -> None:
+        """See `Kind.check`."""
+        if value is not None and not (isinstance(value, str) and rate_of(value)):
             raise InvalidOptionsError(name, value, self.allowed)
 
 

@@ -18,6 +18,7 @@ from greenconsume.handling.declaring import (
     UNSET,
     Count,
     Declaration,
+    Frequency,
     Key,
     Policy,
     Seconds,
@@ -102,6 +103,13 @@ class ConsumerOptions:
         "What becomes of a message whose callback raised. In a mapping the most specific class of exceptions "
         "counts, and what the mapping lacks meets what the next level says.",
         "`Requeue(delay=1.0)`",
+    )
+    rate: str | Unset | None = option(
+        Frequency(),
+        None,
+        "How many messages its callbacks begin with in a time, at most. After a quiet time as many begin at "
+        "once as `burst` says, or as a second has; no more than a second's are taken from the broker ahead.",
+        "no limit",
     )
     around: Sequence[Around] | Unset = option(
         Wrapping(),

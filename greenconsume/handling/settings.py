@@ -16,6 +16,7 @@ from greenconsume.failures.policies import ByError, FailurePolicy
 from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.options import APART, OPTIONS, ConsumerOptions, options_of
+from greenconsume.handling.pace import Rate, rate_of
 from greenconsume.handling.slots import Slots
 
 
@@ -39,6 +40,7 @@ class Settings:
     batch_size: int | None = OPTIONS["batch_size"].default
     batch_timeout: float = OPTIONS["batch_timeout"].default
     kill_switch: KillSwitch | None = OPTIONS["kill_switch"].default
+    rate: Rate | None = None
     around: tuple[Around, ...] = ()
     slots: Slots | None = None
 
@@ -74,6 +76,7 @@ def resolve(
         )
     said["on_error"] = _policy(levels)
     said["around"] = _around(levels)
+    said["rate"] = rate_of(said["rate"]) if said["rate"] is not None else None
     said["settle_deadline"] = said["settle_deadline"] or None
     return Settings(partition=_partition(by, consumer), slots=slots, **said)
 

@@ -98,6 +98,7 @@ def _work_of(engine: Engine, now: float) -> dict[str, Any]:
         free = min(free, settings.slots.free)
     known.update(
         concurrency=settings.concurrency,
+        held=settings.rate is not None,
         in_progress=len(jobs),
         idle=max(0, free) if engine.life.state is ConsumerState.CONSUMING else 0,
         running=tuple(_running(job, now) for job in nsmallest(SHOWN_HANDLERS, jobs, key=_began)),
