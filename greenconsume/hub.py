@@ -1,4 +1,4 @@
-"""Owns what keeps gevent's hub waiting where nothing but a foreign thread or a signal could wake anybody.
+"""Owns what is common to all who use gevent's hub: what keeps it waiting, and how long one may keep it.
 
 gevent ends a loop that has nothing to watch (`LoopExit`); it cannot know of the thread or the signal handler
 that would have stopped the sleepers. Called by what sleeps without a socket or a timer.
@@ -11,6 +11,9 @@ from typing import Any
 
 import gevent
 import gevent.hub
+
+#: Seconds for which callbacks that never wait may run before the hub gets a turn.
+MAX_TURN = 0.002
 
 
 class _Vigil:

@@ -22,10 +22,8 @@ from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.inbox import Inbox
 from greenconsume.amqp.link import Link
 from greenconsume.amqp.waits import Waits
+from greenconsume.hub import MAX_TURN
 from greenconsume.stopping import Deadline, StopSignal
-
-#: Callbacks that never wait may run this many seconds before the hub gets a turn.
-_TURN = 0.002
 
 
 class Session:
@@ -182,7 +180,7 @@ class Session:
 
         Switches: yes. Any number of greenlets may drain one session.
         """
-        if monotonic() - self._turn_began > _TURN:
+        if monotonic() - self._turn_began > MAX_TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
         inbox = self.inbox

@@ -38,7 +38,7 @@ from greenconsume.links.session import GreenSession
 from greenconsume.stopping import Deadline, StopSignal, wait_open
 
 #: Seconds that killed handlers have to end.
-_LAST = 0.3
+LAST = 0.3
 
 
 class Drain:
@@ -232,7 +232,7 @@ class Drain:
         for job in self._handling.running():
             self.killed += 1
             job.kill(why, by_force=True)
-        if not self._ended(_LAST, None):
+        if not self._ended(LAST, None):
             for job in self._handling.running():
                 tag, reason = job.message.delivery_tag, "it goes on although it was killed"
                 emit(HandlerInterrupted(self._life.name, tag, reason, True))

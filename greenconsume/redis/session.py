@@ -18,13 +18,11 @@ from amqp.exceptions import RecoverableConnectionError
 from gevent.event import Event
 
 from greenconsume.amqp.waits import Waits
+from greenconsume.hub import MAX_TURN
 from greenconsume.redis.channel import Channel, Subscription
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
 from greenconsume.stopping import Deadline, StopSignal, wait
-
-#: Callbacks that never wait may run this many seconds before the hub gets a turn.
-_TURN = 0.002
 
 _Waiting = tuple[Channel, Subscription, str, bytes]
 
@@ -146,7 +144,7 @@ class Session:
 
         Switches: yes; also without having to wait, when nobody else had the hub for 2 ms.
         """
-        if monotonic() - self._turn_began > _TURN:
+        if monotonic() - self._turn_began > MAX_TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
         deadline: Deadline | None = None

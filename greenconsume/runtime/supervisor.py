@@ -34,6 +34,7 @@ from greenconsume.events import (
     Outcome,
     emit,
 )
+from greenconsume.handling.drain import LAST
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.slots import Slots
 from greenconsume.links.pool import LinkPool
@@ -43,8 +44,8 @@ from greenconsume.runtime.restart_policy import RestartPolicy
 from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 
 #: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker (one that is
-#: cut short may have acks lost on the way); and then to be killed.
-_GOODBYE, _LAST = 0.7, 0.3
+#: cut short may have acks lost on the way); what is killed then has `LAST`.
+_GOODBYE = 0.7
 #: What may be wanted of a consumer that is not to run.
 _UNWANTED = (Wanted.PAUSED, Wanted.RETIRED)
 
@@ -244,7 +245,7 @@ class Supervisor:
     def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
         gevent.killall([child.greenlet for child in self._live], block=False)
-        self._await_ended(Deadline(_LAST), None)
+        self._await_ended(Deadline(LAST), None)
 
     def _await_ended(self, deadline: Deadline, hurry: StopSignal | None) -> None:
         while True:

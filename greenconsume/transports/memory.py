@@ -33,14 +33,11 @@ from kombu.transport import memory as kombu_memory
 from kombu.transport import virtual
 from kombu.utils.uuid import uuid
 
-from greenconsume.hub import kept_waiting
+from greenconsume.hub import MAX_TURN, kept_waiting
 from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.transports import memory_queues as queues
 from greenconsume.transports.memory_queues import Payload, Queue, Subscription
 from greenconsume.transports.memory_unsettled import UnsettledMessages
-
-#: Seconds for which draining that never has to wait may keep the hub from everybody else.
-MAX_RUN = 0.002
 
 
 class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -255,7 +252,7 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
             socket.timeout: No message came in time.
             amqp.exceptions.RecoverableConnectionError: The connection is closed, or was meanwhile.
 
-        Switches: yes; also without having to wait, when nobody else had the hub for `MAX_RUN`.
+        Switches: yes; also without having to wait, when nobody else had the hub for `MAX_TURN`.
         """
         deadline = Deadline(timeout)
         self._breathe()
@@ -346,7 +343,7 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
 
     def _breathe(self) -> None:
         """Give the hub a turn if this connection has been drained for long without one."""
-        if monotonic() - self._last_turn > MAX_RUN:
+        if monotonic() - self._last_turn > MAX_TURN:
             gevent.sleep(0)
             self._last_turn = monotonic()
 

@@ -175,7 +175,7 @@ def monkeypatch_signal() -> Iterator[Callable[..., None]]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer that hangs is not given long to say goodbye."""
     monkeypatch.setattr(supervisor_module, "_GOODBYE", 0.01)
-    monkeypatch.setattr(supervisor_module, "_LAST", 0.01)
+    monkeypatch.setattr(supervisor_module, "LAST", 0.01)
 
 
 def rungs_of(events: list[AnyEvent]) -> list[str]:

@@ -71,7 +71,7 @@ def nursery() -> Iterator[Nursery]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A consumer that hangs is not given long to say goodbye."""
     monkeypatch.setattr(supervisor_module, "_GOODBYE", 0.01)
-    monkeypatch.setattr(supervisor_module, "_LAST", 0.01)
+    monkeypatch.setattr(supervisor_module, "LAST", 0.01)
 
 
 def again(consumer: Any) -> Any:
