@@ -7,11 +7,13 @@ never outlive a command: who steers sees what he did. Called by `app`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Any
 
 #: For so many times as long as it took to make it an answer is given again.
-REUSE = 50.0
+REUSE = 100.0
+#: No answer is older than so many seconds.
+MAX_AGE = 3.0
 #: Answers that are kept at once.
 _MAX_KEPT = 64
 
@@ -25,14 +27,14 @@ class Snapshots:
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` returned lately for `key`, or returns now. Switches: as `make` does."""
         until, value = self._kept.get(key, (0.0, None))
-        began = monotonic()
-        if began < until:
+        if monotonic() < until:
             return value
+        began = thread_time()  # what it cost, not how long others had the machine meanwhile
         value = make()
-        ended = monotonic()
+        cost = thread_time() - began
         if len(self._kept) >= _MAX_KEPT:
             self._kept.clear()
-        self._kept[key] = (ended + REUSE * (ended - began), value)
+        self._kept[key] = (monotonic() + min(MAX_AGE, REUSE * cost), value)
         return value
 
     def clear(self) -> None:

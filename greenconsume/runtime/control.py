@@ -19,7 +19,8 @@ from greenconsume.admin.lag import LagWatch
 from greenconsume.admin.status import LagStatus, ProcessStatus, RunningHandler
 from greenconsume.consuming.engine import engine_of
 from greenconsume.errors import ControlError, UnknownConsumerError
-from greenconsume.events import ConsumersScaled, emit
+from greenconsume.events import ConsumersScaled, Event, StaleSettle, emit, subscribe
+from greenconsume.handling.wrapping import current_handler
 from greenconsume.links.pool import all_pools
 from greenconsume.runtime import observing
 from greenconsume.runtime.child import Child, Wanted
@@ -61,9 +62,23 @@ class Control:
         title: Callable[[], str] = str,
     ) -> None:
         self._groups, self._run, self._stop, self._title = groups, run, stop, title
+        self._unsubscribe: Callable[[], None] | None = None
         self._lag: LagWatch | None = None
         self._greenlets: GreenletCount | None = None
         self._started, self._began = time(), monotonic()
+
+    def begin(self) -> None:
+        """Count what nobody but an observer can tell whose it is, until `close`. Never switches."""
+        if self._unsubscribe is None:
+            self._unsubscribe = subscribe(self._observe)
+
+    def _observe(self, event: Event, /) -> None:
+        # A channel that is gone has no consumer any more; the handler that settles on it has.
+        if isinstance(event, StaleSettle):
+            handler = current_handler()
+            for child in self._groups.children if handler is not None else ():
+                if handler is not None and child.name == handler.consumer:
+                    child.tally.stale_settles += 1
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -104,6 +119,9 @@ class Control:
 
     def close(self) -> None:
         """Keep no times any more: the runtime has ended. Idempotent. Never switches."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
         for watch in (self._lag, self._greenlets):
             if watch is not None:
                 watch.close()

@@ -332,6 +332,7 @@ class Runtime:
         except BaseException:
             self._run = None
             raise
+        self.control.begin()
         run.on_end(self.control.close)
 
     def _finish(self, run: Run, timeout: float | None) -> bool:

@@ -70,6 +70,7 @@ def test_what_the_handlers_of_one_consumer_do_now_is_told(asking):
 
 def test_who_has_the_status_already_is_not_sent_it_again(asking, monkeypatch):
     monkeypatch.setattr("greenconsume.admin.snapshots.REUSE", 1e9)
+    monkeypatch.setattr("greenconsume.admin.snapshots.MAX_AGE", 1e9)
     first = asking.get("/status.json")
     again = asking.get("/status.json", HTTP_IF_NONE_MATCH=first.headers["ETag"])
     assert (again.code, again.body) == (304, b"")
@@ -106,6 +107,7 @@ def test_a_command_asks_the_process_and_is_told(process, asking, events):
 
 def test_a_command_is_seen_in_the_next_status(process, asking, monkeypatch):
     monkeypatch.setattr("greenconsume.admin.snapshots.REUSE", 1e9)
+    monkeypatch.setattr("greenconsume.admin.snapshots.MAX_AGE", 1e9)
     asking.get("/status.json")
     process.change(consumers=(consumer(state="paused"),))
     assert asking.get("/status.json").json["consumers"][0]["state"] == "consuming"

@@ -9,7 +9,7 @@ from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions, Reject, Runtime
 from greenconsume.errors import ControlError, UnknownConsumerError
-from greenconsume.events import ConsumerChanged, ConsumersScaled
+from greenconsume.events import ConsumerChanged, ConsumersScaled, StaleSettle, emit
 from tests.unit.fakes import Idle, of_type
 from tests.waiting import wait_until
 
@@ -352,3 +352,18 @@ def test_a_consumer_whose_queue_would_be_deleted_is_not_paused(running):
     with pytest.raises(ControlError, match="reply is auto_delete or exclusive"):
         runtime.control.pause("Fleeting-1")
     assert state(runtime, "Fleeting-1") == "consuming"
+
+
+def test_a_settle_that_comes_too_late_is_counted_for_its_consumer(running, publish):
+    class Late(Work):
+        def on_work(self, body, message):
+            emit(StaleSettle(message.delivery_tag, 1))
+            message.ack()
+
+    runtime = running(Late, replicas=2)
+    publish("go")
+    wait_until(lambda: sum(each.tally.ok for each in runtime.children) == 1)
+    emit(StaleSettle(7, 2))  # by nobody's handler
+    counted = [each.stale_settles for each in runtime.control.status().consumers]
+    assert sorted(counted) == [0, 1]
+    assert [each.tally.ok for each in runtime.children] == counted
