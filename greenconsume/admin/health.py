@@ -16,8 +16,9 @@ from greenconsume.admin.status import ConsumerStatus, LinkStatus, ProcessStatus
 IDLE_SECONDS = 5.0
 #: What a reader may be late, beyond the two heartbeats after which its link is lost.
 _GRACE = 5.0
-#: States of a consumer that is as somebody wanted it, though it consumes nothing.
-_AS_WANTED = ("consuming", "paused", "stopped")
+#: States of a consumer that is as somebody wanted it, though it consumes nothing: one that stands by takes
+#: over when another is gone, one that is idle has cancelled itself.
+_AS_WANTED = ("consuming", "idle", "paused", "standby", "stopped")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,12 @@ def test_what_an_operator_wanted_is_ready(state):
     assert ready(process(consumer(state=state))).yes
 
 
+@pytest.mark.parametrize("state", ["standby", "idle"])
+def test_who_stands_by_or_cancelled_itself_is_no_reason_to_be_unready(state):
+    """A process that is there to take over would never be ready."""
+    assert ready(process(consumer("Orders-1"), consumer("Orders-2", state=state))).yes
+
+
 def test_a_blocked_link_a_drain_and_a_kill_switch_are_unready():
     assert "blocked" in ready(process(links=(link(blocked=True),))).reasons[0]
     assert ready(process(state="draining")).reasons == ("the process is draining",)
