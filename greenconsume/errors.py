@@ -62,6 +62,23 @@ class ConsumerRefusedError(GreenconsumeError):
         self.consumer = consumer
 
 
+class LinkClosedError(GreenconsumeError):
+    """The broker closed a connection because of what one consumer did; `__cause__` is the broker's error.
+
+    That consumer connects over a link of its own from then on, until it has consumed well for a while.
+
+    Attributes:
+        consumer: The consumer's name.
+    """
+
+    def __init__(self, consumer: str, error: BaseException, remedy: str) -> None:
+        told = f"{error}: {remedy}" if remedy else str(error)
+        super().__init__(
+            f"the broker closed the connection because of {consumer}, which has a link of its own now: {told}"
+        )
+        self.consumer = consumer
+
+
 class StoppedError(GreenconsumeError):
     """A wait was ended by the stop signal of the consumer that waited.
 

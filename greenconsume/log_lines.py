@@ -10,6 +10,7 @@ import re
 from functools import singledispatch
 from typing import NamedTuple
 
+from greenconsume.errors import LinkClosedError
 from greenconsume.events import (
     AdminAsked,
     AdminListening,
@@ -135,7 +136,9 @@ def _(event: ConsumerRestarting) -> Line:
     text = "consumer %s %s: restart %d in %.1f s"
     how = "returned" if event.error is None else f"failed with {words(event.error)}"
     args = (event.consumer, how, event.attempt, event.delay)
-    return Line("runtime", logging.WARNING, text, args, event.error)
+    # A traceback would tell where the broker's answer was read, and no more than the line does.
+    trace = None if isinstance(event.error, LinkClosedError) else event.error
+    return Line("runtime", logging.WARNING, text, args, trace)
 
 
 @describe.register

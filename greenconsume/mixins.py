@@ -168,9 +168,13 @@ class ConsumerMixin(_KombuConsumer):
                         sleep(restart_limit.expected_time(_tokens), engine.life.stop)
                 except LinkLostError as exc:
                     debug("%s: %s", engine.life.name, exc)  # its link said so, for all
+                    if exc.is_suspect:
+                        engine.keep_apart()
                 except errors as exc:
                     if isinstance(exc, channel_errors):
                         engine.wait_out(exc, stopping)
+                    elif getattr(exc, "method_sig", None) is not None:  # it lost the link for all
+                        engine.answer_for(exc, stopping)
                     else:
                         warn(W_CONN_LOST, exc_info=True)
 

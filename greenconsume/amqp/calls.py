@@ -144,6 +144,10 @@ class Calls:
         """Take `OpenOk`."""
         self.life = Life.OPEN
 
+    def awaits(self, method: Sig) -> bool:
+        """Whether a call by this method has no answer yet."""
+        return self._replies.awaits(method)
+
     def tell_next_user(self, error: BaseException) -> None:
         """Have the next use raise `error`."""
         self.untold = error

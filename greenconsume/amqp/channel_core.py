@@ -231,9 +231,21 @@ class ChannelCore:
 
     # -- the end of a life --------------------------------------------------------------------------------
 
-    def on_link_lost(self) -> None:
-        """End with the link. Never switches."""
+    @property
+    def has_published(self) -> bool:
+        """Whether anything was published on it."""
+        return self._publisher is not None
+
+    def on_link_lost(self, own: BaseException | None = None) -> None:
+        """End with the link. Never switches.
+
+        Args:
+            own: What the broker closed the connection with, if its session is to blame: its calls raise it,
+                as no waiting mends that.
+        """
         life = self.calls.life if self.calls.is_closing else Life.BROKEN
+        if own is not None:
+            self.calls.end(life, lambda: own)
         self._end_life(life, self.calls.link.lost)
         self.calls.closed()
 

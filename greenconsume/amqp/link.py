@@ -23,7 +23,9 @@ from amqp.method_framing import frame_handler
 from amqp.serialization import dumps
 from gevent.event import Event
 
-from greenconsume.amqp import link_socket
+from greenconsume.amqp import blame, link_socket
+from greenconsume.amqp.blame import LinkLostError as LinkLostError
+from greenconsume.amqp.blame import Verdict
 from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
 from greenconsume.amqp.culprit import tell_culprit
 from greenconsume.amqp.frames import Sig, encode_content, encode_method
@@ -47,10 +49,6 @@ DEFAULT_CALL_TIMEOUT = 60.0
 # By py-amqp's default the kernel drops a broker that takes no bytes for a second, as one does that blocks
 # its publishers; here the heartbeats judge.
 _SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 0} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
-
-
-class LinkLostError(RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
-    """The link that was used is gone; `__cause__` says why. Its deliveries went back to the broker."""
 
 
 class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
@@ -197,8 +195,9 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         tell_culprit(error, self.channels)
         if was_open and not self.is_closing:
             emit(LinkDown(self.uri, error, len(self.sessions)))
+        verdicts = blame.verdicts(error, self.sessions)
         for session in list(self.sessions):
-            session.on_link_lost()
+            session.on_link_lost(verdicts.get(session, Verdict.INNOCENT))
         self.channels.clear()
         self._outgoing.clear()
         self._settling.clear()
@@ -373,10 +372,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         # py-amqp's asks the socket for its address, and raises when that is closed.
         return f"<{type(self).__name__} {self.uri} {'open' if self.connected else 'not open'}>"
 
-    def lost(self) -> LinkLostError:
+    def lost(self, is_suspect: bool = False) -> LinkLostError:
         """Return a new error that says why the link is gone."""
         error = LinkLostError(f"the link to {self.uri} is gone: {self.failure}")
-        error.__cause__ = self.failure
+        error.__cause__, error.is_suspect = self.failure, is_suspect
         return error
 
     def on_fork(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from greenconsume.amqp.blame import Verdict
 from greenconsume.amqp.frames import Delivery, Sig
 
 
@@ -38,6 +39,15 @@ class LinkChannel(Protocol):
 class LinkUser(Protocol):
     """A session, as its link sees it."""
 
-    def on_link_lost(self) -> None:
-        """The link is gone."""
+    def on_link_lost(self, verdict: Verdict) -> None:
+        """The link is gone, and this is what it has to do with it."""
+        ...
+
+    @property
+    def has_published(self) -> bool:
+        """Whether anything was published over it."""
+        ...
+
+    def awaits(self, method: Sig) -> bool:
+        """Whether a call by this method has no answer yet."""
         ...

@@ -119,6 +119,11 @@ class Replies:
                 reply.answer(sig, args)
                 return
 
+    def awaits(self, method: Sig) -> bool:
+        """Whether a call by this method waits: AMQP numbers an answer one above what it answers."""
+        answer = (method[0], method[1] + 1)
+        return any(answer in reply.methods for reply in self._waiting)
+
     def fail(self, error: Callable[[], BaseException]) -> bool:
         """Fail every call, each with an error of its own; return whether a caller waited."""
         waiting, self._waiting = self._waiting, []

@@ -18,6 +18,7 @@ import gevent
 from amqp.exceptions import RecoverableConnectionError, ResourceError
 from gevent.event import Event
 
+from greenconsume.amqp.blame import Verdict
 from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.inbox import Inbox
 from greenconsume.amqp.link import Link
@@ -40,6 +41,7 @@ class Session:
     __slots__ = (
         "__weakref__",
         "_turn_began",
+        "_verdict",
         "channels",
         "client",
         "inbox",
@@ -53,6 +55,7 @@ class Session:
         self.client = client
         self.channels: dict[int, Channel] = {}
         self.is_closing = False
+        self._verdict = Verdict.INNOCENT
         self.inbox = Inbox()
         self.waits = Waits(link)
         self._turn_began = monotonic()
@@ -243,10 +246,12 @@ class Session:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def on_link_lost(self) -> None:
+    def on_link_lost(self, verdict: Verdict = Verdict.INNOCENT) -> None:
         """Wake everything that waits; what was not dispatched is the broker's again."""
+        self._verdict = verdict
+        own = self.link.failure if verdict is Verdict.GUILTY else None
         for channel in list(self.channels.values()):
-            channel.core.on_link_lost()
+            channel.core.on_link_lost(own)
         self.inbox.wake()
 
     def close(self, *_args: Any, **_kwargs: Any) -> None:
@@ -294,10 +299,24 @@ class Session:
         self.inbox.clear()
 
     def _check_open(self) -> None:
-        if self.link.failure is not None:
-            raise self.link.lost()
+        failure = self.link.failure
+        if failure is not None:
+            if self._verdict is Verdict.GUILTY and not self.is_closing:
+                raise failure  # no lost link: what this session did lost it
+            raise self.link.lost(self._verdict is Verdict.SUSPECT)
         if self.is_closing:
             raise RecoverableConnectionError("the connection was closed")
+
+    # -- what a lost link is looked into for ------------------------------------------------------
+
+    @property
+    def has_published(self) -> bool:
+        """Whether anything was published over it."""
+        return any(channel.core.has_published for channel in self.channels.values())
+
+    def awaits(self, method: tuple[int, int]) -> bool:
+        """Whether a call by this method has no answer yet."""
+        return any(channel.core.calls.awaits(method) for channel in self.channels.values())
 
     def allocate(self, channel_id: int | None) -> int:
         """Return a free channel id of the link, or this one; see `Link.allocate`."""

@@ -43,7 +43,7 @@ def connect(conn: Connection, links: LinkPool, life: Lifecycle, attempt: Attempt
     Switches: yes.
     """
     ask = None if attempt.stopping.signalled else attempt.stopping.is_set
-    links.connect(conn, life.stop, attempt.on_failed, attempt.max_retries, False, ask)
+    links.connect(conn, life.stop, attempt.on_failed, attempt.max_retries, False, ask, life.name)
     shield_channels(conn)
     session = session_of(conn)
     if session is not None:

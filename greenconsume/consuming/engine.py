@@ -26,8 +26,8 @@ from greenconsume.consuming.connecting import (
 )
 from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
-from greenconsume.consuming.refusals import Refusals
-from greenconsume.errors import InvalidConsumerError, StoppedError
+from greenconsume.consuming.refusals import Refusals, remedy_of
+from greenconsume.errors import InvalidConsumerError, LinkClosedError, StoppedError
 from greenconsume.events import ConsumerState, Outcome
 from greenconsume.handling.batches import Batching
 from greenconsume.handling.boundary import Handler, Handling
@@ -67,6 +67,7 @@ class Engine:
         "_consumer",
         "_places",
         "_refusals",
+        "_supervised",
         "_switch",
         "drain",
         "fleeting_queues",
@@ -92,6 +93,7 @@ class Engine:
         self._places: Slots | None = None
         self._switch: Switch | None = None
         self._refusals = Refusals(self.life)
+        self._supervised = False
 
     # -- what surrounds it ----------------------------------------------------------------------
 
@@ -108,6 +110,7 @@ class Engine:
             places: Where its handlers run, if there is a limit for all.
         """
         self.links, self.life.rungs, self._places = links, rungs, places
+        self._supervised = True
 
     def settings(self) -> Settings:
         """Return how its handlers are to run.
@@ -208,6 +211,23 @@ class Engine:
 
         Switches: yes.
         """
+        stopping.wait(self._refusals.tell(error), self.life.stop)
+
+    def keep_apart(self) -> None:
+        """Have the consumer connect over a link of its own from now on. Switches: never."""
+        self.link_pool().quarantine.put(self.life.name)
+
+    def answer_for(self, error: BaseException, stopping: StopCheck) -> None:
+        """Answer for a connection that the broker closed because of what the consumer did.
+
+        Raises:
+            LinkClosedError: For a runtime, whose restart policy says how it goes on.
+
+        Switches: yes.
+        """
+        self.keep_apart()
+        if self._supervised:
+            raise LinkClosedError(self.life.name, error, remedy_of(error)) from error
         stopping.wait(self._refusals.tell(error), self.life.stop)
 
     def leaving(self, stopping: StopCheck) -> Callable[[], bool]:

@@ -25,6 +25,18 @@ MAX_STANDBY_DELAY = 4.0
 CONSUMED_WELL = 10.0
 
 
+#: What to do about what RabbitMQ closes a whole connection for, by its words.
+_REMEDIES = {
+    "unknown exchange type": "correct the exchange's type, or enable the broker's plugin for it",
+    "immediate=true": "publish without immediate=True, which RabbitMQ does not have",
+    "reuse consumer tag": "give each consumer of a channel a tag of its own, or none",
+    "global qos": "call qos with apply_global=False",
+    "stream queues": "acknowledge a stream's messages; a stream takes none back",
+    "frame_too_large": "publish smaller messages",
+    "transient_nonexcl_queues": "declare the queue with durable=True, or exclusive=True",
+}
+
+
 class Prospect(enum.Enum):
     """The ways in which a refusal may come to its end."""
 
@@ -74,7 +86,13 @@ def refusal_of(error: BaseException) -> Refusal:
         return Refusal(
             Prospect.HELP, "a message was settled twice, or on another channel than its own"
         )
-    return Refusal(Prospect.HELP, "")
+    return Refusal(Prospect.HELP, remedy_of(error))
+
+
+def remedy_of(error: BaseException) -> str:
+    """Return what to do about that for which the broker closed a whole connection; may be empty."""
+    text = str(error)
+    return next((remedy for words, remedy in _REMEDIES.items() if words in text), "")
 
 
 class Refusals:

@@ -15,6 +15,7 @@ from kombu import Connection
 from greenconsume.links.backoff import OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.polled_stop import polled_stop
+from greenconsume.links.quarantine import Quarantine
 from greenconsume.links.unpooled import connect_unpooled
 from greenconsume.patching import require_patched
 from greenconsume.stopping import Deadline, StopSignal
@@ -38,6 +39,7 @@ class LinkPool:
             raise ValueError(f"links must be at least 1, not {links!r}")
         self.size = links
         self._on_refused = on_refused
+        self.quarantine = Quarantine()
         self._dialers: dict[tuple[object, ...], list[Dialer]] = {}
         _pools.add(self)
 
@@ -49,6 +51,7 @@ class LinkPool:
         max_retries: int | None = None,
         publishing: bool = False,
         should_stop: Callable[[], object] | None = None,
+        consumer: str = "",
     ) -> None:
         """Connect `connection`, trying until it succeeds, over a shared link where its transport has them.
 
@@ -59,6 +62,7 @@ class LinkPool:
             max_retries: How many failures are followed by another attempt; None: all.
             publishing: The link must not be one that consumes: the broker blocks publishers by link.
             should_stop: Says, when it is asked, whether to stop; for a consumer whose stop nothing signals.
+            consumer: The name of the consumer, which may be in quarantine.
 
         Raises:
             NotPatchedError: The process is not patched by gevent, and the transport waits for a network.
@@ -75,7 +79,7 @@ class LinkPool:
         with polled_stop(stop, should_stop) as stop:
             if getattr(connection.transport, "shares_links", False):
                 dialer = self._dialer_for(
-                    connection, stop, on_failed_attempt, max_retries, publishing
+                    connection, stop, on_failed_attempt, max_retries, publishing, consumer
                 )
                 connection.transport.acquire = dialer.acquirer(connection)
                 connection.ensure_connection(max_retries=0)
@@ -90,9 +94,15 @@ class LinkPool:
         on_failed_attempt: OnFailedAttempt | None,
         max_retries: int | None,
         publishing: bool,
+        consumer: str,
     ) -> Dialer:
         """Return one whose link lives and has room. Switches: yes, to dial."""
-        dialers = self._dialers.setdefault(_broker_of(connection, publishing), [])
+        broker = _broker_of(connection, publishing)
+        if self.quarantine.holds(consumer):
+            broker = (*broker, consumer)
+        else:
+            self._dialers.pop((*broker, consumer), None)  # its link of a quarantine is gone
+        dialers = self._dialers.setdefault(broker, [])
         while True:
             dialer = self._choose(dialers, publishing)
             link = dialer.wait_for_link(connection, stop, on_failed_attempt, max_retries)

@@ -1,0 +1,105 @@
+"""A consumer whose mistake makes the broker close the connection costs that consumer alone (law 10)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import amqp
+import pytest
+from kombu import Exchange, Queue
+
+from greenconsume import ConsumerMixin, RestartPolicy, Runtime
+from greenconsume.errors import LinkClosedError
+from greenconsume.events import ConsumerGivenUp, ConsumerRestarting, LinkDown
+from tests.fault.consumers import Collector, connection_to, everything, observing
+from tests.messages import declare, publish
+from tests.waiting import wait_until
+
+NEIGHBOURS = 10
+
+
+class Culprit(ConsumerMixin):
+    """Makes a mistake each time it sets up its consumers."""
+
+    def __init__(self, connection: Any, queue: str, mistake: Callable[[Any, str], object]) -> None:
+        self.connection, self.queue, self.mistake = connection, queue, mistake
+
+    def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
+        self.mistake(channel, self.queue)
+        return [Consumer([Queue(self.queue, durable=True)], callbacks=[self.on_task])]
+
+    def on_task(self, body: Any, message: Any) -> None:
+        message.ack()
+
+
+def unknown_exchange_type(channel: Any, queue: str) -> None:
+    Exchange("e", type="no-such-type", channel=channel).declare()
+
+
+def tag_in_use(channel: Any, queue: str) -> None:
+    for _ in range(2):
+        channel.basic_consume(queue, "the-same", callback=print)
+
+
+def global_qos(channel: Any, queue: str) -> None:
+    name = f"{queue}-quorum"
+    channel.queue_declare(
+        name, durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"}
+    )
+    channel.basic_qos(0, 10, True)
+    channel.basic_consume(name, callback=print)
+
+
+def recover_without_requeue(channel: Any, queue: str) -> None:
+    channel.send_method((60, 110), "b", (False,), wait=(60, 111))
+
+
+def flow_off(channel: Any, queue: str) -> None:
+    channel.send_method((20, 20), "b", (False,), wait=(20, 21))
+
+
+def opened_twice(channel: Any, queue: str) -> None:
+    channel.send_method((20, 10), "s", ("",), wait=(20, 11))
+
+
+def immediate(channel: Any, queue: str) -> None:
+    channel.basic_publish(amqp.Message("x"), routing_key=queue, immediate=True)
+    channel.queue_declare(queue, passive=True)
+
+
+MISTAKES = [
+    unknown_exchange_type,
+    tag_in_use,
+    global_qos,
+    recover_without_requeue,
+    flow_off,
+    opened_twice,
+    immediate,
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_costs_the_neighbours_their_link_once_at_most(amqp_url, queue_name, mistake):
+    handled: Counter[Any] = Counter()
+    declare(amqp_url, queue_name)
+    declare(amqp_url, f"{queue_name}-other")
+    with (
+        observing(LinkDown) as lost,
+        observing(ConsumerRestarting) as restarts,
+        observing(ConsumerGivenUp),
+        Runtime(connection_to(amqp_url), restart=RestartPolicy(backoff=0.1)) as runtime,
+    ):
+        runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
+        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        (culprit,) = runtime.spawn(lambda c: Culprit(c, f"{queue_name}-other", mistake))
+        wait_until(lambda: len(restarts) >= 3, within=20)
+        publish(amqp_url, queue_name, 50)
+        wait_until(everything(handled, 50), within=10)
+        shared = [event for event in lost if event.consumers > 1]
+        assert len(shared) <= 1
+        assert {event.consumer for event in restarts} == {culprit.name}
+        assert {type(event.error) for event in restarts} == {LinkClosedError}
+        assert sum(handled.values()) == 50
+        assert culprit.restart_count >= 3
