@@ -186,7 +186,7 @@ def _logger_class(level: str, form: Any) -> type[Logger]:
             self.error_log.handlers.clear()
             self.error_log.propagate = True
 
-        def info(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        def info(self, msg: str, *args: object, **kwargs: object) -> None:
             if not msg.startswith("Listening at"):  # nothing follows it
                 super().info(msg, *args, **kwargs)
 

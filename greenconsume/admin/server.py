@@ -174,7 +174,7 @@ class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent is untyped
             _logger.error("the admin failed on a request", exc_info=(t, v, tb))
         self._send_error_response_if_possible(500)
 
-    def log_error(self, msg: str, *args: Any) -> None:
+    def log_error(self, msg: str, *args: object) -> None:
         """Log what a client did wrong at DEBUG: it is not this process's trouble."""
         _logger.debug(msg, *args)
 

@@ -187,7 +187,7 @@ class Process(Protocol):
         """Drain all. Only signals."""
 
 
-def to_json(status: ProcessStatus, **more: Any) -> bytes:
+def to_json(status: ProcessStatus, **more: object) -> bytes:
     """Return a status as one JSON object, with `more` keys. Never switches."""
     shown = _plain(status)
     shown["consumers"] = [_plain(each) for each in status.consumers]

@@ -205,7 +205,7 @@ class _Lenient(bytes):
         part = super().__getitem__(key)
         return _Lenient(part) if isinstance(part, bytes) else part
 
-    def decode(self, *_args: Any) -> str:
+    def decode(self, *_args: object) -> str:
         return super().decode("utf-8", "surrogateescape")
 
 

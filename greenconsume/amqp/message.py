@@ -51,7 +51,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
     __slots__ = ("epoch", "errors")
     _state: Any
 
-    def __init__(self, msg: amqp.Message, channel: MessageChannel, **kwargs: Any) -> None:
+    def __init__(self, msg: amqp.Message, channel: MessageChannel, **kwargs: object) -> None:
         undecodable = getattr(msg, "undecodable", None)
         self.errors: list[Any] = [undecodable] if undecodable else []
         super().__init__(msg, channel=channel, **kwargs)

@@ -254,7 +254,7 @@ class Session:
             channel.core.on_link_lost(own)
         self.inbox.wake()
 
-    def close(self, *_args: Any, **_kwargs: Any) -> None:
+    def close(self, *_args: object, **_kwargs: object) -> None:
         """Close every channel, then leave the link, within the link's `close_timeout`.
 
         A channel that fails does not keep the others open. Never raises for what the broker does.

@@ -51,7 +51,7 @@ class TLSTransport(SSLTransport):  # type: ignore[misc]  # amqp is untyped
         sock: Any,
         context: dict[str, Any] | None = None,
         check_hostname: bool | None = None,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """Wrap a socket, without a handshake; as py-amqp's, but for the name."""
         if context is not None:

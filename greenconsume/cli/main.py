@@ -210,7 +210,7 @@ def run(
     pid_file: str,
     reload: bool,
     max_messages_jitter: int,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Run the consumers of MODULE:TARGET until they have ended, or a signal drains them.
 

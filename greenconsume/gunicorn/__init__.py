@@ -26,7 +26,7 @@ def consumers(
     only_in: int | None = None,
     freeze_gc: bool = False,
     on_failure: Literal["report", "exit"] = "report",
-    **options: Any,
+    **options: object,
 ) -> Callable[[Any], None]:
     """Return a `post_worker_init` hook that runs consumers in each worker.
 

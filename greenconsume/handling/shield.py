@@ -65,7 +65,7 @@ def _shield(channel: Any) -> None:
 
 
 def _one_at_a_time(call: Callable[..., Any], lock: Any) -> Callable[..., Any]:
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def called(*args: object, **kwargs: object) -> Any:
         with lock, shielded():
             return call(*args, **kwargs)
 
@@ -73,7 +73,7 @@ def _one_at_a_time(call: Callable[..., Any], lock: Any) -> Callable[..., Any]:
 
 
 def _unless_closed(channel: Any, call: Callable[..., Any], stale: Any) -> Callable[..., Any]:
-    def settle(delivery_tag: Any, *args: Any, **kwargs: Any) -> Any:
+    def settle(delivery_tag: Any, *args: object, **kwargs: object) -> Any:
         if getattr(channel, "closed", False):
             emit(StaleSettle(delivery_tag, next(stale)))
             return None

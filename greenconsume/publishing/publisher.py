@@ -118,7 +118,7 @@ class Publisher:
         self._hub: Any = None  # of the thread that publishes
         self._closed = False
 
-    def publish(self, body: Any, routing_key: str | None = None, **options: Any) -> None:
+    def publish(self, body: Any, routing_key: str | None = None, **options: object) -> None:
         """Publish, and wait until the broker has confirmed this very message.
 
         Args:
@@ -145,7 +145,7 @@ class Publisher:
             publication.wait()
 
     def publish_nowait(
-        self, body: Any, routing_key: str | None = None, **options: Any
+        self, body: Any, routing_key: str | None = None, **options: object
     ) -> Publication:
         """Publish as `publish` does, and return what its confirm may be waited for with.
 
@@ -334,5 +334,5 @@ class _Taker:
 class _PlainTaker(_Taker):
     """The same for transports whose messages only a channel of theirs can prepare, once there is one."""
 
-    def prepare_message(self, *message: Any) -> tuple[Any, ...]:
+    def prepare_message(self, *message: object) -> tuple[Any, ...]:
         return message

@@ -55,7 +55,7 @@ class Channel(Topology):
     QoS = QoS
     Message = HeldMessage
 
-    def __init__(self, connection: Any, **kwargs: Any) -> None:
+    def __init__(self, connection: Any, **kwargs: object) -> None:
         super().__init__(connection, **kwargs)
         options = connection.client.transport_options
         self.waiting = 0  # delivered to this channel, and not handed out
@@ -73,7 +73,7 @@ class Channel(Topology):
         no_ack: bool,
         callback: Callable[[HeldMessage], object],
         consumer_tag: str = "",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """Subscribe to a queue; return the consumer's tag."""
         self._require_open()
@@ -93,7 +93,7 @@ class Channel(Topology):
         self._rejoin()
         return tag
 
-    def basic_cancel(self, consumer_tag: str, **kwargs: Any) -> None:
+    def basic_cancel(self, consumer_tag: str, **kwargs: object) -> None:
         """End a subscription: what it was dealt and has not started goes back at once. Never switches."""
         subscription = self._consumers.pop(consumer_tag, None)
         if subscription is None:
@@ -198,7 +198,7 @@ class Channel(Topology):
         self.offer()
         subscription.callback(message)
 
-    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> HeldMessage | None:
+    def basic_get(self, queue: str, no_ack: bool = False, **kwargs: object) -> HeldMessage | None:
         """Take a message if there is one. Switches: yes."""
         self._require_open()
         keeper_of(self.ledger)

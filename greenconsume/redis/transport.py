@@ -74,7 +74,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
     acquire: Callable[[], Link] | None = None
     session: Session
 
-    def __init__(self, client: Any, **kwargs: Any) -> None:
+    def __init__(self, client: Any, **kwargs: object) -> None:
         super().__init__(client, **kwargs)
         self.keyspace = Keyspace.of(client.transport_options, database_of(client))
         self.fleeting: set[str] = set()
@@ -175,7 +175,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
 class SSLTransport(Transport):
     """The same over TLS."""
 
-    def __init__(self, client: Any, **kwargs: Any) -> None:
+    def __init__(self, client: Any, **kwargs: object) -> None:
         if not client.ssl:
             client.ssl = True
         super().__init__(client, **kwargs)
