@@ -103,3 +103,31 @@ def test_a_mistake_costs_the_neighbours_their_link_once_at_most(amqp_url, queue_
         assert {type(event.error) for event in restarts} == {LinkClosedError}
         assert sum(handled.values()) == 50
         assert culprit.restart_count >= 3
+
+
+class Offender(Collector):
+    """Its handler makes the broker close the connection, on the channel that its message came from."""
+
+    def on_task(self, body: Any, message: Any) -> None:
+        unknown_exchange_type(message.channel, "")
+
+
+def test_a_handlers_mistake_costs_the_neighbours_their_link_once_at_most(amqp_url, queue_name):
+    handled: Counter[Any] = Counter()
+    declare(amqp_url, queue_name)
+    declare(amqp_url, f"{queue_name}-other")
+    with (
+        observing(LinkDown) as lost,
+        observing(ConsumerRestarting) as restarts,
+        Runtime(connection_to(amqp_url), restart=RestartPolicy(backoff=0.1)) as runtime,
+    ):
+        runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
+        (culprit,) = runtime.spawn(lambda c: Offender(c, f"{queue_name}-other"))
+        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        publish(amqp_url, f"{queue_name}-other", 1)
+        wait_until(lambda: len(restarts) >= 3, within=20)
+        publish(amqp_url, queue_name, 50)
+        wait_until(everything(handled, 50), within=10)
+        assert len([event for event in lost if event.consumers > 1]) <= 1
+        assert {event.consumer for event in restarts} == {culprit.name}
+        assert sum(handled.values()) == 50
