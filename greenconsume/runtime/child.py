@@ -12,6 +12,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from kombu.utils.limits import TokenBucket
+
 from greenconsume.consuming.engine import lifecycle_of
 from greenconsume.events import ConsumerState
 from greenconsume.handling.options import ConsumerOptions
@@ -186,6 +188,11 @@ class Child:
                 self.consumer.should_stop = False
             except Exception:  # a user's read-only `should_stop`: theirs to clear
                 pass
+        limit = getattr(self.consumer, "restart_limit", None)
+        if isinstance(
+            limit, TokenBucket
+        ):  # it was asked to stop: that is no restart to be slowed down
+            limit.timestamp -= limit.capacity / limit.fill_rate
 
 
 def _should_stop(consumer: object) -> bool:

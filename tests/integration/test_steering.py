@@ -84,7 +84,7 @@ def test_a_resumed_consumer_handles_messages_within_a_tenth_of_a_second(load):
         runtime.control.resume("Orders-1")
         wait_until(lambda: begun)
         latencies.append(begun[0] - since)
-    assert min(latencies) < 0.1
+    assert sorted(latencies)[2] < 0.1
 
 
 def test_scaling_up_and_down_under_load_loses_and_doubles_nothing(load):

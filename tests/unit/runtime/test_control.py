@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 import gevent
 import pytest
 from gevent.event import Event
@@ -367,3 +369,15 @@ def test_a_settle_that_comes_too_late_is_counted_for_its_consumer(running, publi
     counted = [each.stale_settles for each in runtime.control.status().consumers]
     assert sorted(counted) == [0, 1]
     assert [each.tally.ok for each in runtime.children] == counted
+
+
+def test_a_resumed_consumer_does_not_wait_for_kombus_restart_limit(running):
+    """One start a second is for what fails; each of these was asked for."""
+    runtime = running(Work)
+    since = monotonic()
+    for _ in range(5):
+        runtime.control.pause("Work-1")
+        wait_until(lambda: state(runtime, "Work-1") == "paused")
+        runtime.control.resume("Work-1")
+        wait_until(lambda: state(runtime, "Work-1") == "consuming")
+    assert monotonic() - since < 3.0
