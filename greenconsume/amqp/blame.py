@@ -32,7 +32,7 @@ class LinkLostError(amqp.RecoverableConnectionError):  # type: ignore[misc]  # a
 
 
 class Verdict(enum.Enum):
-    """What a session has to do with the loss of its link."""
+    """The part of a session in the loss of its link."""
 
     INNOCENT = "it lost the link through others, or the link just broke"
     SUSPECT = "it is one of those who may have done it"
@@ -40,14 +40,14 @@ class Verdict(enum.Enum):
 
 
 class Suspect(Protocol):
-    """What is looked at in a session."""
+    """A session, as it is looked at when its link was lost."""
 
     @property
     def has_published(self) -> bool:
-        """Whether anything was published over it."""
+        """True if anything was published over it."""
 
     def awaits(self, method: tuple[int, int]) -> bool:
-        """Whether a call by this method has no answer yet."""
+        """Return whether a call by this method has no answer yet."""
 
 
 _S = TypeVar("_S", bound=Suspect)

@@ -145,7 +145,7 @@ class Calls:
         self.life = Life.OPEN
 
     def awaits(self, method: Sig) -> bool:
-        """Whether a call by this method has no answer yet."""
+        """Return whether a call by this method has no answer yet."""
         return self._replies.awaits(method)
 
     def tell_next_user(self, error: BaseException) -> None:

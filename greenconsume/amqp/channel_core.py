@@ -233,7 +233,7 @@ class ChannelCore:
 
     @property
     def has_published(self) -> bool:
-        """Whether anything was published on it."""
+        """True if anything was published on it."""
         return self._publisher is not None
 
     def on_link_lost(self, own: BaseException | None = None) -> None:

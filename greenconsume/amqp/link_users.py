@@ -45,9 +45,9 @@ class LinkUser(Protocol):
 
     @property
     def has_published(self) -> bool:
-        """Whether anything was published over it."""
+        """True if anything was published over it."""
         ...
 
     def awaits(self, method: Sig) -> bool:
-        """Whether a call by this method has no answer yet."""
+        """Return whether a call by this method has no answer yet."""
         ...

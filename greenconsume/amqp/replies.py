@@ -120,7 +120,7 @@ class Replies:
                 return
 
     def awaits(self, method: Sig) -> bool:
-        """Whether a call by this method waits: AMQP numbers an answer one above what it answers."""
+        """Return whether a call by this method waits: AMQP numbers an answer one above what it answers."""
         answer = (method[0], method[1] + 1)
         return any(answer in reply.methods for reply in self._waiting)
 

@@ -311,11 +311,11 @@ class Session:
 
     @property
     def has_published(self) -> bool:
-        """Whether anything was published over it."""
+        """True if anything was published over it."""
         return any(channel.core.has_published for channel in self.channels.values())
 
     def awaits(self, method: tuple[int, int]) -> bool:
-        """Whether a call by this method has no answer yet."""
+        """Return whether a call by this method has no answer yet."""
         return any(channel.core.calls.awaits(method) for channel in self.channels.values())
 
     def allocate(self, channel_id: int | None) -> int:
