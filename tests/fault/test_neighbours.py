@@ -12,7 +12,7 @@ from kombu import Exchange, Queue
 
 from greenconsume import ConsumerMixin, RestartPolicy, Runtime
 from greenconsume.errors import LinkClosedError
-from greenconsume.events import ConsumerGivenUp, ConsumerRestarting, LinkDown
+from greenconsume.events import ConsumerRefused, ConsumerRestarting, LinkDown
 from tests.fault.consumers import Collector, connection_to, everything, observing
 from tests.messages import declare, publish
 from tests.waiting import wait_until
@@ -81,27 +81,35 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_a_mistake_costs_the_neighbours_their_link_once_at_most(amqp_url, queue_name, mistake):
+def test_a_mistake_costs_the_neighbours_their_link_once_at_most(
+    rabbitmq, amqp_url, queue_name, mistake
+):
+    closes_channel = mistake is unknown_exchange_type and rabbitmq.version >= (4,)
     handled: Counter[Any] = Counter()
     declare(amqp_url, queue_name)
     declare(amqp_url, f"{queue_name}-other")
     with (
         observing(LinkDown) as lost,
         observing(ConsumerRestarting) as restarts,
-        observing(ConsumerGivenUp),
+        observing(ConsumerRefused) as refusals,
         Runtime(connection_to(amqp_url), restart=RestartPolicy(backoff=0.1)) as runtime,
     ):
         runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
         wait_until(lambda: all(child.started for child in runtime.children), within=10)
         (culprit,) = runtime.spawn(lambda c: Culprit(c, f"{queue_name}-other", mistake))
-        wait_until(lambda: len(restarts) >= 3, within=20)
+        wait_until(lambda: len(refusals if closes_channel else restarts) >= 3, within=20)
         publish(amqp_url, queue_name, 50)
         wait_until(everything(handled, 50), within=10)
+        assert sum(handled.values()) == 50
+        if (
+            closes_channel
+        ):  # RabbitMQ 4 says 406 of an unknown type, which concerns the channel alone
+            assert lost == []
+            return
         shared = [event for event in lost if event.consumers > 1]
         assert len(shared) <= 1
         assert {event.consumer for event in restarts} == {culprit.name}
         assert {type(event.error) for event in restarts} == {LinkClosedError}
-        assert sum(handled.values()) == 50
         assert culprit.restart_count >= 3
 
 
@@ -109,7 +117,7 @@ class Offender(Collector):
     """Its handler makes the broker close the connection, on the channel that its message came from."""
 
     def on_task(self, body: Any, message: Any) -> None:
-        unknown_exchange_type(message.channel, "")
+        flow_off(message.channel, "")
 
 
 def test_a_handlers_mistake_costs_the_neighbours_their_link_once_at_most(amqp_url, queue_name):
