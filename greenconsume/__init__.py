@@ -26,6 +26,7 @@ Where it is written. A package imports only what stands below it, and says what 
     links        how many consumers share a few connections
     transports   which kombu transports are green, polled or refused; memory
     redis        the green Redis and Valkey client: takes, leases, restores, in kombu's layout
+    virtual      what redis and memory share: prefetch, settling once, closing every channel
     amqp         the green AMQP client: a link, its sessions, its channels
     lifecycle    one consumer's name, state, readiness and stop signal
     around       what is entered around a message: handlers, batches and publications

@@ -10,39 +10,31 @@ from collections import OrderedDict
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from kombu.transport import virtual
-
 from greenconsume.events import StaleSettle, emit
+from greenconsume.virtual import Unsettled
 
 if TYPE_CHECKING:
     from greenconsume.redis.channel import Channel
     from greenconsume.redis.message import HeldMessage
 
 
-class QoS(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
+class QoS(Unsettled):
     """The prefetch of a channel, and what it counts; by delivery tag, which is what the message is held as.
 
     A tag that is not there is settled already: that is counted, and does nothing.
     """
 
-    _dirty = ()  # kombu's keeps settled tags until the next delivery; here they are gone at once
+    channel: Channel
+    _delivered: OrderedDict[str, HeldMessage | None]
 
     def __init__(self, channel: Channel, prefetch_count: int = 0) -> None:
-        # Without kombu's __init__: it registers a finalizer with multiprocessing, which keeps every
-        # QoS, and by it every channel, until the process ends.
-        self.channel = channel
-        self.prefetch_count = prefetch_count or 0
-        self._delivered: OrderedDict[str, HeldMessage | None] = OrderedDict()
+        super().__init__(channel, prefetch_count)
         self.returning_count = 0  # put back, and not there yet: what comes after them has to wait
         self._stale = count(1)
 
-    def append(self, message: HeldMessage, delivery_tag: str) -> None:
-        """Keep a message until it is settled."""
-        self._delivered[delivery_tag] = message
-
     def ack(self, delivery_tag: str, multiple: bool = False) -> None:
         """Settle a message; with `multiple`, all that came before it too."""
-        for tag in self._up_to(delivery_tag) if multiple else (delivery_tag,):
+        for tag in self.up_to(delivery_tag) if multiple else (delivery_tag,):
             if self._drop(tag):
                 self.channel.ledger.ack(tag)
         self.channel.offer()
@@ -66,7 +58,7 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
 
     def give_back(self, delivery_tag: str, multiple: bool = False) -> None:
         """Put a message back as if it had never been taken."""
-        tags = self._up_to(delivery_tag) if multiple else [delivery_tag]
+        tags = self.up_to(delivery_tag) if multiple else [delivery_tag]
         self.channel.ledger.give_back([tag for tag in tags if self._drop(tag)])
         self.channel.offer()
 
@@ -106,7 +98,3 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
             return True
         emit(StaleSettle(tag, next(self._stale)))
         return False
-
-    def _up_to(self, tag: str) -> list[str]:
-        tags = list(self._delivered)
-        return tags[: tags.index(tag) + 1] if tag in self._delivered else tags if not tag else []

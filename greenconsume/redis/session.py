@@ -23,6 +23,7 @@ from greenconsume.redis.channel import Channel, Subscription
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
 from greenconsume.stopping import Deadline, StopSignal, wait
+from greenconsume.virtual import close_all
 
 _Waiting = tuple[Channel, Subscription, str, bytes]
 
@@ -190,7 +191,7 @@ class Session:
         Switches: only where the server has yet to answer, up to `close_timeout`.
         """
         try:
-            self._close_channels()
+            close_all([channel.close for channel in self.channels.values()])
         finally:
             deadline = self.waits.close_deadline
             if self.link.sessions == {self}:
@@ -201,20 +202,10 @@ class Session:
     def collect(self) -> None:
         """Let go of everything at once, without waiting for the server. Never switches."""
         try:
-            self._close_channels()
+            close_all([channel.close for channel in self.channels.values()])
         finally:
             if self._leave():
                 self.link.close(deadline=Deadline(0))
-
-    def _close_channels(self) -> None:
-        errors: list[Exception] = []
-        for channel in list(self.channels.values()):
-            try:
-                channel.close()
-            except Exception as exc:  # the others are closed all the same
-                errors.append(exc)
-        if errors:
-            raise errors[0]
 
     def _leave(self) -> bool:
         """Leave the link; return whether it is to be closed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from amqp.exceptions import RecoverableConnectionError
@@ -20,13 +19,12 @@ from greenconsume.redis.feed import feeds_of
 from greenconsume.redis.plain_client import plain_client
 from greenconsume.redis.protocol import Argument
 from greenconsume.redis.scripts import REFRESH_BINDING, Script
+from greenconsume.virtual import next_channel_id
 
 if TYPE_CHECKING:
     from greenconsume.redis.transport import Transport
 
 Payload = dict[str, Any]
-
-_channel_ids = count(1)
 
 
 class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -168,7 +166,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
             raise self.link.lost()
 
     def _get_free_channel_id(self) -> int:
-        return next(_channel_ids)  # kombu's looks for a gap among all of them
+        return next_channel_id()
 
     def _reset_cycle(self) -> None:
         """Do nothing: nobody polls."""

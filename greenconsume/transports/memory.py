@@ -20,7 +20,6 @@ import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from queue import Empty
 from time import monotonic
 from typing import Any, TypeAlias
@@ -38,6 +37,7 @@ from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.transports import memory_queues as queues
 from greenconsume.transports.memory_queues import Payload, Queue, Subscription
 from greenconsume.transports.memory_unsettled import UnsettledMessages
+from greenconsume.virtual import close_all, next_channel_id
 
 
 class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -199,7 +199,7 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         return next(self._delivery_tags)  # one counter for the process: no tag fits another channel
 
     def _get_free_channel_id(self) -> int:
-        return next(_channel_ids)  # kombu's looks for a gap among all of them
+        return next_channel_id()
 
     def _require_open(self) -> None:
         if self.closed:
@@ -272,11 +272,14 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
         super().close_channel(channel)
 
     def close_connection(self, connection: Transport | None) -> None:
-        """Close every channel; greenlets that drain the connection are told by an error."""
+        """Close every channel, also when one raises; who drains the connection is told by an error."""
         self._closed = True
-        super().close_connection(connection)
-        while self._idle:
-            self._wake(None)
+        try:
+            close_all([channel.close for channel in (*self._avail_channels, *self.channels)])
+        finally:
+            super().close_connection(connection)
+            while self._idle:
+                self._wake(None)
 
     def _collect(self, connection: Transport | None) -> None:
         # Without it, kombu's Connection.collect changes the socket timeout of the whole process.
@@ -354,6 +357,3 @@ class _Drainer:
 
     event: Event = field(default_factory=Event)
     owed: str | None = None
-
-
-_channel_ids = count(1)

@@ -5,11 +5,11 @@ It must never take a message from a queue. Called by `memory` and, as a channel'
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from math import inf
 from typing import Any, Protocol
 
 from kombu.transport import virtual
+
+from greenconsume.virtual import Unsettled
 
 
 class Restoring(Protocol):
@@ -22,29 +22,17 @@ class Restoring(Protocol):
         """Have what is ready looked at, if the prefetch allows."""
 
 
-class UnsettledMessages(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
+class UnsettledMessages(Unsettled):
     """Keeps a channel's unsettled messages by delivery tag.
 
     A tag that is not there (settled already, or its channel is closed) is settled without effect.
     """
 
-    _dirty = ()  # kombu's keeps settled tags until the next delivery; here they are gone at once
-
-    def __init__(self, channel: Restoring, prefetch_count: int = 0) -> None:
-        # Without kombu's __init__: it registers a finalizer with multiprocessing, which keeps every
-        # QoS, and by it every channel, until the process ends.
-        self.channel = channel
-        self.prefetch_count = prefetch_count or 0
-        self._delivered: OrderedDict[int, virtual.Message] = OrderedDict()
-
-    def append(self, message: virtual.Message, delivery_tag: int) -> None:
-        """Keep a message until it is settled."""
-        self._delivered[delivery_tag] = message
+    channel: Restoring
 
     def ack(self, delivery_tag: int, multiple: bool = False) -> None:
         """Forget a message; with `multiple`, all that came before it too. With tag 0 that is all."""
-        earlier = [tag for tag in self._delivered if multiple and tag < (delivery_tag or inf)]
-        for tag in (*earlier, delivery_tag):
+        for tag in self.up_to(delivery_tag) if multiple else (delivery_tag,):
             self._delivered.pop(tag, None)
         self.channel.offer()
 

@@ -493,3 +493,16 @@ def test_a_deleted_queue_stays_away_until_it_is_declared_again(connect: Connect)
     gevent.idle()
     assert drainer.ready()
     assert listener.bodies == ["1", "3"]
+
+
+def test_closing_goes_on_where_one_channel_raises(connect: Connect) -> None:
+    connection = connect()
+    channels = [connection.channel() for _ in range(3)]
+
+    def fail() -> None:
+        raise ValueError("this channel's own")
+
+    channels[1].qos.restore_unacked_once = fail
+    with pytest.raises(ValueError, match="own"):
+        connection.transport.close_connection(connection.connection)
+    assert all(channel.closed for channel in channels)

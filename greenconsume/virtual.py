@@ -1,0 +1,59 @@
+"""Owns what the green transports of kombu's virtual kind share: prefetch, settling once, closing all.
+
+A base to build on; it knows no broker and sends nothing. Called by `redis` and `transports.memory`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any
+
+from kombu.transport import virtual
+
+_channel_ids = count(1)
+
+
+class Unsettled(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
+    """Keeps what a channel has delivered and has yet to see settled, by delivery tag.
+
+    A tag that is not there was settled already: settling it again does nothing to any message.
+    """
+
+    _dirty = ()  # kombu's keeps settled tags until the next delivery; here they are gone at once
+
+    def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
+        # Without kombu's __init__: it registers a finalizer with multiprocessing, which keeps every
+        # QoS, and by it every channel, until the process ends.
+        self.channel = channel
+        self.prefetch_count = prefetch_count or 0
+        self._delivered: OrderedDict[Any, Any] = OrderedDict()
+
+    def append(self, message: Any, delivery_tag: Any) -> None:
+        """Keep a message until it is settled."""
+        self._delivered[delivery_tag] = message
+
+    def up_to(self, delivery_tag: Any) -> list[Any]:
+        """Return the tags that `multiple` means: all up to one, or all if the tag is 0 or empty."""
+        tags = list(self._delivered)
+        if not delivery_tag:
+            return tags
+        return tags[: tags.index(delivery_tag) + 1] if delivery_tag in self._delivered else []
+
+
+def next_channel_id() -> int:
+    """Return a number that no other channel of this process has; kombu looks for a gap among all of them."""
+    return next(_channel_ids)
+
+
+def close_all(closes: Iterable[Callable[[], object]]) -> None:
+    """Call each, also where one raises; the first error is raised once all were called."""
+    errors: list[Exception] = []
+    for close in closes:
+        try:
+            close()
+        except Exception as exc:  # the others are closed all the same
+            errors.append(exc)
+    if errors:
+        raise errors[0]
