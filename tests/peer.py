@@ -17,6 +17,7 @@ from tests.frames import (
     PROTOCOL_HEADER,
     Frame,
     Published,
+    basic_cancel,
     connection_close,
     deliver,
     method_frame,
@@ -71,6 +72,20 @@ ENDINGS = {"connection.close", "connection.close-ok"}
 # What RabbitMQ says to a wrong password, and to a virtual host that is not there.
 REFUSES_PASSWORD = {"connection.start-ok": connection_close(403, "ACCESS_REFUSED - login refused")}
 REFUSES_VHOST = {"connection.open": connection_close(530, "NOT_ALLOWED - vhost not found")}
+
+
+# What RabbitMQ 4.3 refuses, and no broker here does: transient queues that are not exclusive, and global QoS.
+RABBITMQ_4_3: dict[str, Answer] = {
+    "queue.declare": lambda frame: _refused_if(
+        not any(frame.args[2:5]),
+        frame,
+        541,
+        "INTERNAL_ERROR - Feature `transient_nonexcl_queues` is deprecated.",
+    ),
+    "basic.qos": lambda frame: _refused_if(
+        frame.args[2], frame, 540, "NOT_IMPLEMENTED - Feature `global_qos` is deprecated."
+    ),
+}
 
 
 class Peer:
@@ -176,6 +191,24 @@ class Peer:
         self.send(data)
         return data
 
+    def deliver_counted(
+        self,
+        channel: int,
+        consumer_tag: str,
+        delivery_tag: int,
+        acquired: int,
+        failed: int = 0,
+        **options: object,
+    ) -> bytes:
+        """Send a delivery as a quorum queue of RabbitMQ 4.3 does: `failed` leaves out what was nacked."""
+        counts = {"x-acquired-count": acquired, "x-delivery-count": failed}
+        headers = counts if acquired else {}
+        return self.deliver(channel, consumer_tag, delivery_tag, headers=headers, **options)  # type: ignore[arg-type]  # forwarded
+
+    def cancel(self, channel: int, consumer_tag: str) -> None:
+        """Cancel a consumer, as RabbitMQ 4.3 does where a delivery was not settled in time."""
+        self.send(basic_cancel(channel, consumer_tag))
+
     def hang_up(self, reset: bool = False) -> None:
         """Close the last connection, by FIN or by RST."""
         assert self._line is not None, "nobody has connected"
@@ -268,6 +301,11 @@ def _start(rabbitmq: str | None) -> bytes:
     product, version = ("RabbitMQ", rabbitmq) if rabbitmq else ("scripted peer", "0")
     properties = {"product": product, "version": version, "capabilities": CAPABILITIES}
     return method_frame(0, "connection.start", 0, 9, properties, "PLAIN AMQPLAIN", "en_US")
+
+
+def _refused_if(refused: object, frame: Frame, code: int, text: str) -> bytes:
+    assert frame.method is not None
+    return connection_close(code, text, frame.method) if refused else _ok(frame, frame.name)
 
 
 def _nothing(frame: Frame) -> tuple[object, ...]:

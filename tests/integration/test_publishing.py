@@ -248,7 +248,7 @@ for size in sys.argv[3:]:
 def test_a_program_that_ends_without_a_close_has_published(amqp_url, queue_name):
     """As with py-amqp, which has sent what it was given when `publish` returns."""
     declare(amqp_url, queue_name)
-    sizes = ("10", "20000000")
+    sizes = ("10", "16000000")
     command = [sys.executable, "-c", PUBLISHES_AND_ENDS, amqp_url, queue_name, *sizes]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ from kombu import Connection, Consumer, Exchange, Producer, Queue
 
 from tests import frames
 from tests.messages import publish, stock_connection
-from tests.peer import REFUSES_PASSWORD, REFUSES_VHOST
+from tests.peer import RABBITMQ_4_3, REFUSES_PASSWORD, REFUSES_VHOST
 from tests.servers import HOST
 
 BRING_UP = ["connection.start-ok", "connection.tune-ok", "connection.open", "channel.open"]
@@ -193,6 +193,40 @@ def test_a_servers_cancel_ends_a_consumer(peer):
         peer.send(frames.basic_cancel(1, "t"))
         connection.drain_events(timeout=2)
     assert cancelled == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "culprit"),
+    [
+        (lambda channel: channel.queue_declare("q", durable=False), 541, (50, 10)),
+        (lambda channel: channel.basic_qos(0, 10, True), 540, (60, 10)),
+    ],
+)
+def test_it_refuses_what_rabbitmq_4_3_refuses(make_peer, call, code, culprit):
+    with stock_connection(make_peer(answers=RABBITMQ_4_3).url) as connection:
+        channel = connection.channel()
+        channel.queue_declare("kept", durable=True)
+        channel.queue_declare("mine", exclusive=True)
+        channel.basic_qos(0, 10, False)
+        with pytest.raises(amqp.AMQPError) as refused:
+            call(channel)
+        assert (refused.value.reply_code, refused.value.method_sig) == (code, culprit)
+
+
+def test_it_counts_as_rabbitmq_4_3_and_cancels_who_is_late(peer):
+    got, cancelled = [], []
+    with stock_connection(peer.url) as connection:
+        channel = connection.channel()
+        channel.basic_consume("q", "t", callback=got.append, on_cancel=cancelled.append)
+        peer.deliver_counted(1, "t", 1, acquired=0)
+        peer.deliver_counted(1, "t", 2, acquired=3, failed=1)
+        peer.cancel(1, "t")
+        while not cancelled:
+            connection.drain_events(timeout=2)
+    assert [message.headers for message in got] == [
+        {},
+        {"x-acquired-count": 3, "x-delivery-count": 1},
+    ]
 
 
 def test_wait_for_tells_what_came_instead(peer):
