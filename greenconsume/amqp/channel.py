@@ -274,12 +274,12 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             raise ValueError("Consumer tag must be specified when nowait is True")
         is_bounded = self.deliveries.prefetch_count and not no_ack
         can_pause = not (is_bounded or exclusive) and queue in self._calls.link.lasting_queues
+        is_stream = "x-stream-offset" in (arguments or {})
 
         def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
-            consumer = ChannelConsumer(
-                taker_of(self, callback), no_ack, on_cancel, again if can_pause else None
-            )
+            taker, args = taker_of(self, callback), again if can_pause else None
+            consumer = ChannelConsumer(taker, no_ack, on_cancel, args, is_stream)
             self.deliveries.start(tag, consumer)
 
         def undo(_sig: object, tag: str) -> None:

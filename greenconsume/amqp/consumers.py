@@ -27,9 +27,10 @@ class ChannelConsumer:
         on_cancel: Called with the tag when the broker cancels it.
         consume_args: Those that consume again; None where it cannot be paused.
         is_paused: A stand-in consumes in its place, one message after the other.
+        is_stream: It reads a stream, which knows acks only.
     """
 
-    __slots__ = ("callback", "consume_args", "is_paused", "no_ack", "on_cancel")
+    __slots__ = ("callback", "consume_args", "is_paused", "is_stream", "no_ack", "on_cancel")
 
     def __init__(
         self,
@@ -37,12 +38,14 @@ class ChannelConsumer:
         no_ack: bool,
         on_cancel: Callable[[str], object] | None,
         consume_args: ConsumeArgs | None,
+        is_stream: bool = False,
     ) -> None:
         self.callback = callback
         self.no_ack = no_ack
         self.on_cancel = on_cancel
         self.consume_args = consume_args
         self.is_paused = False
+        self.is_stream = is_stream
 
     @property
     def can_pause(self) -> bool:
@@ -80,13 +83,14 @@ class Consumers:
         running: Those whose deliveries are dispatched.
         no_ack_tags: The tags of consumers whose deliveries need no settle. They stay when the consumer is
             stopped: what it has in hand is still handled.
+        stream_tags: Those of consumers that read, or did read, a stream.
     """
 
-    __slots__ = ("_announced", "_stand_ins", "no_ack_tags", "running")
+    __slots__ = ("_announced", "_stand_ins", "no_ack_tags", "running", "stream_tags")
 
     def __init__(self) -> None:
         self.running: dict[str, ChannelConsumer] = {}
-        self.no_ack_tags = _NO_TAGS
+        self.no_ack_tags = self.stream_tags = _NO_TAGS
         self._announced = _NO_TAGS
         self._stand_ins: dict[str, str] | None = None
 
@@ -98,6 +102,10 @@ class Consumers:
     def start(self, tag: str, consumer: ChannelConsumer) -> None:
         """Note that the broker has started a consumer."""
         self.running[tag] = consumer
+        if consumer.is_stream:
+            self.stream_tags |= {tag}
+        elif tag in self.stream_tags:
+            self.stream_tags -= {tag}
         if tag in self._announced:
             self._announced -= {tag}
         if consumer.no_ack:

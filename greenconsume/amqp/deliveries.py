@@ -39,6 +39,7 @@ class Deliveries:
         "_inbox",
         "_ledger",
         "_recovering",
+        "_streamed",
         "consumers",
         "epoch",
         "has_settles",
@@ -53,6 +54,7 @@ class Deliveries:
         self._calls = calls
         self._inbox = inbox
         self._ledger = Ledger()
+        self._streamed: set[int] | None = None  # what came from a stream, and is not settled
         self._recovering = 0  # what comes before so many RecoverOks is the broker's again
 
     # -- arriving -------------------------------------------------------------------------------------
@@ -69,6 +71,8 @@ class Deliveries:
             if self._recovering:
                 return
             self._ledger.deliver(delivery[1])
+            if consumer.is_stream:
+                self._note_stream(delivery[1])
             screen = self._inbox.screen
             if delivery[2] and screen is not None and screen(delivery):
                 return
@@ -106,7 +110,21 @@ class Deliveries:
     def _refuse(self, delivery: Delivery) -> None:
         if self.consumers.needs_settle(delivery[0]) and not self._recovering:
             self.hold(delivery[1])
+            if delivery[0] in self.consumers.stream_tags:
+                self._note_stream(delivery[1])
             self.give_back(delivery[1])
+
+    def _note_stream(self, delivery_tag: int) -> None:
+        if self._streamed is None:
+            self._streamed = set()
+        self._streamed.add(delivery_tag)
+
+    def _as_streamed(self, delivery_tag: int, how: int) -> int:
+        """Return how a message is settled at the broker: a stream closes the link for all but an ack."""
+        if self._streamed is None or delivery_tag not in self._streamed:
+            return how
+        self._streamed.remove(delivery_tag)
+        return ACK
 
     def hold(self, delivery_tag: int) -> None:
         """Note a message that was fetched, and has to be settled."""
@@ -116,7 +134,7 @@ class Deliveries:
         """Return to its queue what nobody has started."""
         if self._calls.link.failure is None:
             self._inbox.count_given_back()
-            self._ledger.settle(delivery_tag, GIVE_BACK)
+            self._ledger.settle(delivery_tag, self._as_streamed(delivery_tag, GIVE_BACK))
             self._flush_soon()
 
     def put_error(self, error: BaseException) -> None:
@@ -213,6 +231,8 @@ class Deliveries:
         calls = self._calls
         if calls.life is not _OPEN or calls.untold is not None:
             return False  # said the long way, which raises why it cannot
+        if self._streamed is not None:
+            how = self._as_streamed(delivery_tag, how)
         if not self._ledger.settle(delivery_tag, how):
             return False
         if not self.has_settles:
@@ -258,6 +278,7 @@ class Deliveries:
         self.epoch += 1
         self._inbox.take_back(self, self._can_go_back)
         self._ledger.clear()
+        self._streamed = None
 
     @property
     def unsettled_count(self) -> int:

@@ -27,6 +27,7 @@ from greenconsume.consuming.connecting import (
 from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
 from greenconsume.consuming.refusals import Refusals, remedy_of
+from greenconsume.consuming.streams import StreamPlaces
 from greenconsume.errors import InvalidConsumerError, LinkClosedError, StoppedError
 from greenconsume.events import ConsumerState, Outcome
 from greenconsume.handling.batches import Batching
@@ -67,6 +68,7 @@ class Engine:
         "_consumer",
         "_places",
         "_refusals",
+        "_streams",
         "_supervised",
         "_switch",
         "drain",
@@ -93,6 +95,7 @@ class Engine:
         self._places: Slots | None = None
         self._switch: Switch | None = None
         self._refusals = Refusals(self.life)
+        self._streams = StreamPlaces()
         self._supervised = False
 
     # -- what surrounds it ----------------------------------------------------------------------
@@ -291,7 +294,8 @@ class Engine:
         self.queues = tuple(queues)
         self.fleeting_queues = tuple(name for name, fleeting in queues.items() if fleeting)
         for consumer in guarded:
-            consumer._receive_callback = Handler(consumer, handling)
+            accept = self._streams.fit(consumer, handling.recoverer)
+            consumer._receive_callback = Handler(consumer, handling, accept)
             handling.fit_prefetch(consumer)
             fit_switch(consumer, self._switch)
         return guarded

@@ -41,8 +41,8 @@ FAILURE = (RETRIES, RENEWALS, NOT_BEFORE, QUEUE, ERROR_TYPE, ERROR, STACK, HOST,
 
 _EXPIRATION, _USER, _CC_ASIDE = PREFIX + "expiration", PREFIX + "user-id", PREFIX + "cc"
 _CC = "CC"
-#: What quorum queues add to what they deliver.
-_COUNTS = ("x-delivery-count", "x-acquired-count")
+#: What quorum queues and streams add to what they deliver.
+_COUNTS = ("x-delivery-count", "x-acquired-count", "x-stream-offset")
 #: What of a message belongs to its passage through one of kombu's virtual transports.
 _PASSAGE = ("body_encoding", "delivery_info", "delivery_tag")
 #: The octets of a header frame around its properties.

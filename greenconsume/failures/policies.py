@@ -52,7 +52,7 @@ class Requeue:
     error, and said in the log; `greenconsume dead-letters` brings it back. Where the queue's arguments have
     a dead-letter exchange its broker's way is left to work. A lower limit that a policy of the broker sets
     cannot be seen from here: say `max_deliveries` then. What hung a whole process (`HandlerHung`) is put
-    there at once, for it would hang the next one.
+    there at once, for it would hang the next one; and what comes from a stream, which takes nothing back.
 
     Args:
         delay: Seconds; 0 requeues at once.
@@ -81,7 +81,7 @@ class Requeue:
         """See `FailurePolicy.apply`. Switches: where it is put into a dead-letter queue."""
         recoverer = getattr(message, "recoverer", None)
         if isinstance(recoverer, Recoverer):
-            if isinstance(error, HandlerHung):
+            if isinstance(error, HandlerHung) or recoverer.is_of_stream(message):
                 parked = recoverer.set_aside(message, error, self.dead_letter)
             else:
                 parked = recoverer.park(message, error, self.max_deliveries, self.dead_letter)

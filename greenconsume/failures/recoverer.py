@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from kombu import Connection, Message, Queue
 
 from greenconsume.amqp.transport import Session, Transport
-from greenconsume.errors import GreenconsumeError
+from greenconsume.errors import GreenconsumeError, InvalidConsumerError
 from greenconsume.failures import delivery_limits, message_copy
 from greenconsume.failures.copy_publisher import CopyPublisher, copy_publisher_of
 from greenconsume.failures.message_copy import Copy
@@ -28,6 +28,7 @@ from greenconsume.failures.retry_queues import (
     is_quorum,
     lasts,
 )
+from greenconsume.failures.streams import is_stream
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
 
@@ -128,6 +129,7 @@ class Recoverer:
             source.inbox.have_screened(renewals.screen)
         if self._plans:
             queues = [queue for consumer in consumers for queue in getattr(consumer, "queues", ())]
+            _refuse_streams(queues)
             declare_queues(source, self._queues_for(queues, source))
         try:
             yield
@@ -228,7 +230,7 @@ class Recoverer:
         if not is_live(message):
             return None
         queue = self._queue_of(message)
-        if "x-dead-letter-exchange" in (queue.queue_arguments or {}):
+        if "x-dead-letter-exchange" in (queue.queue_arguments or {}) and not is_stream(queue):
             message.reject()
             return "rejected, to the dead letters of its queue"
         if "compression" in message.headers and not hasattr(message, "wire_form"):
@@ -236,6 +238,11 @@ class Recoverer:
         target = dead_letter_queue(dead_letter, queue.name)
         self._bury(message, self._copy_of(message, queue), target, error)
         return f"put into {target}"
+
+    def is_of_stream(self, message: Message) -> bool:
+        """Return whether a message was consumed from a stream, which takes none back."""
+        source = self.source_of(message.delivery_info.get("consumer_tag"))
+        return source is not None and is_stream(source.queue)
 
     # -- what renewals call -----------------------------------------------------------------------
 
@@ -356,3 +363,13 @@ class Recoverer:
                     delays = plan.delays[: plan.max_retries]
                     wanted |= delay_queues(queue, delays, is_quorum(queue, source))
         return wanted
+
+
+def _refuse_streams(queues: Sequence[Queue]) -> None:
+    """Refuse to retry what comes from a stream: RabbitMQ drops what is dead-lettered into one."""
+    streams = [queue.name for queue in queues if is_stream(queue)]
+    if streams:
+        raise InvalidConsumerError(
+            f"{streams[0]!r} is a stream, to which a message cannot go back: Retry would lose it. Use "
+            "Requeue(), which keeps what fails in a dead-letter queue, and retry in the handler"
+        )

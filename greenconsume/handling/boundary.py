@@ -24,6 +24,7 @@ from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
 from greenconsume.failures.delivery_limits import counts_returns
 from greenconsume.failures.requeues import DelayedRequeues, give_back, is_live, is_settleable
 from greenconsume.failures.retry import recoverer_of
+from greenconsume.failures.streams import is_stream
 from greenconsume.handling.advice import advise
 from greenconsume.handling.alarm import Alarm
 from greenconsume.handling.decoding import decode
@@ -48,6 +49,7 @@ class Handler:
     Args:
         consumer: The `kombu.Consumer` whose callbacks are run.
         handling: Where and how they run.
+        accept: What sees each message first; by default, what its failure policies need.
     """
 
     __slots__ = ("_accept", "_consumer", "_handle", "_tally")
@@ -55,10 +57,15 @@ class Handler:
     #: A green channel hands over its deliveries as they came.
     takes_deliveries = True
 
-    def __init__(self, consumer: Any, handling: Handling) -> None:
+    def __init__(
+        self,
+        consumer: Any,
+        handling: Handling,
+        accept: Callable[[Any, Any, Any], bool] | None = None,
+    ) -> None:
         self._consumer = consumer
         self._handle = handling.paced(handling.handle if handling.pool is None else handling.submit)
-        self._accept = handling.recoverer.accept
+        self._accept = accept or handling.recoverer.accept
         self._tally = handling.tally
 
     def __call__(self, raw: Any) -> None:
@@ -193,10 +200,11 @@ class Handling:
         chosen = self.prefetch_of(consumer)
         queues = consumer.queues if isinstance(consumer, kombu.Consumer) else ()
         counted = any(map(counts_returns, queues))
+        needed = counted or any(map(is_stream, queues))  # a stream lets nobody consume without
         rate = self.settings.rate
         if rate is not None and not 0 < (chosen or 0) <= rate.most_unsettled:
             consumer.qos(prefetch_count=min(rate.most_unsettled, MAX_PREFETCH))
-        elif chosen is None and (self.pool is not None or counted):
+        elif chosen is None and (self.pool is not None or needed):
             consumer.qos(prefetch_count=min(self._prefetch_for(counted), MAX_PREFETCH))
         elif chosen and self.pool is not None and chosen < self.pool.size:
             emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))

@@ -1,0 +1,96 @@
+"""Owns where one consumer stands in the streams that it reads, over all its connections.
+
+A stream gives nothing back, so what was not settled when a link was lost has to be asked for: the consumer
+goes on at its first unsettled message, not where the user had it begin. It sends nothing. Called by `engine`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from kombu import Consumer
+
+from greenconsume.failures.message_copy import keep_wire_form
+from greenconsume.failures.recoverer import Recoverer
+from greenconsume.failures.streams import OFFSET, is_stream
+
+Accept = Callable[[Any, Any, Any], bool]
+
+#: What RabbitMQ takes where nothing is said.
+_DEFAULT_OFFSET = "next"
+#: The states of a kombu message that is dealt with; one that was given back comes again.
+_SETTLED = frozenset({"ACK", "REJECTED"})
+
+
+class StreamPlaces:
+    """Where a consumer stands in each of its streams."""
+
+    __slots__ = ("_places",)
+
+    def __init__(self) -> None:
+        self._places: dict[str, _Place] = {}
+
+    def fit(self, consumer: Any, recoverer: Recoverer) -> Accept | None:
+        """Have a consumer go on where it stands; return what sees its messages, None if it reads no stream.
+
+        Args:
+            consumer: A `kombu.Consumer` that does not consume yet.
+            recoverer: What sees them next.
+        """
+        queues = consumer.queues if isinstance(consumer, Consumer) else ()  # not a test's mock
+        streams = [queue for queue in queues if is_stream(queue)]
+        for queue in streams:
+            arguments = dict(queue.consumer_arguments or {})
+            place = self._places.setdefault(queue.name, _Place())
+            begins = arguments.get(OFFSET, _DEFAULT_OFFSET)
+            arguments[OFFSET] = place.resume(begins)
+            queue.consumer_arguments = arguments
+        return self._accepting(recoverer) if streams else None
+
+    def _accepting(self, recoverer: Recoverer) -> Accept:
+        def accept(consumer: Any, message: Any, raw: Any) -> bool:
+            offset = message.headers.get(OFFSET)
+            place = self._place_of(consumer, message)
+            if place is not None and isinstance(offset, int):
+                place.note(offset, message)
+                recoverer.take_on(consumer, message)  # its policies cannot put it back
+                keep_wire_form(message, raw)
+            return recoverer.accept(consumer, message, raw)
+
+        return accept
+
+    def _place_of(self, consumer: Any, message: Any) -> _Place | None:
+        tag = message.delivery_info.get("consumer_tag")
+        for name, own in consumer._active_tags.items():
+            if own == tag:
+                return self._places.get(name)
+        return None
+
+
+class _Place:
+    """The messages of one stream that are in hand, in their order, and what lies behind them."""
+
+    __slots__ = ("_in_hand", "_next")
+
+    def __init__(self) -> None:
+        self._in_hand: deque[tuple[int, Any]] = deque()
+        self._next: int | None = None
+
+    def note(self, offset: int, message: Any) -> None:
+        """Note a message that has come."""
+        self._leave_behind()
+        self._in_hand.append((offset, message))
+
+    def resume(self, begins: Any) -> Any:
+        """Return the offset to consume from; `begins` where no message has come yet."""
+        self._leave_behind()
+        if self._in_hand:
+            self._next = self._in_hand[0][0]
+            self._in_hand.clear()  # they come again
+        return begins if self._next is None else self._next
+
+    def _leave_behind(self) -> None:
+        while self._in_hand and self._in_hand[0][1]._state in _SETTLED:
+            self._next = self._in_hand.popleft()[0] + 1

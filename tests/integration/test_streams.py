@@ -1,0 +1,142 @@
+"""Streams: which know acks only, and give nothing back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gevent.event import Event
+from kombu import Queue
+
+from greenconsume import ConsumerOptions, Reject, Requeue, Retry, Runtime, spawn
+from greenconsume.errors import InvalidConsumerError
+from greenconsume.events import HandlerFailed, LinkDown
+from tests.integration.consumers import SOON, Recorder, consuming, observed
+from tests.messages import declare, publish, queue_depth
+from tests.waiting import wait_until
+
+
+class Reader(Recorder):
+    """Reads a stream; fails on what is `bad`."""
+
+    def __init__(self, broker: Any, name: str, offset: Any = "first", **attributes: Any) -> None:
+        arguments = {} if offset is None else {"x-stream-offset": offset}
+        queue = Queue(
+            name, queue_arguments={"x-queue-type": "stream"}, consumer_arguments=arguments
+        )
+        super().__init__(broker, queue, self.read)
+        self.options = ConsumerOptions(**attributes)
+
+    def read(self, body: Any, _message: Any) -> None:
+        if body == "bad":
+            raise LookupError("no such hat")
+
+
+@pytest.fixture
+def stream(amqp_url, queue_name) -> str:
+    declare(amqp_url, queue_name, x_queue_type="stream")
+    return queue_name
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_a_failed_message_is_kept_beside_its_stream_and_the_link_lives(
+    amqp_url, stream, concurrency
+):
+    publish(amqp_url, stream, ["a", "bad", "b"])
+    reader = Reader(amqp_url, stream, on_error=Requeue(), concurrency=concurrency)
+    with observed(LinkDown) as lost, observed(HandlerFailed) as failures, consuming(reader):
+        wait_until(lambda: failures and {"a", "b"} <= set(reader.bodies), SOON)
+    assert lost == []
+    assert [failure.outcome for failure in failures] == [f"put into {stream}.dead"]
+    assert queue_depth(amqp_url, f"{stream}.dead") == 1
+
+
+def test_a_rejected_message_is_passed_over(amqp_url, stream):
+    publish(amqp_url, stream, ["a", "bad", "b"])
+    reader = Reader(amqp_url, stream, on_error=Reject())
+    with observed(LinkDown) as lost, consuming(reader):
+        wait_until(lambda: {"a", "b"} <= set(reader.bodies), SOON)
+    assert lost == []
+
+
+@pytest.mark.parametrize("how", ["reject", "requeue"])
+def test_a_handler_that_settles_as_on_a_queue_closes_no_link(amqp_url, stream, how):
+    publish(amqp_url, stream, 3)
+    reader = Reader(amqp_url, stream)
+    reader.handle = lambda _body, message: getattr(message, how)()
+    with observed(LinkDown) as lost, consuming(reader):
+        reader.wait_for(3)
+    assert lost == []
+
+
+def test_a_stop_with_messages_at_hand_costs_no_neighbour_its_link(amqp_url, stream, queue_name):
+    publish(amqp_url, stream, 200)
+    declare(amqp_url, f"{queue_name}-other")
+    runtime, gate = Runtime(amqp_url), Event()
+
+    def reading(connection: Any) -> Reader:
+        reader = Reader(connection, stream, concurrency=5)
+        reader.consumer_options = {"prefetch_count": 100}
+        reader.handle = lambda _body, _message: gate.wait()
+        return reader
+
+    [stopping] = runtime.spawn(reading)
+    [neighbour] = runtime.spawn(lambda connection: Recorder(connection, f"{queue_name}-other"))
+    with observed(LinkDown) as lost, runtime:
+        wait_until(lambda: stopping.consumer._greenconsume.handling.busy, SOON)
+        stopping.stop("a test")
+        gate.set()
+        wait_until(lambda: not stopping.running, SOON)
+        publish(amqp_url, f"{queue_name}-other", ["still here"])
+        assert neighbour.consumer.wait_for(1) == ["still here"]
+        assert lost == []
+    assert 5 <= len(stopping.consumer.bodies) < 100
+
+
+@pytest.mark.parametrize("offset", ["first", 0, "next", None])
+@pytest.mark.parametrize("concurrency", [None, 4])
+def test_a_reader_goes_on_behind_what_it_has_settled(
+    rabbitmq, amqp_url, stream, offset, concurrency
+):
+    reader = Reader(amqp_url, stream, offset, concurrency=concurrency)
+    with observed(LinkDown) as lost, consuming(reader):
+        publish(amqp_url, stream, range(10))
+        reader.wait_for(10)
+        for start in (10, 20):
+            rabbitmq.close_connections(amqp_url)
+            publish(amqp_url, stream, range(start, start + 10))
+            reader.wait_for(start + 10)
+        wait_until(lambda: len(lost) == 2, SOON)
+    assert sorted(reader.bodies) == list(range(30))
+
+
+def test_what_was_not_settled_comes_again(rabbitmq, amqp_url, stream):
+    class Forgetful(Reader):
+        def on_task(self, body: Any, message: Any) -> None:
+            self.bodies.append(body)
+            if body != 4 or self.bodies.count(4) > 1:
+                message.ack()
+
+    publish(amqp_url, stream, range(10))
+    reader = Forgetful(amqp_url, stream)
+    with consuming(reader):
+        wait_until(lambda: 9 in reader.bodies, SOON)
+        rabbitmq.close_connections(amqp_url)
+        wait_until(lambda: reader.bodies.count(9) == 2, SOON)
+    assert reader.bodies == [*range(10), *range(4, 10)]
+
+
+def test_a_retry_is_refused_at_the_start_in_words(amqp_url, stream):
+    greenlet = spawn(Reader(amqp_url, stream, on_error={LookupError: Retry(delays=[1])}))
+    greenlet.join(SOON)
+    assert isinstance(greenlet.exception, InvalidConsumerError)
+    assert "is a stream" in str(greenlet.exception)
+
+
+def test_a_prefetch_is_set_where_the_user_sets_none(amqp_url, stream):
+    """Without one the broker refuses to let anybody consume from a stream."""
+    publish(amqp_url, stream, 500)
+    reader = Reader(amqp_url, stream)
+    reader.consumer_options = {}
+    with consuming(reader):
+        assert reader.wait_for(500) == list(range(500))
