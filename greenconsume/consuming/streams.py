@@ -18,14 +18,14 @@ from greenconsume.failures.streams import OFFSET, is_stream
 
 Accept = Callable[[Any, Any, Any], bool]
 
-#: What RabbitMQ takes where nothing is said.
+#: RabbitMQ begins here where nothing is said.
 _DEFAULT_OFFSET = "next"
 #: The states of a kombu message that is dealt with; one that was given back comes again.
 _SETTLED = frozenset({"ACK", "REJECTED"})
 
 
 class StreamPlaces:
-    """Where a consumer stands in each of its streams."""
+    """The place of one consumer in each of its streams."""
 
     __slots__ = ("_places",)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from datetime import datetime
 from decimal import Decimal
 from itertools import pairwise
@@ -416,6 +417,8 @@ def test_properties_are_encoded_or_refused_as_py_amqp_does(usual, unusual):
 def outcome_of(function):
     try:
         return function()
+    except struct.error:  # ours names the header instead
+        return amqp.FrameSyntaxError
     except Exception as exc:  # compared by the test
         return type(exc)
 

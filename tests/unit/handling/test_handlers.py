@@ -135,7 +135,7 @@ def make_desk(queue_name: str) -> Iterator[Callable[..., Desk]]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler that swallows even its kill is not waited for long."""
-    monkeypatch.setattr(drain, "_LAST", 0.02)
+    monkeypatch.setattr(drain, "LAST", 0.02)
     monkeypatch.setattr(alarm, "PATIENCE", 0.02)
 
 
