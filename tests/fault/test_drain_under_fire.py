@@ -55,7 +55,7 @@ url, queue, path = sys.argv[1:]
 log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 class Worker(greenconsume.ConsumerMixin):
-    options = ConsumerOptions(concurrency=CONCURRENCY)
+    options = greenconsume.ConsumerOptions(concurrency=CONCURRENCY)
 
     def __init__(self, connection):
         self.connection = connection
