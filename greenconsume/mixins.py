@@ -24,6 +24,7 @@ from kombu.utils.compat import nested
 from kombu.utils.encoding import safe_repr
 from kombu.utils.limits import TokenBucket
 
+from greenconsume.amqp import blame
 from greenconsume.amqp.transport import LinkLostError
 from greenconsume.consuming.connecting import Attempt
 from greenconsume.consuming.engine import engine_of, lifecycle_of
@@ -173,7 +174,7 @@ class ConsumerMixin(_KombuConsumer):
                 except errors as exc:
                     if isinstance(exc, channel_errors):
                         engine.wait_out(exc, stopping)
-                    elif getattr(exc, "method_sig", None) is not None:  # it lost the link for all
+                    elif blame.is_accusation(exc):  # it lost the link for all
                         engine.answer_for(exc, stopping)
                     else:
                         warn(W_CONN_LOST, exc_info=True)

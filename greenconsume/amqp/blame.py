@@ -53,11 +53,18 @@ class Suspect(Protocol):
 _S = TypeVar("_S", bound=Suspect)
 
 
+def is_accusation(error: BaseException) -> bool:
+    """Return whether a broker closed a connection for what one of its users did. Never switches."""
+    if not isinstance(error, amqp.AMQPError) or isinstance(error, _NOBODYS):
+        return False
+    return getattr(error, "method_sig", None) is not None
+
+
 def verdicts(error: BaseException, sessions: Iterable[_S]) -> dict[_S, Verdict]:
     """Return the verdict on each session that is not innocent of the loss of a link. Never switches."""
-    method = getattr(error, "method_sig", None)
-    if not isinstance(error, amqp.AMQPError) or method is None or isinstance(error, _NOBODYS):
+    if not is_accusation(error):
         return {}
+    method = getattr(error, "method_sig", _NO_METHOD)
     possible = _possible(method, list(sessions))
     if len(possible) == 1:
         return {possible[0]: Verdict.GUILTY}
