@@ -17,6 +17,7 @@ from greenconsume.failures import message_copy
 from greenconsume.failures.dead_letters import DeadLetters
 from tests.integration.consumers import SOON, Recorder, consuming, green_connection
 from tests.messages import declare, queue_depth
+from tests.options import say
 from tests.waiting import wait_until
 
 NUMBERS = {
@@ -65,7 +66,7 @@ class Failing(Recorder):
 
     def __init__(self, broker: Any, queue: Any, on_error: Any, fail: bool = True) -> None:
         super().__init__(broker, queue, self.look)
-        self.on_error = on_error
+        say(self, on_error=on_error)
         self.accept = None
         self.seen: list[dict[str, Any]] = []
         self.fail = fail
