@@ -138,7 +138,7 @@ def redis_connection(redis_url) -> Connection:
 def sql_connection(tmp_path) -> Connection:
     pytest.importorskip("sqlalchemy")
     url = f"sqla+sqlite:///{tmp_path}/queues.db"
-    return green_connection(url, transport_options={"polling_interval": 0.05})
+    return green_connection(url)  # SQLAlchemy refuses an option that is not its own
 
 
 @pytest.fixture(params=["folder", "redis", "sql"])
