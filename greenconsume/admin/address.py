@@ -115,7 +115,7 @@ def _listen_tcp(address: Address) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         listener.listen(128)
-    except BaseException:
+    except BaseException:  # a kill too: the socket is nobody's then
         listener.close()
         raise
     return listener
@@ -130,7 +130,7 @@ def _listen_unix(path: str) -> socket.socket:
         listener.bind(path)
         os.chmod(path, 0o600)
         listener.listen(128)
-    except BaseException:
+    except BaseException:  # a kill too: the socket is nobody's then
         listener.close()
         raise
     return listener

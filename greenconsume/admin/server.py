@@ -73,7 +73,7 @@ class Server:
         self._place = self._find_place()
         try:
             listener = addresses.listen(self.address)
-        except BaseException:
+        except BaseException:  # a kill too must not leave its place taken
             self._leave()
             raise
         if not self.address.is_unix:  # port 0 is any that is free

@@ -102,7 +102,7 @@ def _connect(address: str, timeout: float) -> socket.socket:
         try:
             sock.settimeout(timeout)
             sock.connect(address.removeprefix(_UNIX))
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the socket is nobody's then
             sock.close()
             raise
         return sock

@@ -85,7 +85,7 @@ class Channel(Topology):
         if topic is not None:
             try:
                 self.connection.fanout.listen(topic, self, subscription, self.session.waits.stop)
-            except BaseException:
+            except BaseException:  # a kill too: nobody consumes then
                 self._consumers.pop(tag, None)
                 raise
             return tag

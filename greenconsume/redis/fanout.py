@@ -68,7 +68,7 @@ class Fanout:
             wait_open(confirmed, Deadline(_CALL_TIMEOUT), stop)
             if stop is not None:
                 stop.check()
-        except BaseException:
+        except BaseException:  # a kill too: nobody listens then
             self.leave(topic, subscription)
             raise
 

@@ -329,7 +329,7 @@ class Runtime:
             if admin is not None:
                 admin.start()
                 run.on_end(admin.stop)
-        except BaseException:
+        except BaseException:  # a kill too: it does not run then
             self._run = None
             raise
         self.control.begin()
