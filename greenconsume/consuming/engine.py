@@ -204,8 +204,8 @@ class Engine:
     def _attend(self, is_consuming: bool) -> None:
         """Note whether any of its consumers runs: it may cancel them itself, and consume again later."""
         life = self.life
-        if not is_consuming and life.state is ConsumerState.CONSUMING:
-            life.enter(ConsumerState.IDLE)
+        if not is_consuming and self.queues and life.state is ConsumerState.CONSUMING:
+            life.enter(ConsumerState.IDLE)  # one that has no queues waits, as with kombu
         elif is_consuming and life.state is ConsumerState.IDLE:
             life.enter(ConsumerState.CONSUMING)
 
