@@ -97,6 +97,7 @@ def keep_current(link: Secretive, source: SecretSource) -> None:
     """Hand the broker one secret after the other until the link is over. Switches: yes."""
     taken = Event()
     link.listen(UPDATED, taken.set)
+    link.over.rawlink(lambda _: taken.set())  # nobody answers any more
     secret, delay = source.first, source.delay_after(source.first)
     while delay is not None and not link.over.wait(delay):
         try:
@@ -121,6 +122,7 @@ def _hand_over(link: Secretive, secret: str, taken: Event) -> bool:
         return False
     if not wait(taken, Deadline(link.call_timeout)):
         link.fail(ConnectionForced("the broker does not answer to a new secret"))
+    if link.over.is_set():
         return False
     emit(SecretUpdated(link.uri, None, 0.0))
     return True

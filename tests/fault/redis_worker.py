@@ -1,6 +1,6 @@
 """Owns the process that the Redis tests kill: it consumes one queue, and notes every message that it handled.
 
-    python -m tests.fault.redis_worker URL QUEUE PREFETCH FILE [SECONDS] [CONCURRENCY]
+    python tests/fault/redis_worker.py URL QUEUE PREFETCH FILE [SECONDS] [CONCURRENCY]
 
 The note is in the file before the message is acked, so what is in neither the file nor the server is lost.
 """

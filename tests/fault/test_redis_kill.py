@@ -26,8 +26,7 @@ from tests.waiting import wait_until
 ROUNDS = int(os.environ.get("GREENCONSUME_TEST_ROUNDS", "20"))
 #: What a handler may have finished and not acknowledged when it is killed.
 MAX_UNACKED = 16
-PROCESS = "tests.fault.redis_worker"
-ROOT = Path(__file__).resolve().parents[2]
+PROCESS = Path(__file__).with_name("redis_worker.py")
 
 
 class Field:
@@ -50,7 +49,7 @@ class Field:
 
     def start(self, prefetch: int, *options: object) -> subprocess.Popen[bytes]:
         arguments = (self._url, self.queue, prefetch, self._notes, *options)
-        return subprocess.Popen([sys.executable, "-m", PROCESS, *map(str, arguments)], cwd=ROOT)
+        return subprocess.Popen([sys.executable, PROCESS, *map(str, arguments)])
 
     def wait_for_more(self) -> None:
         """Wait until a handler has noted another message."""

@@ -123,12 +123,12 @@ def test_max_handlers_bounds_many_consumers(amqp_url: str, queue_name: str):
 
 @pytest.mark.slow
 def test_a_thousand_keys_stay_in_order_and_keep_the_pool_busy(amqp_url: str, queue_name: str):
-    """100,000 messages, random handler times: order within each key, and over 90 % of the pool at work."""
-    count, keys, size = 100_000, 1000, 100
+    """Random times, long enough for a slow machine: order within each key, 90 % of the pool at work."""
+    count, keys, size = 30_000, 1000, 100
     rng = random.Random(7)
     bodies = [[rng.randrange(keys), number] for number in range(count)]
     publish(amqp_url, queue_name, bodies)
-    crowd = Crowd(lambda: rng.uniform(0.0, 0.03))
+    crowd = Crowd(lambda: rng.uniform(0.0, 0.1))
     handled: defaultdict[int, list[int]] = defaultdict(list)
 
     def handle(body: Any, message: Any) -> None:

@@ -78,6 +78,13 @@ def test_a_provider_is_asked_as_well(connect, peer):
     wait_until(lambda: "secret-2" in updates(peer), within=2)
 
 
+def test_a_link_that_is_closed_waits_for_no_answer_to_its_secret(connect, peer):
+    peer.silent.add("connection.update-secret")
+    connection = connect(lambda: "secret", secret_interval=0.01)
+    peer.wait_for("connection.update-secret")
+    connection.release()  # nothing outlives the test, though the call timeout is long
+
+
 @pytest.mark.parametrize(
     ("ask", "options"),
     [
