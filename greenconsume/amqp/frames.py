@@ -176,6 +176,11 @@ def decode_content(encoded: bytes, body: bytes) -> tuple[dict[str, Any], Any]:
             if len(_known_properties) >= _KNOWN_LIMIT:
                 _known_properties.clear()
             _known_properties[encoded] = properties.copy()
+    if body and properties.get("content_encoding") == "utf-8":  # nearly always
+        try:
+            return properties, body.decode()
+        except UnicodeDecodeError:
+            return properties, body
     return properties, decode_body(properties, body)
 
 

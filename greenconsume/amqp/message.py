@@ -59,9 +59,15 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
 
     def ack(self, multiple: bool = False) -> None:
         """As `kombu.Message.ack`. Never switches."""
-        if not multiple and self._state == "RECEIVED" and self._settled_at_once(ACK):
-            self._state = "ACK"
-        elif not self._settled_stale("ACK"):
+        channel: MessageChannel | None = self.channel
+        if channel is not None and not multiple and self._state == "RECEIVED":
+            deliveries = (
+                channel.deliveries
+            )  # as `_settled_at_once`, without a call for each message
+            if self.epoch == deliveries.epoch and deliveries.settle(self.delivery_tag, ACK):
+                self._state = "ACK"
+                return
+        if not self._settled_stale("ACK"):
             super().ack(multiple=multiple)
 
     def reject(self, requeue: bool = False) -> None:

@@ -147,6 +147,8 @@ class Recoverer:
             self.take_on(consumer, message)
             message_copy.keep_wire_form(message, raw)
         headers = message.headers
+        if not headers:
+            return True
         if message_copy.EXCHANGE not in headers or message_copy.ROUTING_KEY not in headers:
             return True
         message_copy.restore_origin(message)

@@ -168,10 +168,11 @@ class Handling:
 
     def handle(self, consumer: Any, message: Any) -> None:
         """Handle `message` here and now; one that a polled transport brings after the stop is given back."""
-        if self._life.leave.is_set() and self._is_unsettled(message):
+        life = self._life
+        if life.leave.reason is not None and self._is_unsettled(message):
             self.give_back(message)
             return
-        job = Job(message, consumer, ALONE, self._life.name)
+        job = Job(message, consumer, ALONE, life.name)
         self._inline.add(job)
         self.idle.clear()
         try:
@@ -229,7 +230,7 @@ class Handling:
 
     def _work_unless_stopped(self, job: Job) -> None:
         # What ends consuming may have come after it was given a greenlet, and before that had its turn.
-        if self._life.leave.is_set() and self._is_unsettled(job.message):
+        if self._life.leave.reason is not None and self._is_unsettled(job.message):
             self.give_back(job.message)
         elif job.key is ALONE or self._is_wanted(job):  # else its link was lost meanwhile
             self._work(job)
@@ -280,7 +281,12 @@ class Handling:
                 raise
             consumer.on_decode_error(message, exc)
             return
-        consumer.receive(body, message)
+        callbacks = consumer.callbacks
+        if callbacks and type(consumer) is kombu.Consumer and "receive" not in vars(consumer):
+            for callback in callbacks:  # what `receive` does, without a call of it for each message
+                callback(body, message)
+        else:
+            consumer.receive(body, message)
 
     def _ends_here(self, job: Job, exc: BaseException) -> bool:
         """Settle what a handler that raised leaves behind; return whether its exception goes no further."""
