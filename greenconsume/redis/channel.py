@@ -17,7 +17,7 @@ from kombu.utils.uuid import uuid
 
 from greenconsume.redis.errand import Errand
 from greenconsume.redis.fanout import PREFIX
-from greenconsume.redis.feed import Feed, FeedState, feeds_of
+from greenconsume.redis.feed import Delivery, Feed, FeedState, feeds_of
 from greenconsume.redis.keeper import keeper_of
 from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
@@ -59,6 +59,7 @@ class Channel(Topology):
         super().__init__(connection, **kwargs)
         options = connection.client.transport_options
         self.waiting = 0  # delivered to this channel, and not handed out
+        self._unsettled: QoS = self.qos  # kombu makes it when it is first asked for
         self._consumers: dict[str, Subscription] = {}  # kombu's is a set of the tags
         self._lines: dict[str, _Line] = {}
         self._strategy = options.get("queue_order_strategy", "round_robin")
@@ -148,31 +149,36 @@ class Channel(Topology):
         """The number of messages that it takes; see `feed.Taker`."""
         if not self._takes:
             return 0
-        limit = self.qos.prefetch_count
+        unsettled = self._unsettled
+        limit = unsettled.prefetch_count
         if not limit:
             return WINDOW - self.waiting
-        held: int = self.waiting + len(self.qos._delivered) + self.qos.returning_count
-        return int(limit) - held
+        return limit - self.waiting - len(unsettled._delivered) - unsettled.returning_count
+
+    @property
+    def is_hungry(self) -> bool:
+        """True if less waits than there is room for; see `feed.Taker`."""
+        return self.waiting < self.room
 
     def offer(self) -> None:
         """Have more taken if less waits than there is room for. Never switches."""
         feed = self._feed
-        if feed is not None and feed.state is FeedState.RESTING and self.waiting < self.room:
+        if feed is not None and feed.state is FeedState.RESTING and self.is_hungry:
             feed.want()
 
-    def deliver(self, queue: str, field: str, raw: bytes) -> None:
-        """Have a message wait for `drain_events`. Never switches."""
+    def deliver(self, queue: str, deliveries: list[Delivery]) -> None:
+        """Have messages wait for `drain_events`. Never switches."""
         line = self._lines.get(queue)
         if line is None or self.closed:
-            self.ledger.give_back([field])
+            self.ledger.give_back([field for field, _ in deliveries])
             return
-        self.waiting += 1
-        self.session.put(self, line.next(), field, raw)
+        self.waiting += len(deliveries)
+        self.session.put([(self, line.next(), *each) for each in deliveries])
 
     def hear(self, subscription: Subscription, field: str, raw: bytes) -> None:
         """Have what was published to a fanout exchange wait for `drain_events`. Never switches."""
         self.waiting += 1
-        self.session.put(self, subscription, field, raw)
+        self.session.put([(self, subscription, field, raw)])
 
     def repeat(self, message: HeldMessage) -> None:
         """Have it wait once more: no server has it. Never switches."""
@@ -194,7 +200,7 @@ class Channel(Topology):
         if subscription.no_ack:
             self.ledger.ack(field)
         else:
-            self.qos.append(message, field)
+            self._unsettled.append(message, field)
         self.offer()
         subscription.callback(message)
 
@@ -223,7 +229,7 @@ class Channel(Topology):
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
         """Settle a message, or all up to it. Never switches."""
-        self.qos.ack(delivery_tag, multiple)
+        self._unsettled.ack(delivery_tag, multiple)
 
     def basic_nack(self, delivery_tag: str, multiple: bool = False, requeue: bool = True) -> None:
         """Give a message back that nobody has started, uncounted. Never switches."""

@@ -51,7 +51,7 @@ class Errand:
         else:
             for key, messages in zip(self._keys, reply[1:], strict=True):
                 for raw in messages:
-                    self._found = self._ledger.hold(self._number, key, len(self._tail)), raw
+                    self._found = self._ledger.hold(self._number, 1, key, len(self._tail))[0], raw
             # The server tells us of no change of ours, so who waits for these queues looks again.
             feeds_of(self._link, self._ledger).touch(self._keys)
             if self._left and self._found is not None:

@@ -37,6 +37,10 @@ FIRST_PAUSE, MAX_PAUSE = 0.0005, 0.02
 POLLING_INTERVAL = 1.0
 
 
+#: A message as it was in its queue, after the field that it is held as.
+Delivery = tuple[str, bytes]
+
+
 class Taker(Protocol):
     """One that is dealt messages: a channel."""
 
@@ -44,8 +48,12 @@ class Taker(Protocol):
     def room(self) -> int:
         """The number of messages that it wants."""
 
-    def deliver(self, queue: str, field: str, raw: bytes) -> None:
-        """Take a message that is held as `field`. Never switches."""
+    @property
+    def is_hungry(self) -> bool:
+        """True once it has less at hand than it wants: it is time to take more."""
+
+    def deliver(self, queue: str, deliveries: list[Delivery]) -> None:
+        """Take messages of a queue. Never switches."""
 
     def on_feed_failed(self, error: BaseException) -> None:
         """Learn that nothing can be taken. Never switches."""
@@ -158,33 +166,40 @@ class Feed:
         if not reply[0]:
             # What was popped is not watched any more, and there is more of it.
             self._feeds.touch(touched, but=self)
-            self._take(after_call=False)
+            if any(taker.is_hungry for taker in self.takers):
+                self._take(after_call=False)
         elif self._feeds.link.greeting.tracks:
             self.state = FeedState.WAITING
         elif not self._feeds.link.is_closing:
             self._rest(self._feeds.polling_interval)
 
-    def _deal(self, number: int, key: str, queue: str, messages: list[bytes]) -> None:
-        ledger, tail_length = self._feeds.ledger, len(self._tails[queue])
-        unwanted = []
-        for raw in messages:
-            field = ledger.hold(number, key, tail_length)
-            number += 1
-            taker = self._next_taker()
-            if taker is None:
-                unwanted.append(field)
-            else:
-                taker.deliver(queue, field, raw)
-        if unwanted:  # they stopped meanwhile
-            ledger.give_back(unwanted)
+    def _deal(self, first: int, key: str, queue: str, messages: list[bytes]) -> None:
+        ledger = self._feeds.ledger
+        fields = ledger.hold(first, len(messages), key, len(self._tails[queue]))
+        left = deque(zip(fields, messages, strict=True))
+        for taker, share in self._shares(left):
+            taker.deliver(queue, share)
+        if left:  # they stopped meanwhile
+            ledger.give_back([field for field, _ in left])
 
-    def _next_taker(self) -> Taker | None:
-        for _ in range(len(self.takers)):
+    def _shares(self, left: deque[Delivery]) -> list[tuple[Taker, list[Delivery]]]:
+        """Take from `left` what each taker has room for, in turn, one after the other."""
+        if len(self.takers) == 1:
+            taker = self.takers[0]
+            count = min(max(0, taker.room), len(left))
+            return [(taker, [left.popleft() for _ in range(count)])]
+        shares: dict[Taker, list[Delivery]] = {}
+        full_count = 0
+        while left and full_count < len(self.takers):
             taker = self.takers[0]
             self.takers.rotate(-1)
-            if taker.room > 0:
-                return taker
-        return None
+            share = shares.setdefault(taker, [])
+            if taker.room > len(share):
+                share.append(left.popleft())
+                full_count = 0
+            else:
+                full_count += 1
+        return list(shares.items())
 
     def _failed(self, error: BaseException, first: int, wanted: int) -> None:
         self.state = FeedState.RESTING

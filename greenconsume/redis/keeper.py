@@ -13,14 +13,13 @@ import os
 import weakref
 from collections.abc import Iterable
 from time import monotonic
-from typing import Any
 
 import gevent
 from amqp.exceptions import RecoverableConnectionError
 from redis import exceptions
 
 from greenconsume.redis.feed import feeds_of
-from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.ledger import Ledger, number_of
 from greenconsume.redis.link import Link
 from greenconsume.redis.restore import restore
 from greenconsume.redis.scripts import BEAT, DUE, REFRESH, REFRESH_BINDING
@@ -121,8 +120,7 @@ class Keeper:
         """Put back what failed, and what a lost link may have taken."""
         ledger = self._ledger
         while ledger.failed or ledger.doubtful:
-            failed, doubtful = sorted(ledger.failed.items(), key=_number), list(ledger.doubtful)
-            fields = [field for field, _ in failed]
+            fields, doubtful = sorted(ledger.failed, key=number_of), list(ledger.doubtful)
             if fields:
                 self._touch(link, restore(link, ledger.keyspace, fields))
             if doubtful:
@@ -239,11 +237,6 @@ def keeper_of(ledger: Ledger) -> Keeper:
         found = _keepers[ledger] = Keeper(ledger)
     found.start()
     return found
-
-
-def _number(item: tuple[str, Any]) -> int:
-    number: int = item[1][0].number
-    return number
 
 
 def _number_in(field: bytes) -> tuple[int, int]:

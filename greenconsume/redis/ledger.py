@@ -21,6 +21,7 @@ from redis import exceptions
 
 from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.link import Link
+from greenconsume.redis.protocol import encode_for_each
 from greenconsume.redis.scripts import GIVE_BACK
 from greenconsume.stopping import Deadline, wait
 
@@ -32,9 +33,8 @@ CHUNK = 200
 
 
 class Lease(NamedTuple):
-    """One message that is held."""
+    """The place that a message was taken from: its list, and the length of what ends its entry."""
 
-    number: int
     key: str
     tail_length: int
 
@@ -60,7 +60,7 @@ class Ledger:
         self.keyspace = keyspace
         self.owner = f"greenconsume.{uuid4().hex[:16]}."
         self.held: dict[str, Lease] = {}
-        self.failed: dict[str, tuple[Lease, Callable[[], object]]] = {}
+        self.failed: dict[str, Callable[[], object]] = {}
         self.doubtful: list[str] = []
         self.changed, self._returned = Event(), Event()
         self.links: list[Link] = []
@@ -108,11 +108,12 @@ class Ledger:
         first, self._number = self._number, self._number + count
         return first
 
-    def hold(self, number: int, key: str, tail_length: int) -> str:
-        """Note that a message was taken; return its field."""
-        field = f"{self.owner}{number}"
-        self.held[field] = Lease(number, key, tail_length)
-        return field
+    def hold(self, first: int, count: int, key: str, tail_length: int) -> list[str]:
+        """Note that messages were taken, under so many numbers from the first on; return their fields."""
+        owner, lease = self.owner, Lease(key, tail_length)
+        fields = [f"{owner}{number}" for number in range(first, first + count)]
+        self.held.update(dict.fromkeys(fields, lease))
+        return fields
 
     def forget(self, fields: Iterable[str]) -> None:
         """Note that others have these messages: they were not refreshed in time."""
@@ -152,10 +153,9 @@ class Ledger:
             field: What it is held as.
             returned: Called once it is back; it must not switch.
         """
-        lease = self.held.pop(field, None)
-        if lease is None:
+        if self.held.pop(field, None) is None:
             return False
-        self.failed[field] = lease, returned
+        self.failed[field] = returned
         self.changed.set()
         return True
 
@@ -167,7 +167,7 @@ class Ledger:
     def note_returned(self, fields: Iterable[str], doubtful: Iterable[str]) -> None:
         """Note that these are back, of what failed and of what was doubtful. Never switches."""
         for field in fields:
-            self.failed.pop(field)[1]()
+            self.failed.pop(field)()
         done = set(doubtful)
         self.doubtful = [field for field in self.doubtful if field not in done]
         if not (self.failed or self.doubtful):
@@ -191,7 +191,7 @@ class Ledger:
             self._send_acks(link, acks[start : start + CHUNK])
         returns, self._returns = self._returns, {}
         # Each goes to the end that is next, so the last one first.
-        fields = sorted(returns, key=lambda field: -returns[field].number)
+        fields = sorted(returns, key=number_of, reverse=True)
         for start in range(0, len(fields), CHUNK):
             self._send_returns(
                 link, {field: returns[field] for field in fields[start : start + CHUNK]}
@@ -207,8 +207,11 @@ class Ledger:
 
         # In this order: an index without its message does no harm, and a message without its index
         # would never be restored.
-        link.send(("HDEL", self.keyspace.unacked, *fields), said)
-        link.send(("ZREM", self.keyspace.index, *fields))
+        space = self.keyspace
+        commands = (("HDEL", space.unacked), ("ZREM", space.index))
+        drop, drop_index = encode_for_each(commands, fields)
+        link.send_encoded(drop, said)
+        link.send_encoded(drop_index)
 
     def _send_returns(self, link: Link, leases: dict[str, Lease]) -> None:
         def said(reply: Any) -> None:
@@ -227,6 +230,11 @@ class Ledger:
     def _is_to_be_said_again(reply: Any) -> bool:
         # What the server refuses stays among the unacknowledged, to be restored when its time is over.
         return not isinstance(reply, exceptions.RedisError)
+
+
+def number_of(field: str) -> int:
+    """Return the number of a delivery of this process: they were taken in this order."""
+    return int(field.rpartition(".")[2])
 
 
 _ledgers: weakref.WeakValueDictionary[str, Ledger] = weakref.WeakValueDictionary()

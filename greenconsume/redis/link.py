@@ -220,9 +220,15 @@ class Link(Calls):
         Raises:
             LinkLostError: The link is gone.
         """
+        self.send_encoded(encode(arguments), on_reply, matters)
+
+    def send_encoded(
+        self, command: bytes, on_reply: OnReply | None = None, matters: bool = True
+    ) -> None:
+        """Have a command sent, as `send` does, that is encoded already. Never switches."""
         if self.failure is not None:
             raise self.lost()
-        self._outgoing.put(encode(arguments))
+        self._outgoing.put(command)
         self._replies.append((on_reply, matters))
         self._owed_count += matters
         self._has_unsent.set()

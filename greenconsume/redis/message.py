@@ -6,9 +6,9 @@ consumer's `on_decode_error`. Does no I/O. Called by `channel` and `restore`.
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
+from binascii import a2b_base64
 from json.scanner import make_scanner
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,17 @@ class HeldMessage(virtual.Message):  # type: ignore[misc]  # kombu is untyped
         queue: The name of the queue that it was taken from.
     """
 
-    epoch: str
-    queue: str
+    __slots__ = ("_raw", "epoch", "errors", "queue")
+    _state: Any
+
+    def ack(self, multiple: bool = False) -> None:
+        """As `kombu.Message.ack`. Never switches."""
+        channel = self.channel
+        if multiple or self._state != "RECEIVED" or channel is None or channel.no_ack_consumers:
+            super().ack(multiple=multiple)
+        else:
+            channel.basic_ack(self.delivery_tag)
+            self._state = "ACK"
 
     def give_back(self) -> None:
         """Requeue it as a message that nobody has failed on: its bytes are unchanged. Never switches."""
@@ -58,7 +67,7 @@ def message_of(channel: Channel, raw: bytes, field: str, queue: str, tag: str) -
         payload = loaded(raw)
         properties, body = payload["properties"], payload.get("body")
         if body and properties.get("body_encoding") == "base64":
-            body = base64.b64decode(body)
+            body = a2b_base64(body)
         info = properties["delivery_info"]
         info["redelivered"] = bool(info.get("redelivered"))
     except Exception:  # what somebody else has put there

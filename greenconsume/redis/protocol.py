@@ -6,7 +6,7 @@ by `link`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from redis.exceptions import (
@@ -55,6 +55,17 @@ def encode(arguments: Iterable[Argument]) -> bytes:
     chunks = [b"*%d\r\n" % len(parts)]
     chunks += [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]
     return b"".join(chunks)
+
+
+def encode_for_each(
+    commands: Sequence[Sequence[Argument]], texts: Sequence[str]
+) -> Iterator[bytes]:
+    """Yield several commands that end in the same arguments, which are encoded once."""
+    parts = [text.encode() for text in texts]
+    ending = b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
+    for command in commands:
+        begin = encode(command).partition(b"\r\n")[2]
+        yield b"*%d\r\n%b%b" % (len(command) + len(texts), begin, ending)
 
 
 def _to_bytes(value: Argument) -> bytes:
@@ -109,12 +120,28 @@ class Parser:
         if kind == b":" or kind == b"(":
             return int(rest)
         if kind in _ARRAYS:
-            return None if rest == b"-1" else [self._reply() for _ in range(int(rest))]
+            return None if rest == b"-1" else self._array(int(rest))
         if kind == b"+":
             return rest
         if kind == b"-":
             return error_of(rest.decode("utf-8", "replace"))
         return self._resp3(kind, rest)
+
+    def _array(self, count: int) -> list[Any]:
+        """Return so many replies; most are texts that are there as a whole, and cost no call each."""
+        items: list[Any] = []
+        data, size = self._data, len(self._data)
+        while len(items) < count:
+            at = self._at
+            line_end = data.find(b"\r\n", at) if data[at : at + 1] == b"$" else -1
+            start = line_end + 2
+            end = start + int(data[at + 1 : line_end]) if line_end > 0 else 0
+            if start <= end <= size - 2 and line_end > 0:
+                self._at = end + 2
+                items.append(data[start:end])
+            else:
+                items.append(self._reply())
+        return items
 
     def _resp3(self, kind: bytes, rest: bytes) -> Any:
         if kind == b">":

@@ -34,10 +34,13 @@ class QoS(Unsettled):
 
     def ack(self, delivery_tag: str, multiple: bool = False) -> None:
         """Settle a message; with `multiple`, all that came before it too."""
+        channel = self.channel
         for tag in self.up_to(delivery_tag) if multiple else (delivery_tag,):
-            if self._drop(tag):
-                self.channel.ledger.ack(tag)
-        self.channel.offer()
+            if self._delivered.pop(tag, self) is not self:
+                channel.ledger.ack(tag)
+            else:
+                emit(StaleSettle(tag, next(self._stale)))
+        channel.offer()
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Drop a message, or put it back into its queue, counted as not handled."""

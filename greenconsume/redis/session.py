@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
@@ -78,9 +78,9 @@ class Session:
 
     # -- deliveries -----------------------------------------------------------------------------------
 
-    def put(self, channel: Channel, subscription: Subscription, field: str, raw: bytes) -> None:
-        """Queue a message for `drain_events`. Never switches."""
-        self._inbox.append((channel, subscription, field, raw))
+    def put(self, deliveries: Iterable[_Waiting]) -> None:
+        """Queue messages for `drain_events`. Never switches."""
+        self._inbox.extend(deliveries)
         if not self._arrival.is_set():
             self._arrival.set()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.exceptions import AuthenticationError, ReadOnlyError, ResponseError
 
-from greenconsume.redis.protocol import Parser, ProtocolError, Push, encode
+from greenconsume.redis.protocol import Parser, ProtocolError, Push, encode, encode_for_each
 
 REPLIES = (
     b"+OK\r\n:42\r\n$5\r\nhe\r\no\r\n*3\r\n$1\r\na\r\n*0\r\n_\r\n"
@@ -81,3 +81,8 @@ def test_a_command_is_an_array_of_bytes():
 @given(st.lists(st.binary(), min_size=1))
 def test_a_command_is_read_as_it_was_written(arguments):
     assert read(encode(arguments)) == [arguments]
+
+
+def test_commands_that_end_alike_are_written_as_each_would_be_by_itself():
+    begins, ends = (("HDEL", b"hash"), ("ZREM", "index")), ["a.1", "ü"]
+    assert list(encode_for_each(begins, ends)) == [encode((*begin, *ends)) for begin in begins]

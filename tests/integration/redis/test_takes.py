@@ -1,0 +1,44 @@
+"""How much the server is asked for messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kombu import Consumer, Queue
+
+from tests.integration.consumers import Inbox
+from tests.integration.redis.payloads import put
+
+pytestmark = pytest.mark.every_redis
+
+
+def test_a_busy_consumer_takes_half_its_prefetch_at_a_time(connection, server, queue_name):
+    put(server, queue_name, *range(1000))
+    before = scripts_run(server)
+    inbox = Inbox(connection)
+    with Consumer(connection, [Queue(queue_name)], callbacks=[inbox], prefetch_count=100):
+        assert inbox.drain(1000) == list(range(1000))
+    assert scripts_run(server) - before < 1000 / 50 + 8  # and a few that are no takes
+
+
+def test_two_consumers_of_one_connection_are_dealt_messages_in_turn(connection, server, queue_name):
+    put(server, queue_name, *range(10))
+    heard: dict[str, list[Any]] = {"one": [], "other": []}
+    channels = [connection.channel(), connection.channel()]
+    for name, channel in zip(heard, channels, strict=True):
+        consumer = Consumer(channel, [Queue(queue_name)], prefetch_count=10, no_ack=True)
+        consumer.register_callback(lambda body, _message, name=name: heard[name].append(body))
+        consumer.consume()
+    put(server, queue_name, *range(10, 110))
+    while sum(map(len, heard.values())) < 110:
+        connection.drain_events(timeout=5)
+    assert sorted(heard["one"] + heard["other"]) == list(range(110))
+    assert min(map(len, heard.values())) >= 40
+    assert all(bodies == sorted(bodies) for bodies in heard.values())
+
+
+def scripts_run(server: Any) -> int:
+    stats = server.info("commandstats")
+    names = ("cmdstat_evalsha", "cmdstat_eval")
+    return sum(stats.get(name, {}).get("calls", 0) for name in names)
