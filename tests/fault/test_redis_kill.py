@@ -23,7 +23,7 @@ import redis
 from tests.integration.redis.payloads import body_of, payload
 from tests.waiting import wait_until
 
-ROUNDS = int(os.environ.get("GREENCONSUME_TEST_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("GREENCONSUME_TEST_ROUNDS", "5"))
 #: What a handler may have finished and not acknowledged when it is killed.
 MAX_UNACKED = 16
 PROCESS = Path(__file__).with_name("redis_worker.py")
