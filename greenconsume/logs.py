@@ -19,6 +19,9 @@ from greenconsume.log_lines import describe as describe
 from greenconsume.log_lines import redact as redact
 from greenconsume.log_lines import words
 
+#: One line to read, or one JSON object a line.
+LogFormat = Literal["text", "json"]
+
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 _HANDLER_NAME = "greenconsume"
@@ -70,7 +73,7 @@ class TextFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
-def configure(level: str = "INFO", format: Literal["text", "json"] = "text") -> None:
+def configure(level: str = "INFO", format: LogFormat = "text") -> None:
     """Send the whole process's log to stderr; calling it again replaces what it set up before.
 
     Args:

@@ -17,7 +17,7 @@ from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from kombu import Producer
+from kombu import Connection, Message, Producer
 from kombu import mixins as kombu_mixins
 from kombu.common import ignore_errors
 from kombu.utils.compat import nested
@@ -91,17 +91,17 @@ class ConsumerMixin(_KombuConsumer):
         """Called when a connection is established, also for the first time."""
 
     def on_consume_ready(
-        self, connection: Any, channel: Any, consumers: Sequence[Any], **kwargs: Any
+        self, connection: Connection, channel: Any, consumers: Sequence[Any], **kwargs: object
     ) -> None:
         """Called when the consumers consume; `kwargs` are those of `consume`."""
 
-    def on_consume_end(self, connection: Any, channel: Any) -> None:
+    def on_consume_end(self, connection: Connection, channel: Any) -> None:
         """Called after the consumers were cancelled."""
 
     def on_iteration(self) -> None:
         """Called before each message, and every `safety_interval` seconds while there is none."""
 
-    def on_decode_error(self, message: Any, exc: Exception) -> None:
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Called for a message whose body cannot be decoded; logs and acknowledges it, as kombu does.
 
         That loses it. With `on_decode_error = None` in its place, such a message meets the `on_error` of
@@ -123,7 +123,7 @@ class ConsumerMixin(_KombuConsumer):
         """
         warn(W_CONN_ERROR, interval, exc, exc_info=True)
 
-    def extra_context(self, connection: Any, channel: Any) -> AbstractContextManager[Any]:
+    def extra_context(self, connection: Connection, channel: Any) -> AbstractContextManager[Any]:
         """Return what is entered around consuming, after the consumers were set up: here, nothing."""
         return _NO_CONTEXT
 
@@ -184,7 +184,7 @@ class ConsumerMixin(_KombuConsumer):
         limit: int | None = None,
         timeout: float | None = None,
         safety_interval: float = 1,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Iterator[None]:
         """Connect and consume; yield after each message.
 
@@ -214,7 +214,7 @@ class ConsumerMixin(_KombuConsumer):
     # -- connecting -----------------------------------------------------------------------------
 
     @contextmanager
-    def consumer_context(self, **kwargs: Any) -> Iterator[tuple[Any, Any, Any]]:
+    def consumer_context(self, **kwargs: object) -> Iterator[tuple[Any, Any, Any]]:
         """Connect and set up the consumers; yields connection, channel and consumers."""
         with self.Consumer() as (connection, channel, consumers):
             with self.extra_context(connection, channel):
@@ -225,7 +225,9 @@ class ConsumerMixin(_KombuConsumer):
         """Connect, and cancel and close in the end, which `close_timeout` bounds."""
         return engine_of(self).consumers()
 
-    def _consume_from(self, *consumers: Any) -> AbstractContextManager[Any]:
+    def _consume_from(
+        self, *consumers: AbstractContextManager[object]
+    ) -> AbstractContextManager[Any]:
         entered: AbstractContextManager[Any] = nested(*consumers)
         return entered
 
@@ -271,7 +273,7 @@ class ConsumerProducerMixin(_KombuConsumerProducer, ConsumerMixin):
         finally:
             _close_producer(self)
 
-    def on_consume_end(self, connection: Any, channel: Any) -> None:
+    def on_consume_end(self, connection: Connection, channel: Any) -> None:
         """Close the producer's connection."""
         _close_producer(self)
 
@@ -297,7 +299,7 @@ class ConsumerProducerMixin(_KombuConsumerProducer, ConsumerMixin):
         return self._producer_connection
 
 
-def request_stop(consumer: Any, reason: str = "stop") -> None:
+def request_stop(consumer: ConsumerMixin, reason: str = "stop") -> None:
     """Ask `consumer` to stop, also one that shadows `should_stop`. Never switches; from anywhere."""
     lifecycle_of(consumer).stop.set(reason)
     if _shadows_should_stop(consumer):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+from kombu import Message
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
@@ -69,7 +70,7 @@ class Tracing:
         )
 
     @contextmanager
-    def process(self, message: Any) -> Iterator[None]:
+    def process(self, message: Message | Batch) -> Iterator[None]:
         """Enter a span around a handler: what goes into a consumer's or a runtime's `around`."""
         subject = [each for _, each in message] if isinstance(message, Batch) else [message]
         handler = current_handler()

@@ -14,12 +14,18 @@ import os
 import sys
 from pathlib import Path
 from time import monotonic
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gunicorn import systemd
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
+
+if TYPE_CHECKING:
+    from gunicorn.config import Config
+    from gunicorn.workers.base import Worker
+
+    from greenconsume.logs import LogFormat
 
 #: A process that fails within so many seconds of its start is not replaced at once, from the second in a
 #: row on.
@@ -70,7 +76,7 @@ class Application(BaseApplication):  # type: ignore[misc]  # gunicorn is untyped
         self.reports = Reports()
         ProcessArbiter(self).run()
 
-    def _start_consumers(self, worker: Any) -> None:
+    def _start_consumers(self, worker: Worker) -> None:
         from greenconsume.gunicorn.worker import start_alone  # it has patched itself by now
 
         start_alone(worker, self.orders, self.reports.send)
@@ -174,11 +180,11 @@ class ProcessArbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
             systemd.sd_notify("WATCHDOG=1", self.log)
 
 
-def _logger_class(level: str, form: Any) -> type[Logger]:
+def _logger_class(level: str, form: LogFormat) -> type[Logger]:
     class Log(Logger):  # type: ignore[misc]  # gunicorn is untyped
         """gunicorn's log, in the form of greenconsume's."""
 
-        def setup(self, cfg: Any) -> None:
+        def setup(self, cfg: Config) -> None:
             from greenconsume import logs
 
             super().setup(cfg)

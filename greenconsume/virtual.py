@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from kombu.transport import virtual
+from kombu.transport.base import StdChannel
 
 _channel_ids = count(1)
 
@@ -23,18 +24,18 @@ class Unsettled(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
 
     _dirty = ()  # kombu's keeps settled tags until the next delivery; here they are gone at once
 
-    def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
+    def __init__(self, channel: StdChannel, prefetch_count: int = 0) -> None:
         # Without kombu's __init__: it registers a finalizer with multiprocessing, which keeps every
         # QoS, and by it every channel, until the process ends.
         self.channel = channel
         self.prefetch_count = prefetch_count or 0
         self._delivered: OrderedDict[Any, Any] = OrderedDict()
 
-    def append(self, message: Any, delivery_tag: Any) -> None:
+    def append(self, message: object, delivery_tag: object) -> None:
         """Keep a message until it is settled."""
         self._delivered[delivery_tag] = message
 
-    def up_to(self, delivery_tag: Any) -> list[Any]:
+    def up_to(self, delivery_tag: object) -> list[Any]:
         """Return the tags that `multiple` means: all up to one, or all if the tag is 0 or empty."""
         tags = list(self._delivered)
         if not delivery_tag:

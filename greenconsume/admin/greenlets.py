@@ -61,7 +61,7 @@ def _greenlets() -> set[Any]:
     return {each for each in gc.get_objects() if isinstance(each, greenlet.greenlet) and each}
 
 
-def _lines(parent: Any, below: dict[Any, list[Any]], depth: int) -> Iterator[str]:
+def _lines(parent: greenlet.greenlet, below: dict[Any, list[Any]], depth: int) -> Iterator[str]:
     # Deeper than Python's own stack no tree of spawned greenlets is walked: a chain ends in a list.
     for each in sorted(below.get(parent, ()), key=_title):
         indent = "  " * min(depth, 20)
@@ -72,7 +72,7 @@ def _lines(parent: Any, below: dict[Any, list[Any]], depth: int) -> Iterator[str
             yield from _lines(each, below, depth + 1)
 
 
-def _title(each: Any) -> str:
+def _title(each: greenlet.greenlet) -> str:
     if isinstance(each, gevent.hub.Hub):
         return "hub"
     name = getattr(each, "name", "")
@@ -81,7 +81,7 @@ def _title(each: Any) -> str:
     return "main greenlet" if each.parent is None else type(each).__name__
 
 
-def _stack(each: Any) -> list[str]:
+def _stack(each: greenlet.greenlet) -> list[str]:
     frame = each.gr_frame
     if frame is None:  # it runs now, or has not begun
         return ["(running)"] if each is greenlet.getcurrent() else ["(about to begin)"]

@@ -138,7 +138,7 @@ class _Server(WSGIServer):  # type: ignore[misc]  # gevent is untyped
         )
         self._open: dict[Any, None] = {}
 
-    def handle(self, sock: Any, address: Any) -> None:
+    def handle(self, sock: socket.socket, address: object) -> None:
         """Serve one connection, within its deadline. Runs in a greenlet of its own."""
         gevent.getcurrent().name = "greenconsume admin"
         if len(self._open) >= MAX_CONNECTIONS:
@@ -179,7 +179,7 @@ class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent is untyped
         _logger.debug(msg, *args)
 
 
-def _drop(sock: Any) -> None:
+def _drop(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:

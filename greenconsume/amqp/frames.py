@@ -233,7 +233,7 @@ def encode_method(channel: int, sig: Sig, args: bytes) -> bytes:
 
 
 def encode_publish(
-    channel: int, address: tuple[str, str, bool, bool], message: Any, max_size: int
+    channel: int, address: tuple[str, str, bool, bool], message: amqp.Message, max_size: int
 ) -> list[bytes]:
     """Return the frames of `Basic.Publish`, byte for byte those of py-amqp; see `encode_content`.
 
@@ -246,7 +246,9 @@ def encode_publish(
     return encode_content(channel, _PUBLISH, encode_address(*address), message, max_size)
 
 
-def encode_content(channel: int, sig: Sig, args: bytes, message: Any, max_size: int) -> list[bytes]:
+def encode_content(
+    channel: int, sig: Sig, args: bytes, message: amqp.Message, max_size: int
+) -> list[bytes]:
     """Return the frames of one method with content, to be written with none of its channel in between.
 
     Each of the bytes returned is a whole frame, or several.

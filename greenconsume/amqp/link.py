@@ -163,18 +163,18 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         """True if the link is open and has not failed."""
         return self.failure is None and self._opened.is_set()
 
-    def close(self, *args: Any, **kwargs: Any) -> None:
+    def close(self, *args: object, deadline: Deadline | None = None) -> None:
         """Close in order: `Close`, wait for `CloseOk` up to the deadline, drop the socket.
 
         Args:
-            *args: As `amqp.Connection.close`; only `deadline` is looked at.
-            **kwargs: `deadline`, a `Deadline`; `close_timeout` from now by default.
+            *args: As `amqp.Connection.close`, and not looked at.
+            deadline: `close_timeout` from now by default.
 
         Switches: yes. Never raises for what the broker does.
         """
         if self.failure is not None or self.is_closing:
             return
-        deadline = kwargs.get("deadline") or Deadline(self.close_timeout)
+        deadline = deadline or Deadline(self.close_timeout)
         self.is_closing = True
         self.write_method(0, spec.Connection.Close, dumps("BsBB", (0, "", 0, 0)))
         try:
@@ -255,7 +255,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             self.write(encode_content(channel, sig, args, content, self.frame_max))
 
     def _write_frames(
-        self, _type: int, channel: int, sig: Sig, args: bytes | str, content: Any
+        self, _type: int, channel: int, sig: Sig, args: bytes | str, content: amqp.Message | None
     ) -> None:
         """Write one method for py-amqp, whose `frame_writer` this is. Never switches."""
         self.write_method(channel, sig, args.encode() if isinstance(args, str) else args, content)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from amqp.transport import _AbstractTransport as Transport
 
 
-def drop(transport: Any) -> None:
+def drop(transport: Transport) -> None:
     """Close the socket of py-amqp's transport under whoever reads or writes it. Never switches."""
     # Not transport.close(): over TLS it waits for the peer's close_notify.
     sock = transport and transport.sock
@@ -23,7 +26,7 @@ def drop(transport: Any) -> None:
     sock.close()
 
 
-def _say_goodbye(sock: Any) -> None:
+def _say_goodbye(sock: socket.socket) -> None:
     """Send TLS's close_notify without a wait: RabbitMQ may keep a connection for 30 s where it is missing."""
     if isinstance(sock, ssl.SSLSocket):
         sock.settimeout(0.0)
@@ -33,7 +36,7 @@ def _say_goodbye(sock: Any) -> None:
             pass  # it waits for the peer's, or nothing can be sent any more
 
 
-def send_at_once(transport: Any, data: bytes) -> None:
+def send_at_once(transport: Transport, data: bytes) -> None:
     """Try once to send, without waiting, before a plain socket is dropped. Never switches."""
     try:
         transport.sock._sock.send(data)
@@ -41,7 +44,7 @@ def send_at_once(transport: Any, data: bytes) -> None:
         pass  # the broker closes by itself, too
 
 
-def leave_to_parent(transport: Any) -> None:
+def leave_to_parent(transport: Transport) -> None:
     """In a forked child: let go of the socket without a word to the peer. Never switches."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, transport.sock.fileno())  # shutdown() would end the parent's connection

@@ -40,7 +40,7 @@ _PROPERTIES = tuple(
 _in_order: dict[tuple[str, ...], tuple[tuple[str, int, int], ...]] = {}
 
 
-def encode_properties(message: Any) -> bytes:
+def encode_properties(message: amqp.Message) -> bytes:
     """Return what the content header of an `amqp.Message` ends with: its flags and its properties.
 
     Raises:
@@ -107,7 +107,9 @@ def decode_properties(encoded: bytes, exact: bool = False) -> dict[str, Any]:
     return found
 
 
-def encode_address(exchange: Any, routing_key: Any, mandatory: bool, immediate: bool) -> bytes:
+def encode_address(
+    exchange: object, routing_key: object, mandatory: bool, immediate: bool
+) -> bytes:
     """Return the arguments of `Basic.Publish`; raises as `encode_properties`."""
     if type(exchange) is not str or type(routing_key) is not str:
         args: bytes = dumps("Bssbb", (0, exchange, routing_key, mandatory, immediate))

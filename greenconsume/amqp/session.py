@@ -17,6 +17,7 @@ from typing import Any
 import gevent
 from amqp.exceptions import RecoverableConnectionError, ResourceError
 from gevent.event import Event
+from kombu import Connection
 
 from greenconsume.amqp.blame import Verdict
 from greenconsume.amqp.channel import Channel
@@ -50,7 +51,7 @@ class Session:
         "waits",
     )
 
-    def __init__(self, link: Link, client: Any) -> None:
+    def __init__(self, link: Link, client: Connection) -> None:
         self.link = link
         self.client = client
         self.channels: dict[int, Channel] = {}

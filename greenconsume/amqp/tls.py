@@ -17,7 +17,7 @@ from amqp.transport import SSLTransport
 _MISMATCHES = (62, 64)
 
 
-def verified(options: Any, host: str) -> Any:
+def verified(options: object, host: str) -> Any:
     """Return kombu's ``ssl`` option with the name that the certificate has to have.
 
     Args:
@@ -48,7 +48,7 @@ class TLSTransport(SSLTransport):  # type: ignore[misc]  # amqp is untyped
 
     def _wrap_socket(
         self,
-        sock: Any,
+        sock: socket.socket,
         context: dict[str, Any] | None = None,
         check_hostname: bool | None = None,
         **options: object,

@@ -6,9 +6,9 @@ its own; a `LinkPool` sets `acquire`, and then connections share its links.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import amqp
 import gevent
@@ -24,6 +24,15 @@ from greenconsume.patching import require_patched
 from greenconsume.stopping import StopSignal
 
 DEFAULT_HOST = "localhost"
+
+
+class Credentials(Protocol):
+    """A `credential_provider`, as kombu's Redis transport takes one."""
+
+    def get_credentials(self) -> Sequence[str]:
+        """Return user and password, or the password alone."""
+
+
 #: What says that the broker was reached and refused; trying again does not help by itself.
 REFUSALS = (amqp.AccessRefused, amqp.NotAllowed)
 
@@ -48,7 +57,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     #: Gives a link that is shared; set by a `LinkPool`.
     acquire: Callable[[], Link] | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._dialling = BoundedSemaphore(1)
         self._host = DEFAULT_HOST
@@ -114,21 +123,21 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
 class SSLTransport(Transport):
     """The same over TLS."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         if not self.client.ssl:
             self.client.ssl = True
 
 
-def _credentials_from(provider: Any) -> dict[str, str]:
+def _credentials_from(provider: Credentials | str) -> dict[str, str]:
     """Ask an object, or one of the class that a path names, as kombu's Redis transport has it."""
     if isinstance(provider, str):
-        provider = symbol_by_name(provider)()
+        return _credentials_from(symbol_by_name(provider)())
     names = ("password", "userid")  # the user's name, which comes first, may be left out
     return dict(zip(names, reversed(provider.get_credentials()), strict=False))
 
 
-def _secret_from(provider: Any) -> str:
+def _secret_from(provider: Credentials | str) -> str:
     return _credentials_from(provider)["password"]
 
 

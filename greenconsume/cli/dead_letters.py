@@ -47,7 +47,7 @@ def dead_letters() -> None:
 def _options(limit: int | None, dry_run: bool) -> Callable[[Any], Any]:
     """Return a decorator that adds the argument and the options that all four have."""
 
-    def decorate(command: Any) -> Any:
+    def decorate(command: Callable[..., Any]) -> Any:
         if dry_run:
             command = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(
                 command
@@ -233,7 +233,7 @@ def _in_full(letter: DeadLetter) -> Iterator[str]:
     yield _body(letter.body)
 
 
-def _body(body: Any) -> str:
+def _body(body: object) -> str:
     """Return a body to read: as text if it is any, and in no case what a terminal would act on."""
     if isinstance(body, bytes):
         try:

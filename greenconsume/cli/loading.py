@@ -106,7 +106,7 @@ def _is_factory(target: Any) -> bool:
 
 
 def _made_of(
-    target: Any, given: dict[str, Any], handled: ConsumerOptions, replicas: int, **options: Any
+    target: object, given: dict[str, Any], handled: ConsumerOptions, replicas: int, **options: Any
 ) -> Runtime:
     runtime = Runtime(options=handled, **options)
     own = None if isinstance(target, type) else getattr(target, "connection", None)

@@ -204,7 +204,7 @@ def run(
     /,
     target: str,
     log_level: str,
-    log_format: Any,
+    log_format: logs.LogFormat,
     processes: int | None,
     hang_timeout: int,
     pid_file: str,
@@ -370,7 +370,7 @@ def _table() -> dict[str, Any]:
     return settings
 
 
-def _setting(key: str, value: Any, param: click.Parameter) -> Any:
+def _setting(key: str, value: object, param: click.Parameter) -> Any:
     kind, wanted = _KINDS.get(type(param.default), ("a number", (int, float)))
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise click.UsageError(f"{_TABLE}: {key} must be {kind}, not {value!r}")

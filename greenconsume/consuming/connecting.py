@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from kombu import Connection
 
@@ -71,14 +70,14 @@ def connect_to_publish(
         session.begin_publishing(life.stop)  # a broker may block its publishers for hours
 
 
-def bound_close(conn: Any) -> None:
+def bound_close(conn: Connection) -> None:
     """Give all that is still to be said to the broker one deadline; the first call counts."""
     session = session_of(conn)
     if session is not None:
         session.begin_close()
 
 
-def errors_of(conn: Any) -> tuple[type[BaseException], ...]:
+def errors_of(conn: Connection) -> tuple[type[BaseException], ...]:
     """Return what is raised where the connection or one of its channels is lost."""
     if not isinstance(conn, Connection):
         return ()

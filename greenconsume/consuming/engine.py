@@ -282,7 +282,7 @@ class Engine:
         assert self.drain is not None
         return handling, self.drain
 
-    def _guarded(self, consumers: Any, handling: Handling) -> list[Any]:
+    def _guarded(self, consumers: object, handling: Handling) -> list[Any]:
         """Put the boundary around what the consumers call; they register it when they are entered."""
         if not hasattr(consumers, "__iter__"):
             raise InvalidConsumerError(
@@ -300,7 +300,7 @@ class Engine:
             fit_switch(consumer, self._switch)
         return guarded
 
-    def _leave(self, conn: Any) -> None:
+    def _leave(self, conn: Connection) -> None:
         """The handlers were drained: from here on every wait for the broker has one deadline."""
         self.session = None
         stopped = self.life.stop.is_set()
@@ -331,7 +331,7 @@ class Engine:
             if session is not None and not session.left:
                 session.collect()  # a kill cut its close short, in kombu's code
 
-    def connect_to_publish(self, conn: Any, attempt: Attempt) -> None:
+    def connect_to_publish(self, conn: Connection, attempt: Attempt) -> None:
         """Connect what is to publish, over a link of its own. Switches: yes."""
         if isinstance(conn, Connection):
             connect_to_publish(conn, self.link_pool(), self.life, attempt)

@@ -6,10 +6,15 @@ a user overrides of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import kombu
+from kombu import Connection, Message
+
+#: Makes a `kombu.Consumer` on the default channel.
+MakeConsumer = Callable[..., kombu.Consumer]
 #: Connection, channel and consumers, as kombu's context managers give them.
 Context = tuple[Any, Any, Any]
 
@@ -17,7 +22,7 @@ Context = tuple[Any, Any, Any]
 class KombuConsumer(Protocol):
     """A consumer as kombu's mixins define it."""
 
-    connection: Any
+    connection: Connection
     connect_max_retries: int | None
     should_stop: bool
 
@@ -25,20 +30,20 @@ class KombuConsumer(Protocol):
 
     def Consumer(self) -> AbstractContextManager[Context]: ...
 
-    def establish_connection(self) -> AbstractContextManager[Any]: ...
+    def establish_connection(self) -> AbstractContextManager[Connection]: ...
 
-    def create_connection(self) -> Any: ...
+    def create_connection(self) -> Connection: ...
 
     def on_connection_error(self, exc: BaseException, interval: float) -> None: ...
 
     def on_connection_revived(self) -> None: ...
 
-    def get_consumers(self, Consumer: Any, channel: Any) -> Iterable[Any]: ...
+    def get_consumers(self, Consumer: MakeConsumer, channel: Any) -> Iterable[Any]: ...
 
-    def on_decode_error(self, message: Any, exc: Exception) -> None: ...
+    def on_decode_error(self, message: Message, exc: Exception) -> None: ...
 
     def _consume_from(self, *consumers: object) -> AbstractContextManager[Any]: ...
 
     def on_iteration(self) -> None: ...
 
-    def on_consume_end(self, connection: Any, channel: Any) -> None: ...
+    def on_consume_end(self, connection: Connection, channel: Any) -> None: ...

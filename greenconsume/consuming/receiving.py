@@ -10,7 +10,6 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from kombu import Connection
 
@@ -99,7 +98,7 @@ def _receiver(
     return partial(session.drain_events, stop=leave), True
 
 
-def receive_from_double(conn: Any, loop: Loop) -> Iterator[None]:
+def receive_from_double(conn: Connection, loop: Loop) -> Iterator[None]:
     """Receive from what is no kombu connection (a test's mock), as kombu does."""
     received, elapsed = 0, 0.0
     while not loop.stopping() and not (loop.limit and received >= loop.limit):

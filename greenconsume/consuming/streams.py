@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from kombu import Consumer
+from kombu import Consumer, Message
 
 from greenconsume.failures.message_copy import keep_wire_form
 from greenconsume.failures.recoverer import Recoverer
@@ -32,7 +32,7 @@ class StreamPlaces:
     def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
 
-    def fit(self, consumer: Any, recoverer: Recoverer) -> Accept | None:
+    def fit(self, consumer: Consumer, recoverer: Recoverer) -> Accept | None:
         """Have a consumer go on where it stands; return what sees its messages, None if it reads no stream.
 
         Args:
@@ -50,7 +50,7 @@ class StreamPlaces:
         return self._accepting(recoverer) if streams else None
 
     def _accepting(self, recoverer: Recoverer) -> Accept:
-        def accept(consumer: Any, message: Any, raw: Any) -> bool:
+        def accept(consumer: Consumer, message: Message, raw: object) -> bool:
             offset = message.headers.get(OFFSET)
             place = self._place_of(consumer, message)
             if place is not None and isinstance(offset, int):
@@ -61,7 +61,7 @@ class StreamPlaces:
 
         return accept
 
-    def _place_of(self, consumer: Any, message: Any) -> _Place | None:
+    def _place_of(self, consumer: Consumer, message: Message) -> _Place | None:
         tag = message.delivery_info.get("consumer_tag")
         for name, own in consumer._active_tags.items():
             if own == tag:
@@ -78,12 +78,12 @@ class _Place:
         self._in_hand: deque[tuple[int, Any]] = deque()
         self._next: int | None = None
 
-    def note(self, offset: int, message: Any) -> None:
+    def note(self, offset: int, message: Message) -> None:
         """Note a message that has come."""
         self._leave_behind()
         self._in_hand.append((offset, message))
 
-    def resume(self, begins: Any) -> Any:
+    def resume(self, begins: object) -> Any:
         """Return the offset to consume from; `begins` where no message has come yet."""
         self._leave_behind()
         if self._in_hand:

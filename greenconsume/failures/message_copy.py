@@ -123,7 +123,7 @@ class Copy:
         properties |= {"application_headers": _wired(self.headers), "delivery_mode": 2}
         return amqp.Message(self.body, **properties)
 
-    def to_virtual(self, channel: Any) -> Any:
+    def to_virtual(self, channel: virtual.Channel) -> Any:
         """Return it as one of kombu's virtual channels publishes it."""
         properties = {"delivery_mode": 2, **self.properties}
         kinds = {name: properties.pop(name, None) for name in ("content_type", "content_encoding")}
@@ -132,7 +132,7 @@ class Copy:
         )
 
 
-def keep_wire_form(message: Message, raw: Any) -> None:
+def keep_wire_form(message: Message, raw: object) -> None:
     """Have `copy_of` see a delivery as it came, whatever its handler does to the message."""
     if type(raw) is tuple:
         properties = raw[5]
@@ -209,7 +209,7 @@ def restore_origin(message: Message) -> None:
         message.delivery_info = {**message.delivery_info, **origin}
 
 
-def _keeps_origin(channel: Any) -> bool:
+def _keeps_origin(channel: object) -> bool:
     """Return whether a virtual channel puts messages back by its own notes, not by `delivery_info`."""
     return getattr(type(channel), "_restore", None) not in (None, virtual.Channel._restore)
 
@@ -237,7 +237,7 @@ def tail_of(text: str, limit: int) -> str:
     return (_CUT + encoded[len(encoded) - max(0, limit) :]).decode("utf-8", "ignore")
 
 
-def _wired(value: Any) -> Any:
+def _wired(value: object) -> Any:
     """Return bytes for a text that was no UTF-8 on the wire, as it was there."""
     if isinstance(value, dict):
         return {_wired(key): _wired(item) for key, item in value.items()}
@@ -251,5 +251,5 @@ def _wired(value: Any) -> Any:
     return value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from time import time
 from typing import Any, Protocol
 
-from kombu import Connection, Message, Queue
+from kombu import Connection, Consumer, Message, Queue
 
 from greenconsume.amqp.transport import Session, Transport
 from greenconsume.errors import GreenconsumeError, InvalidConsumerError
@@ -108,7 +108,7 @@ class Recoverer:
     # -- what the consumer calls ------------------------------------------------------------------
 
     @contextmanager
-    def prepared(self, connection: Any, consumers: list[Any]) -> Iterator[None]:
+    def prepared(self, connection: Connection, consumers: list[Any]) -> Iterator[None]:
         """Have the queues that `consumers` need while they consume from `connection`.
 
         Raises:
@@ -140,7 +140,7 @@ class Recoverer:
             if self._publisher is not None:
                 self._publisher.leave(self)
 
-    def accept(self, consumer: Any, message: Message, raw: Any) -> bool:
+    def accept(self, consumer: Consumer, message: Message, raw: object) -> bool:
         """See a message before its handler does; return False if it is not due and is held instead."""
         redelivered = raw[2] if type(raw) is tuple else message.delivery_info.get("redelivered")
         if self._plans or redelivered:  # else nothing is made of a first failure
@@ -160,7 +160,7 @@ class Recoverer:
                 return False
         return True
 
-    def take_on(self, consumer: Any, message: Message) -> None:
+    def take_on(self, consumer: Consumer, message: Message) -> None:
         """Let the policies of a message find this: it may need more than to be put back. Never switches."""
         message.recoverer, message.consumer = self, consumer
 

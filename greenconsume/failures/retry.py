@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kombu import Message
 
@@ -132,7 +131,7 @@ def recoverer_of(
     return Recoverer(plans, life, links, requeues, settle_deadline)
 
 
-def _require_exceptions(name: str, value: Any) -> None:
+def _require_exceptions(name: str, value: object) -> None:
     for kind in value if isinstance(value, tuple) else (value,):
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
             raise TypeError(

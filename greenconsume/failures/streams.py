@@ -6,13 +6,13 @@ A stream keeps its messages: it knows acks only, and an ack asks for more. Does 
 
 from __future__ import annotations
 
-from typing import Any
+from kombu import Queue
 
 #: Where a consumer begins, in its arguments; and where a message stands, in its headers.
 OFFSET = "x-stream-offset"
 
 
-def is_stream(queue: Any) -> bool:
+def is_stream(queue: Queue) -> bool:
     """Return whether a queue is a stream, by its arguments or by those that it is consumed with."""
     declared = getattr(queue, "queue_arguments", None) or {}
     consumed = getattr(queue, "consumer_arguments", None) or {}

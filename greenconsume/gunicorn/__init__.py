@@ -15,7 +15,10 @@ gunicorn's. Read `host`, then `ending`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from gunicorn.workers.base import Worker
 
 __all__ = ["consumers"]
 
@@ -72,7 +75,7 @@ def consumers(
 
         turns = turns_of(target, only_in)
 
-    def post_worker_init(worker: Any) -> None:
+    def post_worker_init(worker: Worker) -> None:
         # Not above: gevent and kombu are the worker's to import, once it has patched itself.
         from greenconsume.gunicorn.worker import start
 

@@ -14,10 +14,14 @@ import traceback
 from collections.abc import Callable
 from time import monotonic
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gevent.event import Event
 from gunicorn.workers.ggevent import GeventWorker
+
+if TYPE_CHECKING:
+    from gunicorn.config import Config
+    from gunicorn.workers.base import Worker
 
 #: Seconds within which a repeated signal is the same one: Ctrl-C reaches the worker and the arbiter, which
 #: sends it another.
@@ -60,7 +64,7 @@ class Ending:
         drained: What is drained.
     """
 
-    def __init__(self, worker: Any, drained: Drained) -> None:
+    def __init__(self, worker: Worker, drained: Drained) -> None:
         self.stage = Stage.SERVING
         self._worker = worker
         self._drained = drained
@@ -103,7 +107,7 @@ class Ending:
         why = "max_requests" if self.stage is Stage.RETIRING else "gunicorn ends this worker"
         self._drained.stop(why, within)
 
-    def _on_quit(self, _worker: Any) -> None:
+    def _on_quit(self, _worker: Worker) -> None:
         """QUIT or INT came, or the reloader: called when `alive` has just been set."""
         now = monotonic()
         is_same = self._quit_at is not None and now - self._quit_at < _SAME
@@ -115,7 +119,7 @@ class Ending:
         if escalate is not None:
             escalate("a further signal")
 
-    def _on_abort(self, _worker: Any) -> None:
+    def _on_abort(self, _worker: Worker) -> None:
         """ABRT came, as when the worker has not beaten in time; SystemExit follows, where it hangs."""
         self._drained.note_abort(sys._getframe())
         self._worker.tmp.notify()  # else the arbiter's next look is followed by SIGKILL
@@ -143,30 +147,30 @@ class Ending:
                 pass
 
 
-def is_gevent(worker: Any) -> bool:
+def is_gevent(worker: Worker) -> bool:
     """Return whether a worker is one of gunicorn's gevent workers."""
     return isinstance(worker, GeventWorker)
 
 
 def _with_ending(base: type[Any], ending: Ending) -> type[Any]:
-    def alive(_worker: Any) -> bool:
+    def alive(_worker: Worker) -> bool:
         return ending.alive
 
-    def set_alive(_worker: Any, value: bool) -> None:
+    def set_alive(_worker: Worker, value: bool) -> None:
         ending.alive = value
 
-    def run(worker: Any) -> None:
+    def run(worker: Worker) -> None:
         ending.run(lambda: base.run(worker))
 
     names = {"alive": property(alive, set_alive), "run": run, "__module__": base.__module__}
     return type(base.__name__, (base,), names)
 
 
-def _also(cfg: Any, name: str, hook: Callable[[Any], None]) -> None:
+def _also(cfg: Config, name: str, hook: Callable[[Any], None]) -> None:
     """Call `hook` before the server hook that is set."""
     before = getattr(cfg, name)
 
-    def both(worker: Any) -> None:
+    def both(worker: Worker) -> None:
         hook(worker)
         before(worker)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 import gevent
@@ -26,6 +26,10 @@ from greenconsume.handling.jobs import note_abort
 from greenconsume.patching import patch_all, require_patched
 from greenconsume.runtime.runtime import Runtime
 from greenconsume.stopping import Deadline, StopSignal, wait
+
+if TYPE_CHECKING:
+    from gunicorn.glogging import Logger
+    from gunicorn.workers.base import Worker
 
 #: Seconds that the drain of a worker takes at the longest whose code has changed.
 _RELOAD = 2.0
@@ -72,7 +76,7 @@ class Host:
 
     def __init__(
         self,
-        worker: Any,
+        worker: Worker,
         target: str,
         make: Callable[[], Runtime],
         turns: Turns | None,
@@ -191,7 +195,7 @@ class Host:
         self._worker.log.error(text, self._target, said, self._manner.otherwise)
 
 
-def _log_with(log: Any) -> None:
+def _log_with(log: Logger) -> None:
     """Have what greenconsume says in gunicorn's log, unless the application has set up logging of its own."""
     ours = logging.getLogger("greenconsume")
     if not ours.hasHandlers():

@@ -11,6 +11,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 #: Kept over a reload: the new workers wait for the old ones, and have to find the same file.
@@ -58,7 +59,9 @@ class Turns:
         if held is not None:
             self._lock(held, fcntl.LOCK_UN)
 
-    def _wait(self, place: int, guard: Any, on_taken: Callable[[], object]) -> None:
+    def _wait(
+        self, place: int, guard: AbstractContextManager[object], on_taken: Callable[[], object]
+    ) -> None:
         # There is no way but this to be woken by a lock.
         if not self._lock(place, fcntl.LOCK_EX):
             return

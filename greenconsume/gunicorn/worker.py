@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import monkey
@@ -21,6 +21,9 @@ from greenconsume.gunicorn.turns import Turns
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.runtime.runtime import Runtime
 
+if TYPE_CHECKING:
+    from gunicorn.workers.base import Worker
+
 #: A process that has nothing else to do.
 ALONE = Manner(exits=True, min_life=0.0, lives_for_them=True, otherwise="the process ends")
 #: One that waits for the next change of the code.
@@ -28,7 +31,7 @@ RELOADED = Manner(otherwise="it waits for a change")
 
 
 def start(
-    worker: Any, target: str, options: dict[str, Any], turns: Turns | None, exits: bool
+    worker: Worker, target: str, options: dict[str, Any], turns: Turns | None, exits: bool
 ) -> None:
     """Have a worker run consumers beside HTTP; see `consumers`. Switches: as the target's import does."""
 
@@ -42,7 +45,7 @@ def start(
     Host(worker, target, make, turns, manner).start()
 
 
-def start_alone(worker: Any, orders: dict[str, Any], send: Callable[[str], None]) -> None:
+def start_alone(worker: Worker, orders: dict[str, Any], send: Callable[[str], None]) -> None:
     """Have a worker run consumers and nothing else.
 
     Args:

@@ -5,17 +5,16 @@ It must never change what becomes of the message. Called by `boundary`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from amqp.exceptions import ChannelError
 from gevent.exceptions import ConcurrentObjectUseError
+from kombu import Message
 
 from greenconsume.events import BlockingConnectionShared, HandlerClosedChannel, emit
 
 _told_of_sharing = False
 
 
-def advise(consumer: str, message: Any, error: BaseException) -> None:
+def advise(consumer: str, message: Message, error: BaseException) -> None:
     """Tell of a call that closed the consuming channel, and, once, of a connection that is not green.
 
     Switches: never.

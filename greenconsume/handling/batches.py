@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import gevent
+from kombu import Consumer, Message
 
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import PrefetchTooSmall, emit
@@ -123,7 +124,7 @@ class Batching(Handling):
         """The number of messages that wait in batches that have not started."""
         return sum(len(job.pairs) for job in self._unstarted)
 
-    def submit(self, consumer: Any, message: Any) -> None:
+    def submit(self, consumer: Consumer, message: Message) -> None:
         """Add a message to its batch, and hand a full one over. Switches: while the pool is full."""
         if self._life.leave.is_set():
             self.give_back(message)
@@ -140,7 +141,7 @@ class Batching(Handling):
             del self._open[consumer]
             self._hand_over(job)
 
-    def _begin(self, consumer: Any) -> _Gathering:
+    def _begin(self, consumer: Consumer) -> _Gathering:
         job = self._open[consumer] = _Gathering(consumer, self._life.name)
         self._unstarted[job] = None
         job.timer = gevent.get_hub().loop.timer(self.settings.batch_timeout)
@@ -163,7 +164,7 @@ class Batching(Handling):
         # From here on a batch is started: it takes no more messages, and no drain gives it back.
         if not isinstance(job, _Gathering):
             return super()._is_wanted(job)
-        wanted = getattr(job.consumer, "no_ack", False) or is_live(job.message[0][1])
+        wanted = getattr(job.consumer, "no_ack", False) or is_live(job.pairs[0][1])
         return self._forget(job) and wanted
 
     def complete(self) -> None:
@@ -192,7 +193,7 @@ class Batching(Handling):
                 yield job
         yield from super().unstarted()
 
-    def fit_prefetch(self, consumer: Any) -> None:
+    def fit_prefetch(self, consumer: Consumer) -> None:
         """Have the broker send enough for each batch that runs, and the next one.
 
         Raises:
@@ -213,7 +214,7 @@ class Batching(Handling):
     # -- one batch ------------------------------------------------------------------------------
 
     @staticmethod
-    def _receive(consumer: Any, message: Any) -> None:
+    def _receive(consumer: Consumer, message: Message | Batch) -> None:
         if not isinstance(message, Batch):
             Handling._receive(consumer, message)
             return
@@ -222,19 +223,19 @@ class Batching(Handling):
         for callback in consumer.callbacks:
             callback(message)
 
-    def _is_unsettled(self, message: Any) -> bool:
+    def _is_unsettled(self, message: Message | Batch) -> bool:
         if isinstance(message, Batch):
             return bool(message.unsettled)
         return super()._is_unsettled(message)
 
-    def _outcome_of(self, message: Any, exc: BaseException) -> str:
+    def _outcome_of(self, message: Message | Batch, exc: BaseException) -> str:
         if not isinstance(message, Batch):
             return super()._outcome_of(message, exc)
         outcome_of = super()._outcome_of
         outcomes = Counter(outcome_of(each, exc) for _, each in message)
         return ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
 
-    def give_back(self, message: Any, started: bool = False) -> None:
+    def give_back(self, message: Message | Batch, started: bool = False) -> None:
         """Put a message, or all of a batch that is not settled, back into its queue."""
         for each in reversed(message.unsettled) if isinstance(message, Batch) else (message,):
             super().give_back(each, started)
@@ -252,7 +253,7 @@ class _Gathering(Job):
 
     __slots__ = ("handed_over", "pairs", "timer", "waiter")
 
-    def __init__(self, consumer: Any, owner: str) -> None:
+    def __init__(self, consumer: Consumer, owner: str) -> None:
         batch = Batch()
         super().__init__(batch, consumer, ALONE, owner)
         self.pairs = batch._pairs
@@ -268,7 +269,7 @@ class _Gathering(Job):
             timer.close()
 
 
-def _body_of(consumer: Any, message: Any) -> Any:
+def _body_of(consumer: Consumer, message: Message) -> Any:
     if consumer.accept is not None:
         message.accept = consumer.accept
     if message.errors:

@@ -18,6 +18,7 @@ import gevent
 import kombu
 from gevent import GreenletExit
 from gevent.event import Event
+from kombu import Consumer, Message
 
 from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
 from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
@@ -59,7 +60,7 @@ class Handler:
 
     def __init__(
         self,
-        consumer: Any,
+        consumer: Consumer,
         handling: Handling,
         accept: Callable[[Any, Any, Any], bool] | None = None,
     ) -> None:
@@ -147,7 +148,7 @@ class Handling:
 
     # -- where it runs --------------------------------------------------------------------------
 
-    def submit(self, consumer: Any, message: Any) -> None:
+    def submit(self, consumer: Consumer, message: Message) -> None:
         """Handle `message` in the pool; one that the stop overtakes is given back."""
         assert self.pool is not None
         job = Job(message, consumer, ALONE, self._life.name)
@@ -166,7 +167,7 @@ class Handling:
         # What a lost link had delivered comes again; what needs no ack does not.
         return getattr(job.consumer, "no_ack", False) or is_live(job.message)
 
-    def handle(self, consumer: Any, message: Any) -> None:
+    def handle(self, consumer: Consumer, message: Message) -> None:
         """Handle `message` here and now; one that a polled transport brings after the stop is given back."""
         life = self._life
         if life.leave.reason is not None and self._is_unsettled(message):
@@ -188,7 +189,7 @@ class Handling:
         if pace is None:
             return handle
 
-        def handle_in_time(consumer: Any, message: Any) -> None:
+        def handle_in_time(consumer: Consumer, message: Message) -> None:
             if pace.wait(life.leave):
                 handle(consumer, message)
             else:
@@ -196,7 +197,7 @@ class Handling:
 
         return handle_in_time
 
-    def fit_prefetch(self, consumer: Any) -> None:
+    def fit_prefetch(self, consumer: Consumer) -> None:
         """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
         chosen = self.prefetch_of(consumer)
         queues = consumer.queues if isinstance(consumer, kombu.Consumer) else ()
@@ -219,7 +220,7 @@ class Handling:
         return size + (max(1, size // 10) if counted else size)
 
     @staticmethod
-    def prefetch_of(consumer: Any) -> int | None:
+    def prefetch_of(consumer: Consumer) -> int | None:
         """Return the prefetch that the consumer or its channel sets, if one does."""
         chosen: int | None = getattr(consumer, "prefetch_count", None)
         if chosen is None:
@@ -261,11 +262,11 @@ class Handling:
                 now = monotonic()
                 timings.note(now, now - job.began)
 
-    def _is_unsettled(self, message: Any) -> bool:
+    def _is_unsettled(self, message: Message) -> bool:
         return is_settleable(message)
 
     @staticmethod
-    def _receive(consumer: Any, message: Any) -> None:
+    def _receive(consumer: Consumer, message: Message) -> None:
         if consumer.accept is not None:
             message.accept = consumer.accept
         if message.errors:
@@ -338,7 +339,7 @@ class Handling:
         if self._switch is not None:
             self._switch.note(failed=True)
 
-    def _outcome_of(self, message: Any, exc: BaseException) -> str:
+    def _outcome_of(self, message: Message, exc: BaseException) -> str:
         """Have a failed message meet the policy, and return in words what became of it."""
         if is_settleable(message):
             return self._settle_failed(message, exc)
@@ -346,7 +347,7 @@ class Handling:
             return "left as the handler settled it"
         return "lost: its consumer takes messages without acknowledging them"
 
-    def _settle_failed(self, message: Any, exc: BaseException) -> str:
+    def _settle_failed(self, message: Message, exc: BaseException) -> str:
         try:
             return self.settings.on_error.apply(message, exc, self.requeues)
         except Exception as error:  # a policy that cannot act must not lose the message
@@ -354,7 +355,7 @@ class Handling:
                 self.requeues.add(message, 1.0)
             return f"requeued in 1 s, because its policy failed: {error!r}"
 
-    def give_back(self, message: Any, started: bool = False) -> None:
+    def give_back(self, message: Message, started: bool = False) -> None:
         """Put a message back into its queue, unaltered; the broker has those of a lost link already."""
         if is_settleable(message) and is_live(message):
             self.given_back += not started

@@ -247,7 +247,7 @@ class Declaration:
         return self.said or f"{self.default:g}"
 
 
-def option(kind: Kind, default: Any, doc: str, said: str = "") -> Any:
+def option(kind: Kind, default: object, doc: str, said: str = "") -> Any:
     """Return the dataclass field of an option; it holds `UNSET` until it is said."""
     declared = Declaration("", kind, default, doc, said)
     return dataclasses.field(default=UNSET, metadata={_METADATA: declared})

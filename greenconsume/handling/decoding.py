@@ -6,14 +6,14 @@ import json
 from json.scanner import make_scanner
 from typing import Any
 
-from kombu import serialization
+from kombu import Message, serialization
 from kombu.utils import json as kombu_json
 
 #: What `json.loads` calls in the end; without white space around, nothing else is left of it.
 _scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
 
 
-def decode(message: Any) -> Any:
+def decode(message: Message) -> Any:
     """Return the decoded body, as `message.decode()` does, sooner for plain JSON.
 
     kombu builds a decoder for each message, and calls a Python function for each object in it, to bring

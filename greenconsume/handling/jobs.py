@@ -12,14 +12,31 @@ import traceback
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import gevent
 import greenlet  # type: ignore[import-untyped]  # its stubs are a package of their own
 from gevent import GreenletExit
+from kombu import Consumer
 
 from greenconsume.errors import HandlerHung, Interrupt, Shutdown
 from greenconsume.events import HandlerInterrupted, emit
+
+
+class Handled(Protocol):
+    """A handler's argument: a `kombu.Message`, or a `Batch` of them."""
+
+    @property
+    def delivery_tag(self) -> Any:
+        """Its name on its channel; a batch has that of its first message."""
+
+    @property
+    def delivery_info(self) -> Any:
+        """The fields of its delivery, by name: `routing_key`, `consumer_tag`, …."""
+
+    def ack(self) -> object:
+        """Acknowledge it. Never switches on a green link."""
+
 
 #: The key of a job that waits for no other.
 ALONE = object()
@@ -56,7 +73,11 @@ class Job:
     )
 
     def __init__(
-        self, message: Any, consumer: Any = None, key: Hashable = ALONE, owner: str = ""
+        self,
+        message: Handled,
+        consumer: Consumer | None = None,
+        key: Hashable = ALONE,
+        owner: str = "",
     ) -> None:
         self.message = message
         self.consumer = consumer
@@ -171,7 +192,7 @@ def job_on(thread_id: int) -> Job | None:
     return None
 
 
-def _thread_of(greenlet_: Any) -> int:
+def _thread_of(greenlet_: greenlet.greenlet) -> int:
     hub = greenlet_
     while not hasattr(
         hub, "thread_ident"

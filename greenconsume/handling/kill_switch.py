@@ -11,7 +11,8 @@ import random
 from collections import deque
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+
+from kombu import Consumer
 
 from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
 from greenconsume.lifecycle import Lifecycle
@@ -169,7 +170,7 @@ class NoSwitch:
         """Do nothing."""
 
 
-def fit_switch(consumer: Any, switch: Switch | None) -> None:
+def fit_switch(consumer: Consumer, switch: Switch | None) -> None:
     """Have the broker send a `kombu.Consumer` one message, if it is to consume no more."""
     if switch is not None and switch.half_open:
         consumer.qos(prefetch_count=1)

@@ -9,11 +9,14 @@ Called by `mixins` for each connection that it makes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any
 
 from gevent.lock import RLock
+from kombu import Connection
+from kombu.transport.base import StdChannel
 
 from greenconsume.events import StaleSettle, emit
 from greenconsume.handling.jobs import shielded
@@ -36,14 +39,14 @@ _CALLS = (
 )
 
 
-def shield_channels(connection: Any) -> None:
+def shield_channels(connection: Connection) -> None:
     """Guard the channels that a connected `kombu.Connection` makes from now on. Never switches."""
     transport = connection.transport
     if getattr(transport, "wakes", False):
         return
     create = transport.create_channel
 
-    def create_channel(conn: Any) -> Any:
+    def create_channel(conn: object) -> Any:
         channel = create(conn)
         _shield(channel)
         return channel
@@ -51,7 +54,7 @@ def shield_channels(connection: Any) -> None:
     transport.create_channel = create_channel
 
 
-def _shield(channel: Any) -> None:
+def _shield(channel: StdChannel) -> None:
     if _SETTLES[0] in vars(channel):
         return  # one that its transport hands out again
     lock, stale = RLock(), count(1)
@@ -64,7 +67,9 @@ def _shield(channel: Any) -> None:
             setattr(channel, name, guarded)
 
 
-def _one_at_a_time(call: Callable[..., Any], lock: Any) -> Callable[..., Any]:
+def _one_at_a_time(
+    call: Callable[..., Any], lock: AbstractContextManager[object]
+) -> Callable[..., Any]:
     def called(*args: object, **kwargs: object) -> Any:
         with lock, shielded():
             return call(*args, **kwargs)
@@ -72,8 +77,10 @@ def _one_at_a_time(call: Callable[..., Any], lock: Any) -> Callable[..., Any]:
     return called
 
 
-def _unless_closed(channel: Any, call: Callable[..., Any], stale: Any) -> Callable[..., Any]:
-    def settle(delivery_tag: Any, *args: object, **kwargs: object) -> Any:
+def _unless_closed(
+    channel: StdChannel, call: Callable[..., Any], stale: Iterator[int]
+) -> Callable[..., Any]:
+    def settle(delivery_tag: object, *args: object, **kwargs: object) -> Any:
         if getattr(channel, "closed", False):
             emit(StaleSettle(delivery_tag, next(stale)))
             return None

@@ -17,6 +17,7 @@ import gevent
 from gevent.event import Event
 
 from greenconsume.events import UnsettledTooLong, emit
+from greenconsume.links.session import GreenSession, SessionChannel
 
 #: The share of the deadline at which it is told.
 SHARE = 0.8
@@ -28,9 +29,9 @@ LOOKS = 20
 class _Entry:
     name: str
     deadline: float
-    told: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    told: dict[SessionChannel, tuple[int, float]] = field(default_factory=dict)
 
-    def look(self, session: Any) -> None:
+    def look(self, session: GreenSession) -> None:
         """Tell of each channel's oldest delivery that is overdue, once."""
         now = monotonic()
         for channel in list(session.channels.values()):
@@ -38,8 +39,8 @@ class _Entry:
             if oldest is None or now - oldest[1] < SHARE * self.deadline:
                 continue
             tag, since = oldest
-            if self.told.get(channel) != (channel.epoch, tag):
-                self.told[channel] = (channel.epoch, tag)
+            if self.told.get(channel) != oldest:  # the same tag of its next life came later
+                self.told[channel] = oldest
                 emit(UnsettledTooLong(self.name, tag, now - since, self.deadline))
 
 
@@ -47,12 +48,12 @@ class _Watch:
     """Looks at the sessions of one hub, while there are any."""
 
     def __init__(self) -> None:
-        self._entries: dict[Any, _Entry] = {}
+        self._entries: dict[GreenSession, _Entry] = {}
         self._changed = Event()
         self._interval = 0.0
         self._running = False
 
-    def add(self, session: Any, name: str, deadline: float) -> None:
+    def add(self, session: GreenSession, name: str, deadline: float) -> None:
         self._entries[session] = _Entry(name, deadline)
         if not self._running:
             self._running = True
@@ -60,7 +61,7 @@ class _Watch:
         elif deadline / LOOKS < self._interval:
             self._changed.set()
 
-    def remove(self, session: Any) -> None:
+    def remove(self, session: GreenSession) -> None:
         self._entries.pop(session, None)
         if not self._entries:
             self._changed.set()
@@ -78,18 +79,18 @@ class _Watch:
 _watches: weakref.WeakKeyDictionary[Any, _Watch] = weakref.WeakKeyDictionary()
 
 
-def watch(session: Any, name: str, deadline: float) -> None:
+def watch(session: GreenSession, name: str, deadline: float) -> None:
     """Look after a session's channels from now on. Never switches.
 
     Args:
-        session: A consumer's share of an AMQP link.
+        session: A consumer's share of a link.
         name: The consumer's.
         deadline: The seconds after which its broker closes a channel.
     """
     _watches.setdefault(gevent.get_hub(), _Watch()).add(session, name, deadline)
 
 
-def unwatch(session: Any) -> None:
+def unwatch(session: GreenSession) -> None:
     """Look no more; harmless if it never did. Never switches."""
     found = _watches.get(gevent.get_hub())
     if found is not None:

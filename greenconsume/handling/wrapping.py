@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kombu import Consumer, Message
+
 from greenconsume.around import Around, entered
 from greenconsume.handling.jobs import current_job
 
@@ -23,7 +25,7 @@ def wrapped(receive: Receive, around: Sequence[Around]) -> Receive:
     if not around:
         return receive
 
-    def receive_within(consumer: Any, message: Any) -> None:
+    def receive_within(consumer: Consumer, message: Message) -> None:
         with entered(around, message):
             receive(consumer, message)
 
@@ -56,7 +58,7 @@ def current_handler() -> CurrentHandler | None:
     return CurrentHandler(job.owner, _queue_of(job.consumer, job.message), job.message)
 
 
-def _queue_of(consumer: Any, message: Any) -> str:
+def _queue_of(consumer: Consumer, message: Message) -> str:
     """Return the queue of a message, by the consumer tag that it was delivered with."""
     tag = message.delivery_info.get("consumer_tag")
     tags: dict[str, str] = getattr(consumer, "_active_tags", None) or {}

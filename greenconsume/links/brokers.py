@@ -5,14 +5,12 @@ It must never connect. Called by `runtime`, `Publisher` and the dead letters.
 
 from __future__ import annotations
 
-from typing import Any
-
 import kombu
 
 from greenconsume.transports import registry
 
 
-def connection_to(broker: Any) -> kombu.Connection:
+def connection_to(broker: object) -> kombu.Connection:
     """Return a connection, not connected, whose transports are known and do not block the hub.
 
     Raises:

@@ -5,12 +5,20 @@ Called by `consuming` and `handling`, which know of no broker in particular.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from kombu import Connection
 
 from greenconsume.stopping import Deadline, StopSignal
+
+
+class SessionChannel(Protocol):
+    """A channel of such a session, as far as its messages are looked after."""
+
+    @property
+    def oldest_unsettled(self) -> tuple[int, float] | None:
+        """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
 
 
 class GreenSession(Protocol):
@@ -22,6 +30,10 @@ class GreenSession(Protocol):
 
     @property
     def given_back_count(self) -> int: ...
+
+    @property
+    def channels(self) -> Mapping[int, SessionChannel]:
+        """Its channels, by their ids."""
 
     @property
     def connected(self) -> bool:
@@ -76,7 +88,7 @@ class GreenSession(Protocol):
         """Let go of everything at once, without waiting for the broker. Never switches."""
 
 
-def session_of(conn: Any) -> GreenSession | None:
+def session_of(conn: object) -> GreenSession | None:
     """Return what a connection over a link holds; unlike `conn.connection`, never a new one."""
     session = conn._connection if isinstance(conn, Connection) else None
     return session if hasattr(session, "begin_consuming") else None

@@ -118,7 +118,7 @@ class Publisher:
         self._hub: Any = None  # of the thread that publishes
         self._closed = False
 
-    def publish(self, body: Any, routing_key: str | None = None, **options: object) -> None:
+    def publish(self, body: object, routing_key: str | None = None, **options: object) -> None:
         """Publish, and wait until the broker has confirmed this very message.
 
         Args:
@@ -145,7 +145,7 @@ class Publisher:
             publication.wait()
 
     def publish_nowait(
-        self, body: Any, routing_key: str | None = None, **options: object
+        self, body: object, routing_key: str | None = None, **options: object
     ) -> Publication:
         """Publish as `publish` does, and return what its confirm may be waited for with.
 
@@ -172,7 +172,7 @@ class Publisher:
             self._outbox.put(publication)
         return publication
 
-    def _make(self, body: Any, routing_key: str | None, options: dict[str, Any]) -> Publication:
+    def _make(self, body: object, routing_key: str | None, options: dict[str, Any]) -> Publication:
         if os.getpid() != self._pid or get_hub() is not self._hub:
             self._bind()
         if self._closed:
@@ -198,7 +198,7 @@ class Publisher:
         _used.add(self)
 
     def _serialize(
-        self, body: Any, routing_key: str | None, options: dict[str, Any]
+        self, body: object, routing_key: str | None, options: dict[str, Any]
     ) -> Publication:
         timeout, confirm_timeout = (
             options.pop("timeout", None),

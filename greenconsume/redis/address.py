@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
+import kombu
 import redis.sentinel
 from kombu.utils.imports import symbol_by_name
 from kombu.utils.url import url_to_parts
@@ -27,7 +28,7 @@ _Sentinel: Any = redis.sentinel.Sentinel  # untyped
 _PASSED_ON = ("socket_keepalive", "socket_keepalive_options", "client_name")
 
 
-def dialler_of(client: Any, options: dict[str, Any]) -> Callable[[int], Any]:
+def dialler_of(client: kombu.Connection, options: dict[str, Any]) -> Callable[[int], Any]:
     """Return what makes a redis-py connection, not connected, that speaks a protocol, 2 or 3.
 
     Args:
@@ -45,7 +46,7 @@ def dialler_of(client: Any, options: dict[str, Any]) -> Callable[[int], Any]:
     return dialler
 
 
-def sentinel_dialler_of(client: Any, options: dict[str, Any]) -> Callable[[int], Any]:
+def sentinel_dialler_of(client: kombu.Connection, options: dict[str, Any]) -> Callable[[int], Any]:
     """Return the same for whatever server the sentinels say is the master."""
     if options.get("master_name") is None:
         raise ValueError("'master_name' transport option must be specified.")
@@ -71,7 +72,7 @@ def sentinel_dialler_of(client: Any, options: dict[str, Any]) -> Callable[[int],
     return dialler
 
 
-def database_of(client: Any) -> int:
+def database_of(client: kombu.Connection) -> int:
     """Return the number of the database.
 
     Raises:
@@ -87,7 +88,7 @@ def database_of(client: Any) -> int:
         raise ValueError(f"Database is int between 0 and limit - 1, not {name}") from None
 
 
-def _parameters(client: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _parameters(client: kombu.Connection, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     params: dict[str, Any] = {name: options.get(name) for name in _PASSED_ON}
     timeout = options.get("socket_connect_timeout") or client.connect_timeout or CONNECT_TIMEOUT
     params |= {
@@ -123,7 +124,7 @@ def _unix(host: str, params: dict[str, Any]) -> dict[str, Any]:
     return dict(query)
 
 
-def _verified(given: Any) -> dict[str, Any]:
+def _verified(given: object) -> dict[str, Any]:
     chosen = dict(given) if isinstance(given, dict) else {}
     if chosen.get("ssl_check_hostname", True) and not _verifies(chosen):
         # kombu's default, which nobody has chosen; who means it says ssl_check_hostname=false as well.

@@ -97,7 +97,7 @@ class _Answer:
         self._count = count
         self._event = Event()
 
-    def take(self, reply: Any) -> None:
+    def take(self, reply: object) -> None:
         """Take the next reply. Never switches."""
         self._replies.append(reply)
         if len(self._replies) == self._count:

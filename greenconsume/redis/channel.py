@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
@@ -23,6 +23,9 @@ from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
 from greenconsume.redis.scripts import DELAY
 from greenconsume.redis.topology import Payload, Topology
+
+if TYPE_CHECKING:
+    from greenconsume.redis.transport import Transport
 
 #: How many messages a channel without a prefetch has waiting.
 WINDOW = 16
@@ -55,7 +58,7 @@ class Channel(Topology):
     QoS = QoS
     Message = HeldMessage
 
-    def __init__(self, connection: Any, **kwargs: object) -> None:
+    def __init__(self, connection: Transport, **kwargs: object) -> None:
         super().__init__(connection, **kwargs)
         options = connection.client.transport_options
         self.waiting = 0  # delivered to this channel, and not handed out

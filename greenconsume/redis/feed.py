@@ -79,7 +79,7 @@ class Feed:
     """
 
     def __init__(
-        self, feeds: Feeds, queues: Sequence[str], expires: dict[str, int], strategy: Any
+        self, feeds: Feeds, queues: Sequence[str], expires: dict[str, int], strategy: object
     ) -> None:
         self.state = FeedState.RESTING
         self.takers: deque[Taker] = deque()
@@ -232,7 +232,7 @@ class Feeds:
         ledger.on_returned.append(self.touch)
 
     def join(
-        self, taker: Taker, queues: Sequence[str], expires: dict[str, int], strategy: Any
+        self, taker: Taker, queues: Sequence[str], expires: dict[str, int], strategy: object
     ) -> Feed:
         """Have a taker be dealt messages of these queues from now on. Never switches."""
         ident = (tuple(queues), tuple(sorted(expires.items())), strategy)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redis import exceptions
+
+if TYPE_CHECKING:
+    from redis.connection import AbstractConnection as RedisConnection
 
 #: The oldest server that can be used: `RPOP` takes a count, and `ZADD` compares.
 MIN_VERSION = (6, 2)
@@ -76,7 +79,7 @@ def greet(dialler: Callable[[int], Any], took: Callable[[Any], object]) -> tuple
     return connection, Greeting(facts.get("version", ""), facts.get("id", ""), tracks)
 
 
-def _facts_of(connection: Any) -> dict[str, str]:
+def _facts_of(connection: RedisConnection) -> dict[str, str]:
     said = connection.handshake_metadata if connection.protocol == 3 else None
     facts = {_text(name): _text(value) for name, value in (said or {}).items()}
     if not facts:
@@ -110,7 +113,7 @@ def _asked(connection: Any, *command: str) -> Any:
         return None
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return "" if value is None else str(value)

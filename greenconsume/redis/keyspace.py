@@ -148,7 +148,7 @@ class Keyspace:
         return f"{self.prefix}{self.fanout}{exchange}{ending}"
 
 
-def _fanout_prefix(option: Any, database: int) -> str:
+def _fanout_prefix(option: object, database: int) -> str:
     if not option:
         return ""
     return (option if isinstance(option, str) else "/{db}.").format(db=database)

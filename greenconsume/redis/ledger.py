@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 from gevent.event import Event
@@ -198,7 +198,7 @@ class Ledger:
             )
 
     def _send_acks(self, link: Link, fields: list[str]) -> None:
-        def said(reply: Any) -> None:
+        def said(reply: object) -> None:
             if isinstance(reply, int):
                 self.stale_count += len(fields) - reply
             elif self._is_to_be_said_again(reply):
@@ -214,7 +214,7 @@ class Ledger:
         link.send_encoded(drop_index)
 
     def _send_returns(self, link: Link, leases: dict[str, Lease]) -> None:
-        def said(reply: Any) -> None:
+        def said(reply: object) -> None:
             if isinstance(reply, int):
                 for tell in self.on_returned:
                     tell({lease.key for lease in leases.values()})
@@ -227,7 +227,7 @@ class Ledger:
         link.run(GIVE_BACK, keys, arguments, said)
 
     @staticmethod
-    def _is_to_be_said_again(reply: Any) -> bool:
+    def _is_to_be_said_again(reply: object) -> bool:
         # What the server refuses stays among the unacknowledged, to be restored when its time is over.
         return not isinstance(reply, exceptions.RedisError)
 

@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from amqp.exceptions import RecoverableConnectionError
@@ -31,6 +31,9 @@ from greenconsume.redis.pings import watch
 from greenconsume.redis.protocol import Argument, Parser, ProtocolError, Push, encode
 from greenconsume.redis.scripts import Script
 from greenconsume.stopping import Deadline, wait
+
+if TYPE_CHECKING:
+    from redis.connection import AbstractConnection as RedisConnection
 
 READ_SIZE = 131072
 #: A silent server is asked after so many seconds whether it lives, and left after as many without an
@@ -129,7 +132,7 @@ class Link(Calls):
             gevent.spawn(watch, self, self._health_interval).name = f"pings of {self.uri}"
         emit(LinkUp(self.uri))
 
-    def _took(self, connection: Any) -> None:
+    def _took(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     @property
@@ -140,19 +143,18 @@ class Link(Calls):
     def make_room(self, size: int) -> None:
         """Do nothing: there is room for any number of sessions."""
 
-    def close(self, *_args: Any, **kwargs: Any) -> None:
+    def close(self, *, deadline: Deadline | None = None) -> None:
         """Wait for the answers that matter, up to the deadline, and drop the socket.
 
         Args:
-            *_args: None.
-            **kwargs: `deadline`, a `Deadline`; `close_timeout` from now by default.
+            deadline: `close_timeout` from now by default.
 
         Switches: only if there is something to wait for. Never raises for what the server does.
         """
         if self.failure is not None or self.is_closing:
             return
         self.is_closing = True
-        deadline = kwargs.get("deadline") or Deadline(self.close_timeout)
+        deadline = deadline or Deadline(self.close_timeout)
         try:
             for gather in self.before_write:
                 gather()
@@ -255,7 +257,7 @@ class Link(Calls):
             self.send(("EVAL", script.text, *body), on_reply, matters)
             return
 
-        def replied(reply: Any) -> None:
+        def replied(reply: object) -> None:
             if isinstance(reply, exceptions.NoScriptError) and self.failure is None:
                 self.send(("EVAL", script.text, *body), on_reply, matters)  # it has forgotten it
             elif on_reply is not None:

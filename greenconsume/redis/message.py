@@ -82,7 +82,9 @@ def message_of(channel: Channel, raw: bytes, field: str, queue: str, tag: str) -
     return message
 
 
-def _built(channel: Channel, payload: Any, body: Any, errors: list[Any]) -> HeldMessage:
+def _built(
+    channel: Channel, payload: dict[str, Any], body: object, errors: list[Any]
+) -> HeldMessage:
     """Do what `Message.__init__` does, for the plain case."""
     headers, properties = payload.get("headers") or {}, payload["properties"]
     message: HeldMessage

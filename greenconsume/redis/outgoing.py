@@ -5,7 +5,7 @@ It must never wait. Called by `link`.
 
 from __future__ import annotations
 
-from typing import Any
+import socket
 
 
 class Outgoing:
@@ -31,7 +31,7 @@ class Outgoing:
         """Forget them: nobody is there to read them."""
         self._unsent.clear()
 
-    def send_now(self, sock: Any) -> None:
+    def send_now(self, sock: socket.socket) -> None:
         """Send what a socket takes without waiting; the writer sees to the rest, and to any error."""
         raw = getattr(sock, "_sock", None)
         if self.is_sending or not self._unsent or raw is None or hasattr(sock, "_sslobj"):

@@ -108,7 +108,7 @@ def _moves(
     return [_Move(field, keyspace.key(queues[0], priority), "R", raw)]
 
 
-def _raw_of(keyspace: Keyspace, entry: bytes, payload: Any, queue: str) -> bytes:
+def _raw_of(keyspace: Keyspace, entry: bytes, payload: object, queue: str) -> bytes:
     tail = keyspace.tail_of(queue)
     if entry.endswith(tail):
         return entry[1 : len(entry) - len(tail)]

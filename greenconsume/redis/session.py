@@ -11,11 +11,11 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any
 
 import gevent
 from amqp.exceptions import RecoverableConnectionError
 from gevent.event import Event
+from kombu import Connection
 
 from greenconsume.amqp.waits import Waits
 from greenconsume.hub import MAX_TURN
@@ -39,7 +39,7 @@ class Session:
         given_back_count: How many messages went back that no callback took.
     """
 
-    def __init__(self, link: Link, ledger: Ledger, client: Any) -> None:
+    def __init__(self, link: Link, ledger: Ledger, client: Connection) -> None:
         self.link = link
         self.ledger = ledger
         self.client = client

@@ -34,7 +34,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
     connection: Transport
     closed: bool
 
-    def __init__(self, connection: Transport, **kwargs: Any) -> None:
+    def __init__(self, connection: Transport, **kwargs: object) -> None:
         super().__init__(connection, **kwargs)
         self.session = connection.session
         self.link = self.session.link
@@ -54,12 +54,12 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
 
     # -- queues -------------------------------------------------------------------------------------
 
-    def prepare_queue_arguments(self, arguments: Any, **kwargs: Any) -> Any:
+    def prepare_queue_arguments(self, arguments: object, **kwargs: object) -> Any:
         """Return a queue's arguments with what `Queue(expires=…)` and its like stand for."""
         return to_rabbitmq_queue_arguments(arguments, **kwargs)
 
     def queue_delete(
-        self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: Any
+        self, queue: str, if_unused: bool = False, if_empty: bool = False, **kwargs: object
     ) -> None:
         """Delete a queue, its messages and its bindings."""
         if if_empty and self._size(queue):
@@ -75,7 +75,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         except (KeyError, TypeError, ValueError):
             self._expires.pop(queue, None)
 
-    def _has_queue(self, queue: str, **kwargs: Any) -> bool:
+    def _has_queue(self, queue: str, **kwargs: object) -> bool:
         return bool(self._call("EXISTS", *self.keyspace.keys(queue)))
 
     def _size(self, queue: str) -> int:
@@ -91,7 +91,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         self._call("DEL", *keys)
         self._touch(keys)
 
-    def _delete(self, queue: str, exchange: str, *meta: Any, **kwargs: Any) -> None:
+    def _delete(self, queue: str, exchange: str, *meta: str, **kwargs: object) -> None:
         self.connection.fleeting.discard(queue)
         routing_key, pattern = meta[:2] or ("", "")
         member = self.keyspace.binding(routing_key, pattern, queue)
@@ -124,7 +124,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
 
     # -- publishing -----------------------------------------------------------------------------------
 
-    def _put(self, queue: str, message: Payload, **kwargs: Any) -> None:
+    def _put(self, queue: str, message: Payload, **kwargs: object) -> None:
         key = self.keyspace.key(queue, self._get_message_priority(message, reverse=False))
         commands: list[tuple[Argument, ...]] = [("LPUSH", key, dumps(message))]
         if queue in self._expires:
@@ -133,7 +133,9 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         self._call_all(commands)
         self._touch([key])
 
-    def _put_fanout(self, exchange: str, message: Payload, routing_key: str, **kwargs: Any) -> None:
+    def _put_fanout(
+        self, exchange: str, message: Payload, routing_key: str, **kwargs: object
+    ) -> None:
         self._call("PUBLISH", self.keyspace.topic(exchange, routing_key), dumps(message))
 
     # -- commands -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import redis
 from gevent.lock import BoundedSemaphore
+from kombu import Connection
 from kombu.transport import virtual
 from redis import exceptions
 
@@ -74,7 +75,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
     acquire: Callable[[], Link] | None = None
     session: Session
 
-    def __init__(self, client: Any, **kwargs: object) -> None:
+    def __init__(self, client: Connection, **kwargs: object) -> None:
         super().__init__(client, **kwargs)
         self.keyspace = Keyspace.of(client.transport_options, database_of(client))
         self.fleeting: set[str] = set()
@@ -175,7 +176,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
 class SSLTransport(Transport):
     """The same over TLS."""
 
-    def __init__(self, client: Any, **kwargs: object) -> None:
+    def __init__(self, client: Connection, **kwargs: object) -> None:
         if not client.ssl:
             client.ssl = True
         super().__init__(client, **kwargs)

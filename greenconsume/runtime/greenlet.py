@@ -120,7 +120,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         return self.ready()
 
     def kill(
-        self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None
+        self, exception: object = GreenletExit, block: bool = True, timeout: float | None = None
     ) -> None:
         """End the greenlet wherever it waits: the last resort, its link cannot be used after it.
 

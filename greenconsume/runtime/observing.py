@@ -13,6 +13,7 @@ from typing import Any
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, RunningHandler
 from greenconsume.consuming.engine import Engine, engine_of
 from greenconsume.events import ConsumerState
+from greenconsume.handling.jobs import Job
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.pool import LinkPool
 from greenconsume.links.session import GreenSession
@@ -118,11 +119,11 @@ def _inbox_of(session: GreenSession, now: float) -> dict[str, Any]:
     }
 
 
-def _began(job: Any) -> float:
+def _began(job: Job) -> float:
     return job.began or _UNKNOWN
 
 
-def _running(job: Any, now: float) -> RunningHandler:
+def _running(job: Job, now: float) -> RunningHandler:
     seconds = now - job.began if job.began else None
     return RunningHandler(str(job.message.delivery_tag), _rounded(seconds))
 
