@@ -27,7 +27,7 @@ from kombu.utils.limits import TokenBucket
 from greenconsume.amqp import blame
 from greenconsume.amqp.transport import LinkLostError
 from greenconsume.consuming.connecting import Attempt
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.consuming.receiving import Loop
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.stopping import StopCheck, StopSignal
@@ -132,11 +132,11 @@ class ConsumerMixin(_KombuConsumer):
     @property
     def should_stop(self) -> bool:
         """True if the consumer stops; assigning True wakes whatever it waits in. Never switches."""
-        return lifecycle_of(self).stop.is_set()
+        return ensure_lifecycle(self).stop.is_set()
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
-        stop = lifecycle_of(self).stop
+        stop = ensure_lifecycle(self).stop
         if value:
             stop.set("should_stop")
         else:
@@ -157,7 +157,7 @@ class ConsumerMixin(_KombuConsumer):
         restart_limit = self.restart_limit
         channel_errors = self.connection.channel_errors
         errors = (*self.connection.connection_errors, *channel_errors)
-        engine, stopping = engine_of(self), _stop_check(self)
+        engine, stopping = ensure_engine(self), _stop_check(self)
         with engine.running() as switch:
             while not stopping.is_set():
                 try:
@@ -199,7 +199,7 @@ class ConsumerMixin(_KombuConsumer):
             TimeoutError: No message came for `timeout` seconds (`socket.timeout` is its old name).
             OSError: The link was lost, among others of `connection_errors`.
         """
-        engine, stopping = engine_of(self), _stop_check(self)
+        engine, stopping = ensure_engine(self), _stop_check(self)
         iterates = _is_overridden(self, "on_iteration")
         loop = Loop(
             limit,
@@ -223,7 +223,7 @@ class ConsumerMixin(_KombuConsumer):
 
     def Consumer(self) -> AbstractContextManager[tuple[Any, Any, Any]]:
         """Connect, and cancel and close in the end, which `close_timeout` bounds."""
-        return engine_of(self).consumers()
+        return ensure_engine(self).consumers()
 
     def _consume_from(
         self, *consumers: AbstractContextManager[object]
@@ -233,7 +233,7 @@ class ConsumerMixin(_KombuConsumer):
 
     def establish_connection(self) -> AbstractContextManager[Any]:
         """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop."""
-        return engine_of(self).connection(_attempt(self))
+        return ensure_engine(self).connection(_attempt(self))
 
     def create_connection(self) -> Any:
         """Return the connection to consume with: a clone of `connection`."""
@@ -285,7 +285,7 @@ class ConsumerProducerMixin(_KombuConsumerProducer, ConsumerMixin):
     @property
     def producer_connection(self) -> Any:
         """The connection to publish with, made when it is first asked for."""
-        engine = engine_of(self)
+        engine = ensure_engine(self)
         if self._producer_connection is None:
             conn = self.connection.clone()
             engine.connect_to_publish(conn, _attempt(self))
@@ -301,7 +301,7 @@ class ConsumerProducerMixin(_KombuConsumerProducer, ConsumerMixin):
 
 def request_stop(consumer: ConsumerMixin, reason: str = "stop") -> None:
     """Ask `consumer` to stop, also one that shadows `should_stop`. Never switches; from anywhere."""
-    lifecycle_of(consumer).stop.set(reason)
+    ensure_lifecycle(consumer).stop.set(reason)
     if _shadows_should_stop(consumer):
         try:
             consumer.should_stop = True
@@ -339,7 +339,7 @@ def _attempt(consumer: ConsumerMixin) -> Attempt:
 
 
 def _stop_check(consumer: ConsumerMixin) -> StopCheck:
-    stop = lifecycle_of(consumer).stop
+    stop = ensure_lifecycle(consumer).stop
     if _shadows_should_stop(consumer):
         return StopCheck(lambda: stop.is_set() or bool(consumer.should_stop), signalled=False)
     return StopCheck(stop.is_set, signalled=True)

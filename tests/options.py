@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from greenconsume import ConsumerOptions
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.handling.options import options_of
 from greenconsume.handling.settings import Settings
 
@@ -18,4 +18,4 @@ def say(consumer: Any, **options: Any) -> None:
 
 def settings_of(consumer: object) -> Settings:
     """What a consumer's options come to."""
-    return engine_of(consumer).settings()
+    return ensure_engine(consumer).settings()

@@ -9,8 +9,9 @@ import amqp
 from amqp import spec
 from amqp.exceptions import ResourceError
 
-#: The largest channel id that AMQP 0-9-1 has: two octets.
-CHANNEL_MAX = 65535
+#: The largest number that AMQP 0-9-1 says in two octets: so many channels, and so long a prefetch, at most.
+SHORT_MAX = 65535
+CHANNEL_MAX = SHORT_MAX
 
 
 class _Taken(Container[int], Sized, Protocol):

@@ -17,6 +17,7 @@ import click
 from kombu.exceptions import KombuError
 
 from greenconsume import logs
+from greenconsume.cli.flags import flag
 from greenconsume.errors import GreenconsumeError
 from greenconsume.failures import message_copy
 from greenconsume.failures.dead_letters import DeadLetter, DeadLetters, filter_of
@@ -66,14 +67,7 @@ def _options(limit: int | None, dry_run: bool) -> Callable[[Any], Any]:
             show_default=limit is not None,
             help="At most so many messages, oldest first.",
         )(command)
-        command = click.option(
-            "--broker",
-            envvar="GREENCONSUME_BROKER",
-            show_envvar=True,
-            metavar="URL",
-            required=True,
-            help="A kombu URL.",
-        )(command)
+        command = flag("--broker", metavar="URL", required=True, help="A kombu URL.")(command)
         return click.argument("queue")(command)
 
     return decorate

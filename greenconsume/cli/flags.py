@@ -1,6 +1,6 @@
-"""Owns how an option of the command line is declared, and the flags that are made from `ConsumerOptions`.
+"""Owns the options of `greenconsume run`, those of them that are made from `ConsumerOptions` among them.
 
-Each option has a flag and an environment variable of one name. Called by `main`.
+Each option has a flag and an environment variable of one name. Called by `main` and the other commands.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from greenconsume.handling.declaring import Count, Declaration, Seconds, YesOrNo
 from greenconsume.handling.options import OPTIONS
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_ONE_OR_MORE = click.IntRange(min=1)
+_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
 
 
 def flag(name: str, **details: Any) -> Callable[[_Function], _Function]:
@@ -62,6 +65,125 @@ def _flag_of(declared: Declaration) -> Callable[[_Function], _Function]:
         return flag(f"{name}/--no-{name[2:]}", **details)
     if isinstance(kind, Count):
         return flag(name, type=click.IntRange(kind.least, kind.most), **details)
-    positive = click.FloatRange(min=0, min_open=True)
     above_zero = isinstance(kind, Seconds) and kind.above_zero
-    return flag(name, type=positive if above_zero else seconds, metavar="SECONDS", **details)
+    return flag(name, type=_ABOVE_ZERO if above_zero else seconds, metavar="SECONDS", **details)
+
+
+#: The options of `run`: first those that say what runs where, then a consumer's, then a process's.
+_FIRST = (
+    flag(
+        "--broker",
+        metavar="URL",
+        default="memory://",
+        help="A kombu URL, or several to fail over to, with ';' between.",
+    ),
+    flag(
+        "--replicas",
+        type=_ONE_OR_MORE,
+        default=1,
+        help="How many consumers of a class to run.",
+    ),
+    flag(
+        "--links",
+        type=_ONE_OR_MORE,
+        default=1,
+        help="Connections to the broker, shared by all consumers.",
+    ),
+)
+_LAST = (
+    flag(
+        "--max-handlers",
+        type=_ONE_OR_MORE,
+        help="Handlers at once of all consumers that have a concurrency; without: no such bound.",
+    ),
+    flag(
+        "--block-warning",
+        type=_ABOVE_ZERO,
+        metavar="SECONDS",
+        help="Warn of a handler that keeps all others waiting for so long, with its stack.",
+    ),
+    flag(
+        "--processes",
+        type=_ONE_OR_MORE,
+        metavar="N",
+        help="Run so many processes, each with all the consumers, under gunicorn's arbiter.",
+    ),
+    flag(
+        "--max-messages",
+        type=_ONE_OR_MORE,
+        help="End a process when it has handled so many messages; with --processes another takes its place.",
+    ),
+    flag(
+        "--max-messages-jitter",
+        type=click.IntRange(min=0),
+        default=0,
+        help="A random part of so many further messages, so that not all processes end at once.",
+    ),
+    flag(
+        "--hang-timeout",
+        type=_ONE_OR_MORE,
+        metavar="SECONDS",
+        default=60,
+        help="With --processes: replace a process that does not answer for so long.",
+    ),
+    flag(
+        "--pid-file",
+        metavar="PATH",
+        default="",
+        show_default=False,
+        help="With --processes: where the arbiter writes its process id.",
+    ),
+    flag(
+        "--reload",
+        is_flag=True,
+        help="For development: start anew whenever a Python file in this folder changes.",
+    ),
+    flag(
+        "--freeze-gc",
+        is_flag=True,
+        help="Exempt what exists once all consume from garbage collection, whose pauses grow with it.",
+    ),
+    flag(
+        "--admin",
+        metavar="ADDRESS",
+        default="run",
+        help="Where to show its state and take commands: HOST:PORT, unix:/PATH, `run` for a Unix socket in "
+        "the run folder, where the other commands find it, or `none`.",
+    ),
+    flag(
+        "--admin-token",
+        metavar="TOKEN",
+        show_default=False,
+        help="To be shown to steer it over a port, or to see it from another machine. Better in the "
+        "environment.",
+    ),
+    flag(
+        "--stall-after",
+        type=_ABOVE_ZERO,
+        metavar="SECONDS",
+        default=300.0,
+        help="A handler that still runs then counts as stalled.",
+    ),
+    flag(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+        default="info",
+        help="The least that is logged, to stderr.",
+    ),
+    flag(
+        "--log-format",
+        type=click.Choice(["text", "json"], case_sensitive=False),
+        default="text",
+        help="Lines to read, or one JSON object a line.",
+    ),
+)
+
+
+def run_flags(function: _Function) -> _Function:
+    """Declare every option of `run`, in the order in which its help shows them."""
+    for declare in reversed(_LAST):
+        function = declare(function)
+    function = consumer_flags(function)
+    for declare in reversed(_FIRST):
+        function = declare(function)
+    return function

@@ -21,7 +21,7 @@ from greenconsume import __version__, logs
 from greenconsume.admin import run_folder
 from greenconsume.cli.control import COMMANDS
 from greenconsume.cli.dead_letters import dead_letters
-from greenconsume.cli.flags import consumer_flags, flag
+from greenconsume.cli.flags import run_flags
 from greenconsume.cli.handover import hand_over, require_extra
 from greenconsume.cli.loading import runtime_of, users_part
 from greenconsume.errors import (
@@ -93,111 +93,39 @@ def cli(ctx: click.Context) -> None:
     ctx.default_map = {**asks, "run": table, "dead-letters": looks}
 
 
-@cli.command()
+_RUN_HELP = """\
+Run the consumers of MODULE:TARGET until they have ended, or a signal drains them.
+
+TARGET is a Runtime, a consumer class, a consumer, or a function that returns one of these. A function
+that takes the connection is called for each consumer, one without arguments once. MODULE is looked
+for in the current folder first.
+
+\b
+Examples:
+  greenconsume run shop:Orders
+  greenconsume run shop:Orders --broker amqp://guest:guest@localhost// --replicas 20 --links 2
+  greenconsume run shop:runtime --drain-timeout 5 --log-format json
+  greenconsume run shop:runtime --processes 4 --max-messages 100000 --max-messages-jitter 10000
+  GREENCONSUME_BROKER='amqp://a;amqp://b' greenconsume run shop:Orders
+
+An option is taken from its flag, else from the environment, else from [tool.greenconsume] in
+./pyproject.toml (drain-timeout = 5), else it has its default. A Runtime, or a consumer that has a
+connection, keeps its own values in place of the defaults; --replicas is not for these.
+
+With --processes signals are gunicorn's: HUP starts all processes anew, TTIN and TTOU run one more
+and one fewer. Each process has all the consumers, and all of --replicas.
+
+SIGTERM and Ctrl-C drain: what has begun is finished. A second signal cancels what still runs, a third
+one kills it, a fourth one exits at once.
+
+Exit codes: 0 drained clean; 1 work was abandoned, a consumer was given up, the broker refused or
+your own code failed; 2 a mistake in the call.
+"""
+
+
+@cli.command(help=_RUN_HELP)
 @click.argument("target", metavar="MODULE:TARGET")
-@flag(
-    "--broker",
-    metavar="URL",
-    default="memory://",
-    help="A kombu URL, or several to fail over to, with ';' between.",
-)
-@flag(
-    "--replicas",
-    type=click.IntRange(min=1),
-    default=1,
-    help="How many consumers of a class to run.",
-)
-@flag(
-    "--links",
-    type=click.IntRange(min=1),
-    default=1,
-    help="Connections to the broker, shared by all consumers.",
-)
-@consumer_flags
-@flag(
-    "--max-handlers",
-    type=click.IntRange(min=1),
-    help="Handlers at once of all consumers that have a concurrency; without: no such bound.",
-)
-@flag(
-    "--block-warning",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="SECONDS",
-    help="Warn of a handler that keeps all others waiting for so long, with its stack.",
-)
-@flag(
-    "--processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Run so many processes, each with all the consumers, under gunicorn's arbiter.",
-)
-@flag(
-    "--max-messages",
-    type=click.IntRange(min=1),
-    help="End a process when it has handled so many messages; with --processes another takes its place.",
-)
-@flag(
-    "--max-messages-jitter",
-    type=click.IntRange(min=0),
-    default=0,
-    help="A random part of so many further messages, so that not all processes end at once.",
-)
-@flag(
-    "--hang-timeout",
-    type=click.IntRange(min=1),
-    metavar="SECONDS",
-    default=60,
-    help="With --processes: replace a process that does not answer for so long.",
-)
-@flag(
-    "--pid-file",
-    metavar="PATH",
-    default="",
-    show_default=False,
-    help="With --processes: where the arbiter writes its process id.",
-)
-@flag(
-    "--reload",
-    is_flag=True,
-    help="For development: start anew whenever a Python file in this folder changes.",
-)
-@flag(
-    "--freeze-gc",
-    is_flag=True,
-    help="Exempt what exists once all consume from garbage collection, whose pauses grow with it.",
-)
-@flag(
-    "--admin",
-    metavar="ADDRESS",
-    default="run",
-    help="Where to show its state and take commands: HOST:PORT, unix:/PATH, `run` for a Unix socket in the "
-    "run folder, where the other commands find it, or `none`.",
-)
-@flag(
-    "--admin-token",
-    metavar="TOKEN",
-    show_default=False,
-    help="To be shown to steer it over a port, or to see it from another machine. Better in the environment.",
-)
-@flag(
-    "--stall-after",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="SECONDS",
-    default=300.0,
-    help="A handler that still runs then counts as stalled.",
-)
-@flag(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
-    default="info",
-    help="The least that is logged, to stderr.",
-)
-@flag(
-    "--log-format",
-    type=click.Choice(["text", "json"], case_sensitive=False),
-    default="text",
-    help="Lines to read, or one JSON object a line.",
-)
+@run_flags
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -212,33 +140,7 @@ def run(
     max_messages_jitter: int,
     **options: object,
 ) -> None:
-    """Run the consumers of MODULE:TARGET until they have ended, or a signal drains them.
-
-    TARGET is a Runtime, a consumer class, a consumer, or a function that returns one of these. A function
-    that takes the connection is called for each consumer, one without arguments once. MODULE is looked
-    for in the current folder first.
-
-    \b
-    Examples:
-      greenconsume run shop:Orders
-      greenconsume run shop:Orders --broker amqp://guest:guest@localhost// --replicas 20 --links 2
-      greenconsume run shop:runtime --drain-timeout 5 --log-format json
-      greenconsume run shop:runtime --processes 4 --max-messages 100000 --max-messages-jitter 10000
-      GREENCONSUME_BROKER='amqp://a;amqp://b' greenconsume run shop:Orders
-
-    An option is taken from its flag, else from the environment, else from [tool.greenconsume] in
-    ./pyproject.toml (drain-timeout = 5), else it has its default. A Runtime, or a consumer that has a
-    connection, keeps its own values in place of the defaults; --replicas is not for these.
-
-    With --processes signals are gunicorn's: HUP starts all processes anew, TTIN and TTOU run one more
-    and one fewer. Each process has all the consumers, and all of --replicas.
-
-    SIGTERM and Ctrl-C drain: what has begun is finished. A second signal cancels what still runs, a third
-    one kills it, a fourth one exits at once.
-
-    Exit codes: 0 drained clean; 1 work was abandoned, a consumer was given up, the broker refused or
-    your own code failed; 2 a mistake in the call.
-    """  # noqa: D301  # as above
+    """Run the consumers of a target; `greenconsume run --help` shows `_RUN_HELP`."""
     logs.configure(log_level, log_format)
     given = {
         name: value
@@ -249,15 +151,7 @@ def run(
     if processes is None and not reload:
         _serve(load(target, options, given, max_messages_jitter))
         return
-    require_extra("--reload" if reload else "--processes", "gunicorn", "gunicorn")
-    if reload:
-        require_extra("--reload", "watchfiles", "reload")
-    runtime = load(target, options, given, 0)  # what is wrong with it is to be said now
-    if (processes or 1) > 1 and runtime.admin not in (None, "none", "run"):
-        raise click.UsageError(
-            f"{runtime.admin} cannot be the admin of {processes} processes: leave --admin away, and each has "
-            "a Unix socket of its own, where `greenconsume status` finds it"
-        )
+    runtime = _load_for_processes(target, options, given, processes, reload)
     orders = {"log_level": log_level, "log_format": log_format, "hang_timeout": hang_timeout}
     orders |= {"processes": processes or 1, "pid_file": pid_file, "reload": reload}
     orders |= {"options": options, "given": given, "jitter": max_messages_jitter}
@@ -290,6 +184,22 @@ def load(target: str, options: dict[str, Any], given: dict[str, Any], jitter: in
     if "admin" not in given:
         _admit(runtime)
     runtime.title = runtime.title or target
+    return runtime
+
+
+def _load_for_processes(
+    target: str, options: dict[str, Any], given: dict[str, Any], processes: int | None, reload: bool
+) -> Runtime:
+    """Return the runtime of a target that several processes are to run, to say now what is wrong with it."""
+    require_extra("--reload" if reload else "--processes", "gunicorn", "gunicorn")
+    if reload:
+        require_extra("--reload", "watchfiles", "reload")
+    runtime = load(target, options, given, 0)
+    if (processes or 1) > 1 and runtime.admin not in (None, "none", "run"):
+        raise click.UsageError(
+            f"{runtime.admin} cannot be the admin of {processes} processes: leave --admin away, and each has "
+            "a Unix socket of its own, where `greenconsume status` finds it"
+        )
     return runtime
 
 

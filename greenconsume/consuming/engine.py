@@ -351,7 +351,7 @@ def _queues_of(consumers: Iterable[Any]) -> dict[str, bool]:
     }
 
 
-def engine_of(consumer: object) -> Engine:
+def ensure_engine(consumer: object) -> Engine:
     """Return the consumer's engine; the first call makes it and keeps it on the consumer.
 
     A user's `__init__` need not call ours, so there is no other moment at which to make it.
@@ -363,6 +363,6 @@ def engine_of(consumer: object) -> Engine:
     return made
 
 
-def lifecycle_of(consumer: object) -> Lifecycle:
+def ensure_lifecycle(consumer: object) -> Lifecycle:
     """Return the life of the consumer's engine, which the first call makes."""
-    return engine_of(consumer).life
+    return ensure_engine(consumer).life

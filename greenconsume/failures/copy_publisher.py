@@ -75,13 +75,7 @@ class CopyPublisher:
             due=monotonic() + patience,
             is_wanted=is_wanted,
         )
-        publication.waiting_count = 1  # its failure is told to whoever publishes, below
-        outbox.put_nowait(publication)
-        try:
-            self._wait_for(publication, stop)
-        finally:
-            if not publication.ready:
-                outbox.give_up(publication, "its consumer stops")
+        self._put_through(publication, outbox, stop)
         error = publication.error
         if isinstance(error, ReturnedError) and error.reply_code == _NO_ROUTE:
             return False
@@ -89,10 +83,16 @@ class CopyPublisher:
             raise error
         return True
 
-    def _wait_for(self, publication: Publication, stop: StopSignal) -> None:
-        wait_open(publication.event, publication.deadline, stop)
-        if stop.is_set() and not publication.ready:
-            publication.event.wait(self._last_seconds)
+    def _put_through(self, publication: Publication, outbox: Outbox, stop: StopSignal) -> None:
+        publication.waiting_count = 1  # its failure is told to whoever publishes
+        outbox.put_nowait(publication)
+        try:
+            wait_open(publication.event, publication.deadline, stop)
+            if stop.is_set() and not publication.ready:
+                publication.event.wait(self._last_seconds)
+        finally:
+            if not publication.ready:
+                outbox.give_up(publication, "its consumer stops")
 
     def _outbox_for(self, user: object) -> Outbox:
         self._users.add(user)
@@ -112,7 +112,7 @@ class CopyPublisher:
 _publishers: WeakValueDictionary[tuple[LinkPool, str], CopyPublisher] = WeakValueDictionary()
 
 
-def copy_publisher_of(pool: LinkPool, connection: Connection) -> CopyPublisher:
+def ensure_copy_publisher(pool: LinkPool, connection: Connection) -> CopyPublisher:
     """Return the pool's own for the broker of `connection`; the same one for all. Never switches."""
     info = connection.info()
     key = pool, repr(sorted((name, repr(value)) for name, value in info.items()))

@@ -16,7 +16,7 @@ from kombu import Connection, Consumer, Message, Queue
 from greenconsume.amqp.transport import Session, Transport
 from greenconsume.errors import GreenconsumeError, InvalidConsumerError
 from greenconsume.failures import delivery_limits, message_copy
-from greenconsume.failures.copy_publisher import CopyPublisher, copy_publisher_of
+from greenconsume.failures.copy_publisher import CopyPublisher, ensure_copy_publisher
 from greenconsume.failures.message_copy import Copy
 from greenconsume.failures.queue_names import DEAD_LETTER, dead_letter_queue
 from greenconsume.failures.renewals import Renewals, Source
@@ -329,7 +329,7 @@ class Recoverer:
 
     def _publish_confirmed(self, message: Message, copy: Copy, target: str) -> bool:
         if self._publisher is None:
-            self._publisher = copy_publisher_of(self._links(), self._connection)
+            self._publisher = ensure_copy_publisher(self._links(), self._connection)
         return self._publisher.publish(
             self, copy, target, self._life.stop, self._patience, is_wanted=lambda: is_live(message)
         )

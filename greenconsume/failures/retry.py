@@ -119,7 +119,7 @@ class Retry:
         return recoverer.retry(self, message, error)
 
 
-def recoverer_of(
+def make_recoverer(
     policy: FailurePolicy,
     life: Lifecycle,
     links: Callable[[], LinkPool],

@@ -7,6 +7,15 @@ In a `gunicorn.conf.py`::
     worker_class = "gevent"
     post_worker_init = consumers("myapp.consumers:runtime")
 
+They start when the worker has loaded its application, and never hold it up: while the broker is away HTTP is
+served, and they come when it does. They are drained, within `graceful_timeout`, from the moment that
+gunicorn tells the worker to end, whatever tells it; at `max_requests` they are drained first, while HTTP
+is served.
+
+Every worker has its own: with `workers = 4` there are four times the consumers. A reload (HUP) starts new
+workers before the old ones have drained, so for a while there are twice as many again; where that must not
+be, use `exclusive` or single active consumers.
+
 This module is imported by the arbiter, which stays unpatched: it must import neither gevent nor kombu.
 Everything else here runs in a worker. Signals, respawning, hang detection and graceful restarts stay
 gunicorn's. Read `host`, then `ending`.
@@ -16,6 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
+
+from greenconsume.gunicorn.turns import ensure_turns
 
 if TYPE_CHECKING:
     from gunicorn.workers.base import Worker
@@ -32,15 +43,6 @@ def consumers(
     **options: object,
 ) -> Callable[[Any], None]:
     """Return a `post_worker_init` hook that runs consumers in each worker.
-
-    They start when the worker has loaded its application, and never hold it up: while the broker is away
-    HTTP is served, and they come when it does. They are drained, within `graceful_timeout`, from the moment
-    that gunicorn tells the worker to end, whatever tells it; at `max_requests` they are drained first,
-    while HTTP is served.
-
-    Every worker has its own: with `workers = 4` there are four times the consumers. A reload (HUP) starts
-    new workers before the old ones have drained, so for a while there are twice as many again; where that
-    must not be, use `exclusive` or single active consumers.
 
     To have a hook of your own as well, call this one in it.
 
@@ -59,21 +61,9 @@ def consumers(
         TypeError: `target` is no string.
         ValueError: It is no MODULE:TARGET, or another argument is out of its range.
     """
-    if not isinstance(target, str):
-        raise TypeError(f'the target must be a string such as "myapp:runtime", not {target!r}')
-    if ":" not in target:
-        raise ValueError(f'the target must be a string such as "myapp:runtime", not {target!r}')
-    if only_in is not None and not only_in >= 1:
-        raise ValueError(f"only_in must be 1 or more, or None, not {only_in!r}")
-    if on_failure not in ("report", "exit"):
-        raise ValueError(f'on_failure must be "report" or "exit", not {on_failure!r}')
-    if freeze_gc:
-        options["freeze_gc"] = True
-    turns = None
-    if only_in is not None:
-        from greenconsume.gunicorn.turns import turns_of
-
-        turns = turns_of(target, only_in)
+    _check(target, only_in, on_failure)
+    options |= {"freeze_gc": True} if freeze_gc else {}
+    turns = None if only_in is None else ensure_turns(target, only_in)
 
     def post_worker_init(worker: Worker) -> None:
         # Not above: gevent and kombu are the worker's to import, once it has patched itself.
@@ -82,3 +72,15 @@ def consumers(
         start(worker, target, options, turns, on_failure == "exit")
 
     return post_worker_init
+
+
+def _check(target: object, only_in: int | None, on_failure: str) -> None:
+    problem = f'the target must be a string such as "myapp:runtime", not {target!r}'
+    if not isinstance(target, str):
+        raise TypeError(problem)
+    if ":" not in target:
+        raise ValueError(problem)
+    if only_in is not None and not only_in >= 1:
+        raise ValueError(f"only_in must be 1 or more, or None, not {only_in!r}")
+    if on_failure not in ("report", "exit"):
+        raise ValueError(f'on_failure must be "report" or "exit", not {on_failure!r}')

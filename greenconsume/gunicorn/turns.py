@@ -82,7 +82,7 @@ class Turns:
         return True
 
 
-def turns_of(target: str, count: int) -> Turns:
+def ensure_turns(target: str, count: int) -> Turns:
     """Return the places for a target in this server, after a reload the same ones."""
     if (target, count) not in _known:
         _known[target, count] = Turns(count)

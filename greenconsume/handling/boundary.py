@@ -24,7 +24,7 @@ from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown
 from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
 from greenconsume.failures.delivery_limits import counts_returns
 from greenconsume.failures.requeues import DelayedRequeues, give_back, is_live, is_settleable
-from greenconsume.failures.retry import recoverer_of
+from greenconsume.failures.retry import make_recoverer
 from greenconsume.failures.streams import is_stream
 from greenconsume.handling.advice import advise
 from greenconsume.handling.alarm import Alarm
@@ -130,7 +130,7 @@ class Handling:
         self.given_back = self.cancelled = 0
         self.tally = life.tally
         self.pool: HandlerPool | None = None
-        self.recoverer = recoverer_of(
+        self.recoverer = make_recoverer(
             settings.on_error, life, links, self.requeues, settings.settle_deadline
         )
         self._life, self._switch, self._owned = life, switch, owned

@@ -55,9 +55,9 @@ class Drain:
     """
 
     __slots__ = (
-        "_climbed",
-        "_climber",
+        "_descent",
         "_handling",
+        "_is_down",
         "_life",
         "_orderly",
         "finished",
@@ -70,8 +70,8 @@ class Drain:
         self.finished = self.killed = 0
         self.told = False
         self._life = life
-        self._climber: Any = None
-        self._climbed = self._orderly = False
+        self._descent: Any = None
+        self._is_down = self._orderly = False
 
     def consuming(
         self, session: GreenSession | None, broker_errors: tuple[type[BaseException], ...]
@@ -90,7 +90,7 @@ class Drain:
 
     def begin(self, session: GreenSession | None) -> None:
         """Watch over the handlers from now on, and hear a stop. Never switches."""
-        self._climbed = False
+        self._is_down = False
         if self._handling.pool is not None:
             self._handling.pool.open()
         if session is not None:
@@ -121,8 +121,8 @@ class Drain:
     def _on_stop(self) -> None:
         # In the hub. An idle consumer, one of thousands, needs no greenlet to be drained.
         self._life.enter(ConsumerState.DRAINING)
-        if self._climber is None and self._handling.busy:
-            self._climber = gevent.spawn(self._climb)
+        if self._descent is None and self._handling.busy:
+            self._descent = gevent.spawn(self._go_down)
 
     def end(self, orderly: bool = False) -> None:
         """Wait, up to the ladder's end, for the handlers that still run.
@@ -138,16 +138,16 @@ class Drain:
                 self._handling.complete()
             if self._life.stop.is_set():
                 self._life.enter(ConsumerState.DRAINING)
-            if self._climber is None and self._handling.busy:
-                self._climber = gevent.spawn(self._climb)
-            if self._climber is not None:
-                self._climber.join()
+            if self._descent is None and self._handling.busy:
+                self._descent = gevent.spawn(self._go_down)
+            if self._descent is not None:
+                self._descent.join()
             else:
-                self._climb()
+                self._go_down()
         except BaseException:  # a kill
             self.abandon()
             raise
-        self._climber = None
+        self._descent = None
 
     def finish(self) -> None:
         """The consumer stops: wait for handlers that a lost link left running, and tell how it went.
@@ -157,7 +157,7 @@ class Drain:
         if self.told:
             return
         began = monotonic()
-        if self._handling.busy and not self._climbed:
+        if self._handling.busy and not self._is_down:
             self.end()
         self.told = True
         found, seconds = self.outcome, monotonic() - began
@@ -191,7 +191,7 @@ class Drain:
 
     # -- the ladder -------------------------------------------------------------------------------
 
-    def _climb(self) -> None:
+    def _go_down(self) -> None:
         handling, settings, rungs = self._handling, self._handling.settings, self._life.rungs
         started = sum(job.greenlet is not None for job in handling.running())
         before = handling.cancelled + self.killed
@@ -208,7 +208,7 @@ class Drain:
                     rungs.kill.reason or f"cancel_timeout of {settings.cancel_timeout:g} s is over"
                 )
         self.finished += started - (handling.cancelled + self.killed - before)
-        self._climbed = (
+        self._is_down = (
             True  # a handler that runs on although it was killed is not waited for again
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from greenconsume.amqp.channel_ids import SHORT_MAX
 from greenconsume.around import Around
 from greenconsume.errors import InvalidOptionsError
 from greenconsume.failures.policies import OnError, Requeue
@@ -32,8 +33,8 @@ from greenconsume.handling.declaring import (
 )
 from greenconsume.handling.kill_switch import KillSwitch
 
-#: The largest prefetch that AMQP can say; no more than that can be gathered.
-MAX_PREFETCH = 65535
+#: The largest prefetch that can be said; no more than that can be gathered.
+MAX_PREFETCH = SHORT_MAX
 
 #: Why two options are refused together.
 APART = (

@@ -72,10 +72,7 @@ class LinkPool:
 
         Switches: yes.
         """
-        registry.register()
-        registry.require_green(connection)
-        if not getattr(connection.transport, "in_process", False):
-            require_patched()  # it would wait for ever, as nothing lets the link's greenlets run
+        _require_usable(connection)
         with polled_stop(stop, should_stop) as stop:
             if getattr(connection.transport, "shares_links", False):
                 dialer = self._dialer_for(
@@ -144,6 +141,13 @@ _pools: WeakSet[LinkPool] = WeakSet()
 def all_pools() -> list[LinkPool]:
     """Return the pools of this process: those of its runtimes, publishers and single consumers."""
     return list(_pools)
+
+
+def _require_usable(connection: Connection) -> None:
+    registry.register()
+    registry.require_green(connection)
+    if not getattr(connection.transport, "in_process", False):
+        require_patched()  # it would wait for ever, as nothing lets the link's greenlets run
 
 
 def _broker_of(connection: Connection, publishing: bool) -> tuple[object, ...]:

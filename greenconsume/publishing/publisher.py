@@ -56,8 +56,27 @@ class Publisher:
     It belongs to the process and thread that first publish with it: one that a fork finds only made is each
     child's own. Leaving `with` closes it, and so does the end of the process.
 
+    Args:
+        broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
+        exchange: Where to publish unless told otherwise. An `Exchange` is declared, a name is not.
+        routing_key: The routing key unless told otherwise.
+        serializer: As `kombu.Producer` takes it; JSON by default.
+        compression: As `kombu.Producer` takes it.
+        timeout: Seconds that a message has until its confirm, all told; None: as long as it takes.
+        max_retries: How often a message is written again; None: until its timeout.
+        max_unconfirmed: While this many messages are outstanding, publishing waits.
+        links: Where its link comes from, to share it with others that publish.
+        around: What is entered around each message until it is confirmed, or, with `publish_nowait`,
+            until it is taken: callables that take the `Publication`, whose `headers` may be added to,
+            and return a context manager.
+
     Attributes:
         uri: The broker's address, without its password.
+
+    Raises:
+        UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
+        TypeError: `broker` is neither a URL nor a connection.
+        ValueError: A number is out of its range.
     """
 
     def __init__(
@@ -74,27 +93,6 @@ class Publisher:
         links: LinkPool | None = None,
         around: Sequence[Around] = (),
     ) -> None:
-        """Make a publisher; nothing is connected before it is used.
-
-        Args:
-            broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
-            exchange: Where to publish unless told otherwise. An `Exchange` is declared, a name is not.
-            routing_key: The routing key unless told otherwise.
-            serializer: As `kombu.Producer` takes it; JSON by default.
-            compression: As `kombu.Producer` takes it.
-            timeout: Seconds that a message has until its confirm, all told; None: as long as it takes.
-            max_retries: How often a message is written again; None: until its timeout.
-            max_unconfirmed: While this many messages are outstanding, publishing waits.
-            links: Where its link comes from, to share it with others that publish.
-            around: What is entered around each message until it is confirmed, or, with `publish_nowait`,
-                until it is taken: callables that take the `Publication`, whose `headers` may be added to,
-                and return a context manager.
-
-        Raises:
-            UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
-            TypeError: `broker` is neither a URL nor a connection.
-            ValueError: A number is out of its range.
-        """
         _check_numbers(max_unconfirmed, timeout, max_retries)
         connection = connection_to(broker)
         self.uri: str = connection.as_uri()

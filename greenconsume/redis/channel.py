@@ -17,8 +17,8 @@ from kombu.utils.uuid import uuid
 
 from greenconsume.redis.errand import Errand
 from greenconsume.redis.fanout import PREFIX
-from greenconsume.redis.feed import Delivery, Feed, FeedState, feeds_of
-from greenconsume.redis.keeper import keeper_of
+from greenconsume.redis.feed import Delivery, Feed, FeedState, ensure_feeds
+from greenconsume.redis.keeper import ensure_keeper
 from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
 from greenconsume.redis.scripts import DELAY
@@ -136,16 +136,16 @@ class Channel(Topology):
         self._leave()
         if self._lines and self.link.failure is None:
             self._takes = True
-            keeper_of(self.ledger)
+            ensure_keeper(self.ledger)
             queues = list(self._lines)
             expires = {name: self._expires[name] for name in queues if name in self._expires}
-            feeds = feeds_of(self.link, self.ledger)
+            feeds = ensure_feeds(self.link, self.ledger)
             self._feed = feeds.join(self, queues, expires, self._strategy)
 
     def _leave(self) -> None:
         feed, self._feed, self._takes = self._feed, None, False
         if feed is not None:
-            feeds_of(self.link, self.ledger).leave(self, feed)
+            ensure_feeds(self.link, self.ledger).leave(self, feed)
 
     @property
     def room(self) -> int:
@@ -210,7 +210,7 @@ class Channel(Topology):
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: object) -> HeldMessage | None:
         """Take a message if there is one. Switches: yes."""
         self._require_open()
-        keeper_of(self.ledger)
+        ensure_keeper(self.ledger)
         expires = self._expires.get(queue, 0)
         errand = Errand(self.link, self.ledger, queue, expires)
         taken = errand.wait(self.session.waits.stop, self.session.waits.deadline)
@@ -275,7 +275,7 @@ class Channel(Topology):
         self.qos.forget(message.epoch)
         message._state = "ACK"
         if moved:
-            keeper_of(self.ledger).expect(seconds)
+            ensure_keeper(self.ledger).expect(seconds)
         return moved
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from gevent.event import Event
 
 from greenconsume.redis.calls import CALL_TIMEOUT
-from greenconsume.redis.feed import MAX_BYTES, feeds_of
+from greenconsume.redis.feed import MAX_BYTES, ensure_feeds
 from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
@@ -53,7 +53,7 @@ class Errand:
                 for raw in messages:
                     self._found = self._ledger.hold(self._number, 1, key, len(self._tail))[0], raw
             # The server tells us of no change of ours, so who waits for these queues looks again.
-            feeds_of(self._link, self._ledger).touch(self._keys)
+            ensure_feeds(self._link, self._ledger).touch(self._keys)
             if self._left and self._found is not None:
                 self._ledger.give_back([self._found[0]])
         self._answered = True

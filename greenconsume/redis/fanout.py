@@ -131,7 +131,7 @@ class Fanout:
 _fanouts: weakref.WeakKeyDictionary[Link, Fanout] = weakref.WeakKeyDictionary()
 
 
-def fanout_of(link: Link, dialler: Callable[[int], Any]) -> Fanout:
+def ensure_fanout(link: Link, dialler: Callable[[int], Any]) -> Fanout:
     """Return what listens for those who share a link. Never switches."""
     found = _fanouts.get(link)
     if found is None:

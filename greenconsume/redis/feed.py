@@ -284,7 +284,7 @@ class Feeds:
 _feeds: weakref.WeakKeyDictionary[Link, Feeds] = weakref.WeakKeyDictionary()
 
 
-def feeds_of(link: Link, ledger: Ledger, polling_interval: float = POLLING_INTERVAL) -> Feeds:
+def ensure_feeds(link: Link, ledger: Ledger, polling_interval: float = POLLING_INTERVAL) -> Feeds:
     """Return the feeds of a link, made when they are first asked for. Never switches."""
     found = _feeds.get(link)
     if found is None:

@@ -18,7 +18,7 @@ import gevent
 from amqp.exceptions import RecoverableConnectionError
 from redis import exceptions
 
-from greenconsume.redis.feed import feeds_of
+from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.ledger import Ledger, number_of
 from greenconsume.redis.link import Link
 from greenconsume.redis.restore import restore
@@ -224,13 +224,13 @@ class Keeper:
             self.expect(float(due))
 
     def _touch(self, link: Link, keys: Iterable[str]) -> None:
-        feeds_of(link, self._ledger).touch(keys)
+        ensure_feeds(link, self._ledger).touch(keys)
 
 
 _keepers: weakref.WeakKeyDictionary[Ledger, Keeper] = weakref.WeakKeyDictionary()
 
 
-def keeper_of(ledger: Ledger) -> Keeper:
+def ensure_keeper(ledger: Ledger) -> Keeper:
     """Return the keeper of a ledger, which runs. Never switches."""
     found = _keepers.get(ledger)
     if found is None:

@@ -240,7 +240,7 @@ def number_of(field: str) -> int:
 _ledgers: weakref.WeakValueDictionary[str, Ledger] = weakref.WeakValueDictionary()
 
 
-def ledger_of(server: str, keyspace: Keyspace) -> Ledger:
+def ensure_ledger(server: str, keyspace: Keyspace) -> Ledger:
     """Return the ledger of a server's database: the same one for all of this process. Never switches."""
     key = f"{os.getpid()} {server} {keyspace}"
     found = _ledgers.get(key)

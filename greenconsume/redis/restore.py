@@ -65,9 +65,7 @@ def restore(
         moves = []
         for field, entry in zip(chunk, entries, strict=True):
             if entry is None:
-                link.send(
-                    ("ZREM", keyspace.index, field)
-                )  # what is left of one that was acknowledged
+                link.send(("ZREM", keyspace.index, field))  # left of one that was acknowledged
             else:
                 moves += _moves(link, keyspace, field, entry, counted)
         if moves:

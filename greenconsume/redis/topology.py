@@ -15,7 +15,7 @@ from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps
 
-from greenconsume.redis.feed import feeds_of
+from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.plain_client import plain_client
 from greenconsume.redis.protocol import Argument
 from greenconsume.redis.scripts import REFRESH_BINDING, Script
@@ -142,7 +142,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
 
     def _touch(self, keys: Sequence[str]) -> None:
         # The server does not tell us of what we changed ourselves.
-        feeds_of(self.link, self.ledger).touch(keys)
+        ensure_feeds(self.link, self.ledger).touch(keys)
 
     def _call(self, *command: Argument) -> Any:
         self._require_open()

@@ -20,11 +20,11 @@ from greenconsume.events import PollingTransport, emit
 from greenconsume.patching import require_patched
 from greenconsume.redis import channel as channels
 from greenconsume.redis.address import database_of, dialler_of, sentinel_dialler_of
-from greenconsume.redis.fanout import Fanout, fanout_of
-from greenconsume.redis.feed import POLLING_INTERVAL, feeds_of
+from greenconsume.redis.fanout import Fanout, ensure_fanout
+from greenconsume.redis.feed import POLLING_INTERVAL, ensure_feeds
 from greenconsume.redis.handshake import REFUSALS
 from greenconsume.redis.keyspace import Keyspace
-from greenconsume.redis.ledger import ledger_of
+from greenconsume.redis.ledger import ensure_ledger
 from greenconsume.redis.link import DEFAULT_CLOSE_TIMEOUT, HEALTH_INTERVAL, Link
 from greenconsume.redis.session import Session
 from greenconsume.stopping import StopSignal
@@ -102,10 +102,10 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
             return self.session
 
     def _begin(self, link: Link) -> None:
-        ledger = ledger_of(self._server(), self.keyspace)
+        ledger = ensure_ledger(self._server(), self.keyspace)
         self.session, self._is_begun = Session(link, ledger, self.client), True
         interval = float(self.client.transport_options.get("polling_interval") or POLLING_INTERVAL)
-        feeds_of(link, ledger, interval)
+        ensure_feeds(link, ledger, interval)
         if not link.greeting.tracks and link.uri not in _announced:
             _announced.add(link.uri)
             emit(PollingTransport(f"{link.uri} (which refuses CLIENT TRACKING)", interval))
@@ -156,7 +156,7 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
     @property
     def fanout(self) -> Fanout:
         """The ear for fanout exchanges, of all who share the link."""
-        return fanout_of(self.session.link, self.dialler())
+        return ensure_fanout(self.session.link, self.dialler())
 
     def drain_events(
         self, connection: Session, timeout: float | None = None, stop: StopSignal | None = None

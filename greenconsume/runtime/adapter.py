@@ -9,7 +9,7 @@ from typing import Any
 
 from kombu import mixins as kombu_mixins
 
-from greenconsume.consuming.engine import lifecycle_of
+from greenconsume.consuming.engine import ensure_lifecycle
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
 
@@ -36,7 +36,7 @@ def adapt(consumer: object) -> Any:
         stopped = vars(consumer).pop("should_stop", False)
         consumer.__class__ = _adapted(type(consumer))
         if stopped:
-            lifecycle_of(consumer).stop.set("should_stop")
+            ensure_lifecycle(consumer).stop.set("should_stop")
     return consumer
 
 

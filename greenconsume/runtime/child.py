@@ -14,7 +14,7 @@ from typing import Any
 
 from kombu.utils.limits import TokenBucket
 
-from greenconsume.consuming.engine import lifecycle_of
+from greenconsume.consuming.engine import ensure_lifecycle
 from greenconsume.events import ConsumerState
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.runtime.greenlet import ConsumerGreenlet
@@ -87,7 +87,7 @@ class Child:
         """True if a stop was asked for, by its runtime or by itself."""
         if self.consumer is None:
             return self._asked
-        stopped = lifecycle_of(self.consumer).stop.is_set()
+        stopped = ensure_lifecycle(self.consumer).stop.is_set()
         return self._asked or stopped or _should_stop(self.consumer)
 
     @property
@@ -157,7 +157,7 @@ class Child:
     def enter(self, state: ConsumerState) -> None:
         """Have the consumer be in a state that only its runtime knows of, as paused. Switches: never."""
         if self.consumer is not None:
-            lifecycle_of(self.consumer).enter(state)
+            ensure_lifecycle(self.consumer).enter(state)
 
     def next_delay(self, policy: RestartPolicy) -> float | None:
         """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
@@ -171,7 +171,7 @@ class Child:
         return policy.delay(len(self._restarts))
 
     def _prepare(self, greenlet: ConsumerGreenlet) -> None:
-        lifecycle = lifecycle_of(greenlet.consumer)
+        lifecycle = ensure_lifecycle(greenlet.consumer)
         lifecycle.name = greenlet.name = self.name
         lifecycle.tally = self.tally
         greenlet.supervised = True
@@ -182,7 +182,7 @@ class Child:
 
     def _revive(self) -> None:
         """Take back the stop that its runtime asked for when it was stopped last."""
-        lifecycle_of(self.consumer).stop.clear()
+        ensure_lifecycle(self.consumer).stop.clear()
         if _should_stop(self.consumer):
             try:
                 self.consumer.should_stop = False

@@ -17,7 +17,7 @@ from greenconsume.admin import run_folder
 from greenconsume.admin.greenlets import GreenletCount
 from greenconsume.admin.lag import LagWatch
 from greenconsume.admin.status import LagStatus, ProcessStatus, RunningHandler
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import ControlError, UnknownConsumerError
 from greenconsume.events import ConsumersScaled, Event, StaleSettle, emit, subscribe
 from greenconsume.handling.wrapping import current_handler
@@ -146,7 +146,9 @@ class Control:
         if child.wanted is Wanted.PAUSED:
             return
         self._require_present(child)
-        fleeting = engine_of(child.consumer).fleeting_queues if child.consumer is not None else ()
+        fleeting = (
+            ensure_engine(child.consumer).fleeting_queues if child.consumer is not None else ()
+        )
         if fleeting:
             raise ControlError(
                 f"consumer {consumer} cannot be paused: {', '.join(fleeting)} is auto_delete or exclusive, "

@@ -15,7 +15,7 @@ from gevent import GreenletExit
 from gevent.event import Event
 
 import greenconsume.logs  # noqa: F401  # for its hook: a consumer's errors belong in the log
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import AlreadyRunningError
 from greenconsume.events import ConsumerGivenUp, ConsumerState, emit
 from greenconsume.handling.options import ConsumerOptions
@@ -44,7 +44,7 @@ def spawn(consumer: object, options: ConsumerOptions | None = None) -> ConsumerG
     Switches: never. From any greenlet.
     """
     greenlet = ConsumerGreenlet(consumer)
-    engine_of(greenlet.consumer).surround(options)
+    ensure_engine(greenlet.consumer).surround(options)
     greenlet.start()
     return greenlet
 
@@ -68,7 +68,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         # Now, as the caller may use the same `Connection`: it keeps the transport that it first finds.
         registry.register()
         adapted = adapt(consumer)
-        engine = engine_of(adapted)
+        engine = ensure_engine(adapted)
         lifecycle = engine.life
         if engine.owned:
             raise AlreadyRunningError(f"consumer {lifecycle.name} has a greenlet already")
@@ -227,7 +227,7 @@ class Readiness:
 
 def _release(greenlet: ConsumerGreenlet) -> None:
     """Let the consumer be spawned again; runs in the hub however the greenlet ended."""
-    engine = engine_of(greenlet.consumer)
+    engine = ensure_engine(greenlet.consumer)
     engine.owned = False
     lifecycle = engine.life
     if lifecycle.state not in _ENDED:  # killed before it began

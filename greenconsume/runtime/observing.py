@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, RunningHandler
-from greenconsume.consuming.engine import Engine, engine_of
+from greenconsume.consuming.engine import Engine, ensure_engine
 from greenconsume.events import ConsumerState
 from greenconsume.handling.jobs import Job
 from greenconsume.links.dialer import Dialer
@@ -30,7 +30,7 @@ _UNKNOWN = float("inf")
 def status_of(child: Child, now: float) -> ConsumerStatus:
     """Return how a consumer fares."""
     tally = child.tally
-    engine = engine_of(child.consumer) if child.consumer is not None else None
+    engine = ensure_engine(child.consumer) if child.consumer is not None else None
     minute = tally.timings.last_minute(now) if tally.timings is not None else None
     known: dict[str, Any] = _work_of(engine, now) if engine is not None else {}
     if minute is not None:
@@ -61,7 +61,7 @@ def handlers_of(child: Child, now: float) -> tuple[RunningHandler, ...]:
     """Return all handlers of a consumer that run, the oldest first."""
     if child.consumer is None:
         return ()
-    handling = engine_of(child.consumer).handling
+    handling = ensure_engine(child.consumer).handling
     jobs = handling.running() if handling is not None else []
     return tuple(_running(job, now) for job in sorted(jobs, key=_began))
 

@@ -39,12 +39,34 @@ if TYPE_CHECKING:
 class Runtime:
     """Runs many consumers as greenlets of one process, over a few links to one broker.
 
-    A runtime is started, stopped and joined, and may then be started again. `stop` may come at any time,
-    from any greenlet, thread or signal handler, and any number of times; one that comes before `start`
-    makes that return at once. A stop holds until `join` (or `run`, or the end of `with`) has returned.
+    Making one connects nothing. It is started, stopped and joined, and may then be started again. `stop`
+    may come at any time, from any greenlet, thread or signal handler, and any number of times; one that
+    comes before `start` makes that return at once. A stop holds until `join` (or `run`, or the end of
+    `with`) has returned.
 
     It belongs to the process and thread that start it first. One that a fork finds only made is each child's
     own, as where a server loads an application before it forks its workers.
+
+    Args:
+        broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
+        links: How many connections to the broker all consumers share.
+        restart: When a consumer that ended is started again; by default `RestartPolicy()`.
+        options: How messages are handled where neither a consumer nor its `spawn` says so. The two
+            timeouts of the drain also bound the end of the runtime itself.
+        around: What is entered around each callback of all consumers, outermost: a short way to say
+            `options=ConsumerOptions(around=…)`.
+        max_handlers: How many handlers run at once in all consumers together that have a concurrency.
+        block_warning: Seconds for which a callback may keep every other greenlet waiting before a warning
+            says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
+            that time.
+        admin: Where its state is shown and commands are taken while it runs: `127.0.0.1:9191`,
+            `unix:/run/shop.sock`, or `run` for a Unix socket in the run folder; None or `none`: nowhere.
+        admin_token: What must be shown to steer it over a port, or to see it from another machine.
+        stall_after: Seconds after which a handler that still runs counts as stalled; None: never.
+        freeze_gc: Once all consume, exempt what exists from garbage collection: full collections, which
+            hold up every greenlet for 50 to 200 ms with hundreds of consumers, no longer look at it.
+            What is part of a cycle by then is never freed, such as consumers that are replaced later.
+        max_messages: How many messages are handled until the runtime stops, or soon after; None: no end.
 
     Attributes:
         connection: The kombu `Connection` that classes and factories are called with; never connected.
@@ -52,6 +74,11 @@ class Runtime:
         links: As given, like `options`, `restart` and `admin`; the next start goes by them.
         title: Its name in what is shown of it; by default that of the script.
         control: Its state, and what can be asked of its consumers by name.
+
+    Raises:
+        UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
+        TypeError: `broker` is neither a URL nor a connection.
+        ValueError: A number is out of its range, or `admin` is an address that cannot be used.
     """
 
     def __init__(
@@ -70,35 +97,6 @@ class Runtime:
         freeze_gc: bool = False,
         max_messages: int | None = None,
     ) -> None:
-        """Make a runtime; nothing is connected before `start`.
-
-        Args:
-            broker: A kombu URL (`;` between alternatives to fail over to), or a kombu `Connection`.
-            links: How many connections to the broker all consumers share.
-            restart: When a consumer that ended is started again; by default `RestartPolicy()`.
-            options: How messages are handled where neither a consumer nor its `spawn` says so. The two
-                timeouts of the drain also bound the end of the runtime itself.
-            max_handlers: How many handlers run at once in all consumers together that have a concurrency.
-            block_warning: Seconds for which a callback may keep every other greenlet waiting before a warning
-                says which, and where it is; None: no warning. It costs a thread, and a few wake-ups in
-                that time.
-            admin: Where its state is shown and commands are taken while it runs: `127.0.0.1:9191`,
-                `unix:/run/shop.sock`, or `run` for a Unix socket in the run folder; None or `none`: nowhere.
-            admin_token: What must be shown to steer it over a port, or to see it from another machine.
-            stall_after: Seconds after which a handler that still runs counts as stalled; None: never.
-            freeze_gc: Once all consume, exempt what exists from garbage collection: full collections, which
-                hold up every greenlet for 50 to 200 ms with hundreds of consumers, no longer look at it.
-                What is part of a cycle by then is never freed, such as consumers that are replaced later.
-            max_messages: How many messages are handled until the runtime stops, or soon after; None: no end.
-
-            around: What is entered around each callback of all consumers, outermost: a short way to say
-                `options=ConsumerOptions(around=…)`.
-
-        Raises:
-            UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
-            TypeError: `broker` is neither a URL nor a connection.
-            ValueError: A number is out of its range, or `admin` is an address that cannot be used.
-        """
         _check(links, block_warning, max_handlers=max_handlers, max_messages=max_messages)
         self.connection = connection_to(broker)
         self._groups = Groups()

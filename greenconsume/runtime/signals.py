@@ -31,7 +31,7 @@ def rungs_on_signals(runtime: Drainable) -> Iterator[None]:
         yield
         return
     ladder = _Ladder(runtime)
-    actions: dict[int, Callable[[int], None]] = dict.fromkeys(_SIGNALS, ladder.climb)
+    actions: dict[int, Callable[[int], None]] = dict.fromkeys(_SIGNALS, ladder.go_down)
     if signal.getsignal(_DUMP) is signal.SIG_DFL:
         actions[_DUMP] = _dump
     before = {signum: signal.getsignal(signum) for signum in actions}
@@ -82,7 +82,7 @@ class _Ladder:
         self._runtime = runtime
         self._rungs = iter((runtime.stop, runtime.cancel, runtime.kill))
 
-    def climb(self, signum: int) -> None:
+    def go_down(self, signum: int) -> None:
         name = signal.Signals(signum).name
         rung = next(self._rungs, None)
         if rung is None:

@@ -23,7 +23,7 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
-from greenconsume.consuming.engine import Engine, engine_of
+from greenconsume.consuming.engine import Engine, ensure_engine
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
@@ -205,14 +205,14 @@ class Supervisor:
             emit(DrainStarted(running, reason, timeout))
         for child in self._drained:
             child.stop(reason)
-        self._climb(timeout, cancel_timeout)
+        self._follow_down(timeout, cancel_timeout)
         killed = len(self._live)
         if killed:
             self._kill(self._rungs.kill.reason or "both timeouts of the drain are over")
         return running - killed, killed
 
-    def _climb(self, timeout: float, cancel_timeout: float) -> None:
-        """Follow the consumers down their ladders; they climb by themselves."""
+    def _follow_down(self, timeout: float, cancel_timeout: float) -> None:
+        """Follow the consumers down their ladders, which they go by themselves."""
         for name, rung, seconds, hurry in (
             ("drain_timeout", "cancel the handlers that still run", timeout, self._rungs.cancel),
             (
@@ -240,7 +240,7 @@ class Supervisor:
     def _drained_engines(self) -> list[Engine]:
         """The engines of the consumers that were stopped."""
         consumers = {id(child.consumer): child.consumer for child in self._drained}
-        return [engine_of(consumer) for consumer in consumers.values()]
+        return [ensure_engine(consumer) for consumer in consumers.values()]
 
     def _kill(self, reason: str) -> None:
         emit(DrainEscalated("kill what is left", len(self._live), reason))
@@ -257,7 +257,7 @@ class Supervisor:
 
     def _launch(self, child: Child) -> None:
         greenlet = child.make()
-        engine = engine_of(greenlet.consumer)
+        engine = ensure_engine(greenlet.consumer)
         engine.join_fleet(self._links, self._rungs, self._slots)
         engine.surround(child.options, self._options)
         engine.life.on_enter = self.changed.set
@@ -319,7 +319,7 @@ class Supervisor:
     def _end(self, child: Child, given_up: bool) -> None:
         child.ended, child.given_up = True, given_up
         if not self.closed and child.greenlet is not None:
-            self._ended_before += engine_of(child.greenlet.consumer).outcome
+            self._ended_before += ensure_engine(child.greenlet.consumer).outcome
         if given_up:
             if not (self.closed or self._stop.is_set()):
                 self.failed.append(child)

@@ -11,7 +11,7 @@ import gevent
 import pytest
 
 from greenconsume import Requeue, RestartPolicy, Runtime
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.events import ConsumerRestarting
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.links.pool import LinkPool
@@ -49,7 +49,7 @@ def test_orderly_stops_at_random_moments_under_load_lose_and_repeat_nothing(
         consumer = Collector(connection_to(amqp_url), queue_name, handled, prefetch=8)
         consumer.work = lambda body: gevent.sleep(0.001) if body % 5 == 0 else None
         say(consumer, concurrency=concurrency)
-        engine_of(consumer).links = pool
+        ensure_engine(consumer).links = pool
         greenlet = ConsumerGreenlet(consumer)
         greenlet.start()
         gevent.sleep(rng.uniform(0, 0.03))

@@ -15,7 +15,7 @@ from gevent.pool import Group
 from kombu import Producer
 
 from greenconsume import ConsumerProducerMixin, Runtime, spawn
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.events import ConsumerRestarting, HandlerFailed, LinkDown, LinkUp
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
@@ -46,7 +46,7 @@ def kill(greenlet: gevent.Greenlet, **options: Any) -> float:
 
 
 def ready(consumer: Collector) -> None:
-    assert lifecycle_of(consumer).ready.wait(30)
+    assert ensure_lifecycle(consumer).ready.wait(30)
 
 
 @OWN_GREENLET
@@ -157,7 +157,7 @@ def test_kills_at_random_moments_under_load_disturb_no_neighbour(
         consumer = Collector(connection_to(amqp_url), queue_name, handled, prefetch=5)
         consumer.work = lambda body: gevent.sleep(0) if body % 3 else None
         say(consumer, concurrency=concurrency)
-        engine_of(consumer).links = pool
+        ensure_engine(consumer).links = pool
         return consumer
 
     sent, seconds = 0, []

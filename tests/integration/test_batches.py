@@ -15,7 +15,7 @@ from gevent.event import Event
 from kombu import Connection, Queue
 
 from greenconsume import Batch, ConsumerMixin, HandlerTimeout, Reject, Requeue, Runtime, Shutdown
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkDown, StaleSettle
 from greenconsume.failures.retry import Retry
 from greenconsume.handling.options import ConsumerOptions
@@ -91,7 +91,7 @@ def put(url: str, queue: str, count: int) -> None:
 
 def gathered(consumer: Gatherer) -> int:
     """Return how many messages wait in batches that have not started."""
-    return int(engine_of(consumer).handling.gathered)
+    return int(ensure_engine(consumer).handling.gathered)
 
 
 def settled(broker: RabbitMQ, url: str, queue: str) -> Callable[[], bool]:

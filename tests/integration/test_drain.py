@@ -15,7 +15,7 @@ from gevent.event import Event
 from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, Reject, Runtime, Shutdown
-from greenconsume.consuming.engine import lifecycle_of
+from greenconsume.consuming.engine import ensure_lifecycle
 from greenconsume.events import ConsumerDrained, ConsumerState, DrainFinished, HandlerFailed
 from greenconsume.handling.options import ConsumerOptions
 from tests.integration.consumers import SOON, Recorder, consuming, observed
@@ -55,7 +55,7 @@ class Worker(ConsumerMixin):
 
     def on_task(self, body: Any, message: Any) -> None:
         self.book.started.append(body)
-        if lifecycle_of(self).stop.is_set():
+        if ensure_lifecycle(self).stop.is_set():
             self.book.after_stop.append(body)
         try:
             gevent.sleep(1000 if body in self.endless else SECONDS)

@@ -17,7 +17,7 @@ from gevent.event import Event
 from kombu import Connection, Exchange, Producer, Queue
 
 from greenconsume import Publisher
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import (
     BlockedError,
     NackedError,
@@ -388,7 +388,7 @@ def test_a_consumers_handler_publishes_over_the_pools_other_link(rabbitmq, amqp_
             Recorder(amqp_url, f"{queue_name}-{n}", lambda body, _: publish(body)) for n in (0, 1)
         ]
         for recorder in recorders:
-            engine_of(recorder).links = pool
+            ensure_engine(recorder).links = pool
         with consuming(*recorders):
             for n in range(40):
                 publisher.publish(n, f"{queue_name}-{n % 2}")

@@ -12,7 +12,7 @@ from gevent.event import Event
 from kombu import Exchange, Queue
 
 from greenconsume import Reject, Requeue, Retry, Runtime, spawn
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerDrained, HandlerFailed, LinkBlocked
 from greenconsume.failures import message_copy
@@ -153,7 +153,7 @@ def test_delays_outlast_the_consumer(rabbitmq, amqp_url, queue_name, kind):
         first.came(5)
         wait_until(lambda: queue_depth(amqp_url, f"{queue_name}.retry.1500") == 5)
         assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
-        assert len(engine_of(first).handling.requeues) == 0
+        assert len(ensure_engine(first).handling.requeues) == 0
     with consuming(second):
         second.came(5)
     assert second.counts == [1] * 5
@@ -168,7 +168,7 @@ def test_nothing_of_a_delayed_message_is_held_in_memory(amqp_url, queue_name):
         publish(amqp_url, queue_name, ["bad"] * 200)
         consumer.came(200)
         wait_until(lambda: queue_depth(amqp_url, f"{queue_name}.retry.30000") == 200, SOON)
-        handling = engine_of(consumer).handling
+        handling = ensure_engine(consumer).handling
         wait_until(lambda: not handling.busy)
         gc.collect()
         held = [each for each in gc.get_objects() if type(each) is message_copy.Copy]

@@ -8,7 +8,7 @@ from typing import Any
 
 import gevent
 
-from greenconsume.consuming.engine import lifecycle_of
+from greenconsume.consuming.engine import ensure_lifecycle
 from greenconsume.events import ConsumerState, Event, subscribe
 
 
@@ -24,7 +24,7 @@ class Idle:
 
     def run(self) -> None:
         self.runs += 1
-        life = lifecycle_of(self)
+        life = ensure_lifecycle(self)
         life.enter(ConsumerState.CONSUMING)
         life.stop.wait()
         life.enter(ConsumerState.DRAINING)
@@ -35,7 +35,7 @@ class Connecting(Idle):
 
     def run(self) -> None:
         self.runs += 1
-        life = lifecycle_of(self)
+        life = ensure_lifecycle(self)
         life.enter(ConsumerState.CONNECTING)
         life.stop.wait()
 
@@ -45,8 +45,8 @@ class Stubborn(Idle):
 
     def run(self) -> None:
         self.runs += 1
-        lifecycle_of(self).enter(ConsumerState.CONSUMING)
-        never = type(lifecycle_of(self).stop)()
+        ensure_lifecycle(self).enter(ConsumerState.CONSUMING)
+        never = type(ensure_lifecycle(self).stop)()
         never.wait()
 
 

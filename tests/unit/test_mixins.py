@@ -20,7 +20,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.limits import TokenBucket
 
 import greenconsume.mixins
-from greenconsume.consuming.engine import lifecycle_of
+from greenconsume.consuming.engine import ensure_lifecycle
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import ConsumerChanged, ConsumerState, HandlerFailed, LinkUp
 from greenconsume.failures.policies import Requeue
@@ -328,7 +328,7 @@ def test_heartbeats_do_not_extend_the_idle_time(peer):
     worker = Worker(peer.url)
 
     def beat():
-        lifecycle_of(worker).ready.wait(30)
+        ensure_lifecycle(worker).ready.wait(30)
         while True:
             peer.send(frames.heartbeat())
             Event().wait(0.01)
@@ -368,7 +368,7 @@ def drains_of(worker, monkeypatch, count=3):
     def drain_events(self, connection, timeout=None, **kwargs):
         timeouts.append(timeout)
         if len(timeouts) >= count or timeout is None:
-            lifecycle_of(worker).stop.set()
+            ensure_lifecycle(worker).stop.set()
         return original(self, connection, timeout=timeout, **kwargs)
 
     monkeypatch.setattr(kind, "drain_events", drain_events)
@@ -388,7 +388,7 @@ class Shadowing(Worker):
 class Asking(Worker):
     @property
     def should_stop(self):
-        return lifecycle_of(self).stop.is_set()
+        return ensure_lifecycle(self).stop.is_set()
 
 
 def test_a_consumer_that_needs_no_ticks_is_not_woken_for_them(queue_name, monkeypatch):
@@ -566,7 +566,7 @@ def test_a_request_to_stop_ends_a_consumer_that_shadows_should_stop(started, que
     request_stop(worker, "enough")
     assert greenlet.join(30)
     assert monotonic() - begun < 0.5
-    assert lifecycle_of(worker).stop.reason == "enough"
+    assert ensure_lifecycle(worker).stop.reason == "enough"
 
 
 @pytest.mark.parametrize("kind", [Shadowing, ReadOnly])
@@ -854,7 +854,7 @@ def test_a_consumer_may_run_again_after_a_stop(peer):
     worker = Worker(peer.url)
     for _ in range(2):
         greenlet = gevent.spawn(worker.run)
-        lifecycle_of(worker).ready.wait(30)
+        ensure_lifecycle(worker).ready.wait(30)
         worker.should_stop = True
         greenlet.get(timeout=30)
         worker.should_stop = False

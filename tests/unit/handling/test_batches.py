@@ -20,7 +20,7 @@ from kombu.exceptions import DecodeError
 from kombu.utils.limits import TokenBucket
 
 from greenconsume import Batch, ConsumerMixin, Reject, Requeue, spawn
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, Shutdown
 from greenconsume.events import (
     ConsumerDrained,
@@ -774,7 +774,7 @@ def test_a_stopped_consumer_leaves_no_timer_behind(put):
         wait_until(lambda: consumer_depth(consumer) == 0)
         greenlet.stop()
         assert greenlet.join(30)
-        return weakref.ref(engine_of(consumer).handling)
+        return weakref.ref(ensure_engine(consumer).handling)
 
     handling = stopped()
     wait_until(lambda: gc.collect() >= 0 and handling() is None)
@@ -792,7 +792,7 @@ def test_a_stop_gives_back_what_waits_for_a_place_and_waits_for_what_runs(starte
     Event().wait(0.01)
     with recording() as events:
         greenlet.stop()
-        wait_until(lambda: depth(consumer) == 8 or lifecycle_of(consumer).state == "draining")
+        wait_until(lambda: depth(consumer) == 8 or ensure_lifecycle(consumer).state == "draining")
         assert not greenlet.join(0.02)
         gate.opened.set()
         assert greenlet.join(30)
@@ -928,7 +928,7 @@ def test_a_lost_link_forgets_what_was_gathered_and_the_next_one_begins_anew(peer
     started(consumer)
     deliver = deliverer(peer)
     deliver(1, "old")
-    wait_until(lambda: engine_of(consumer).handling.gathered == 1)
+    wait_until(lambda: ensure_engine(consumer).handling.gathered == 1)
     peer.hang_up()
     deliver = deliverer(peer, count=2)
     for tag in range(1, 4):
@@ -961,4 +961,4 @@ def test_a_batch_whose_link_is_lost_while_it_waits_for_a_place_is_not_started(
         consumer.wait_for(["runs"] * 3, ["comes again"])
     assert peer.wait_for("basic.ack").args == [1, False]
     assert len(of_type(events, StaleSettle)) == 3  # of the one that ran
-    assert engine_of(consumer).handling.given_back == 0
+    assert ensure_engine(consumer).handling.given_back == 0

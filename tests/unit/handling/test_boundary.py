@@ -18,7 +18,7 @@ from kombu import Connection, Message, Producer, Queue, serialization
 from kombu import Consumer as KombuConsumer
 from kombu.exceptions import ContentDisallowed, DecodeError
 
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.errors import HandlerTimeout, Shutdown
 from greenconsume.events import HandlerFailed
 from greenconsume.failures.policies import Reject, Requeue
@@ -43,8 +43,8 @@ class Desk(ConsumerMixin):
         self.callbacks = list(callbacks)
         self.consumer_options = consumer or {}
         say(self, **{"on_error": Requeue(0.01), **options})
-        self.life = lifecycle_of(self)
-        engine_of(self).owned = owned
+        self.life = ensure_lifecycle(self)
+        ensure_engine(self).owned = owned
         self._loop = self.consume(timeout=1)
 
     def get_consumers(self, Consumer, channel):

@@ -14,7 +14,7 @@ from gevent import GreenletExit
 from gevent.event import Event
 from kombu import Connection, Producer, Queue
 
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, Shutdown, StoppedError
 from greenconsume.events import (
     ConsumerDrained,
@@ -223,7 +223,7 @@ def test_the_runtime_gives_a_concurrency_to_those_that_have_none(queue_name: str
     runtime.spawn(Worker(queue_name, Gate()))
     runtime.spawn(Worker(queue_name, Gate(), concurrency=2))
     with runtime:
-        used = [engine_of(child.consumer).handling for child in runtime.children]
+        used = [ensure_engine(child.consumer).handling for child in runtime.children]
         assert [handling.pool.size for handling in used] == [4, 2]
 
 
@@ -671,7 +671,7 @@ def test_a_handler_that_acked_before_it_was_cancelled_is_not_given_back(make_des
     desk = make_desk(handle, concurrency=1, drain_timeout=0.01)
     desk.put(1)
     running = desk.run()
-    wait_until(lambda: engine_of(desk.worker).handling.busy)
+    wait_until(lambda: ensure_engine(desk.worker).handling.busy)
     desk.runtime.stop()
     assert running.get(timeout=30) is False
     assert (desk.depth, drained(events)) == (0, [(0, 0, 1, 0)])
@@ -735,7 +735,7 @@ def test_a_wait_of_the_packages_own_that_the_stop_ended_is_no_failure(make_desk,
     """As of a publish that the broker blocks: it ends with StoppedError, in the midst of a handler."""
 
     def handle(body: Any, message: Any) -> None:
-        stop = lifecycle_of(desk.worker).stop
+        stop = ensure_lifecycle(desk.worker).stop
         stop.wait()
         stop.check()
 
@@ -931,7 +931,7 @@ def test_handlers_that_a_lost_link_left_running_end_by_themselves_and_settle_not
         gate.opened.set()
         wait_until(lambda: gate.ended == [1, 1])
         peer.wait_for("basic.ack")
-        assert lifecycle_of(worker).state is ConsumerState.CONSUMING
+        assert ensure_lifecycle(worker).state is ConsumerState.CONSUMING
     assert len(peer.frames("basic.ack")) == 1
 
 
@@ -941,7 +941,7 @@ def test_what_waited_for_its_partition_when_the_link_was_lost_does_not_run(peer:
     with over(peer, gate, concurrency=2, partition_by=lambda message: 1) as worker:
         deliver(peer, 1, 2)
         gate.wait(1)
-        pool = engine_of(worker).handling.pool
+        pool = ensure_engine(worker).handling.pool
         wait_until(lambda: pool._room.free < pool._room.count)
         peer.hang_up()
         peer.wait_for("basic.consume", 2)
@@ -956,7 +956,7 @@ def test_what_waited_for_a_place_when_the_link_was_lost_does_not_run(peer: Peer)
     with over(peer, gate, concurrency=1) as worker:
         deliver(peer, 1, 2)
         gate.wait(1)
-        wait_until(lambda: engine_of(worker).handling.pool._slots._queue)
+        wait_until(lambda: ensure_engine(worker).handling.pool._slots._queue)
         peer.hang_up()
         wait_until(lambda: peer.open_count == 0)
         gate.opened.set()
@@ -1187,7 +1187,7 @@ def test_what_a_polled_transport_brings_after_the_stop_is_given_back(make_desk):
     Producer(desk.channel).publish("late", routing_key=other.name)
     message = other.get()
     with desk.runtime:
-        handling = engine_of(desk.worker).handling
+        handling = ensure_engine(desk.worker).handling
         desk.worker.should_stop = True
         handling.handle(desk.worker.consumers[0], message)
     assert gate.came == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from greenconsume.consuming.engine import engine_of
+from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, InvalidOptionsError
 from greenconsume.failures.policies import ByError, FailurePolicy, Reject, Requeue, each_policy
 from greenconsume.handling.declaring import UNSET
@@ -25,7 +25,7 @@ def consumer(around: dict[str, Any] | None = None, **options: Any) -> Any:
     """An instance of a class that has these options, in a runtime that has others."""
     kind = type("Orders", (ConsumerMixin,), {"options": ConsumerOptions(**options)})
     made = kind()
-    engine = engine_of(made)
+    engine = ensure_engine(made)
     engine.life.name = "orders"
     engine.surround(ConsumerOptions(**(around or {})))
     return made
@@ -44,7 +44,7 @@ def test_the_defaults_are_kombus_where_kombu_has_them():
 def test_a_consumer_goes_before_its_runtime_and_that_before_the_defaults():
     slots = Slots(5)
     made = consumer({"concurrency": 10, "drain_timeout": 1.0, "on_error": Reject()}, concurrency=3)
-    engine_of(made).join_fleet(LinkPool(), Rungs(), slots)
+    ensure_engine(made).join_fleet(LinkPool(), Rungs(), slots)
     found = settings_of(made)
     assert (found.concurrency, found.drain_timeout, found.cancel_timeout) == (3, 1.0, 5.0)
     assert (found.on_error, found.slots) == (Reject(), slots)

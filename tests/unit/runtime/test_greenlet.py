@@ -10,7 +10,7 @@ import pytest
 from gevent.event import Event
 from gevent.pool import Group
 
-from greenconsume.consuming.engine import lifecycle_of
+from greenconsume.consuming.engine import ensure_lifecycle
 from greenconsume.errors import AlreadyRunningError, InvalidConsumerError, NotPatchedError
 from greenconsume.events import ConsumerGivenUp, ConsumerState
 from greenconsume.mixins import ConsumerMixin
@@ -106,7 +106,7 @@ def test_stopping_is_idempotent_and_keeps_the_first_reason():
     greenlet.stop("late")
     assert greenlet.join(30)
     greenlet.stop("too late")
-    assert lifecycle_of(greenlet.consumer).stop.reason == "reason 0"
+    assert ensure_lifecycle(greenlet.consumer).stop.reason == "reason 0"
 
 
 def test_a_foreign_thread_stops_a_greenlet():
@@ -231,7 +231,7 @@ def test_a_greenlet_killed_before_it_began_is_marked_and_frees_its_consumer():
         kill(greenlet)
         assert greenlet.join(30)
         assert greenlet.killed
-        wait_until(lambda: lifecycle_of(consumer).state is ConsumerState.STOPPED)
+        wait_until(lambda: ensure_lifecycle(consumer).state is ConsumerState.STOPPED)
     assert consumer.runs == 0
 
 
@@ -276,7 +276,7 @@ def test_a_consumer_has_one_greenlet_at_a_time():
     first.ready.wait(30)
     first.stop()
     first.join(30)
-    lifecycle_of(consumer).stop.clear()
+    ensure_lifecycle(consumer).stop.clear()
     assert spawn(consumer).join(30)
 
 

@@ -20,7 +20,7 @@ from gevent.event import Event
 from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 
 import greenconsume
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.errors import (
     AlreadyRunningError,
     BrokerRefusedError,
@@ -108,7 +108,7 @@ class Calling(Idle):
     """Connects over the links of its runtime, then consumes."""
 
     def run(self) -> None:
-        lifecycle_of(self).enter(ConsumerState.CONNECTING)
+        ensure_lifecycle(self).enter(ConsumerState.CONNECTING)
         with self.connection.clone() as connection:
             try:
                 self.dial(connection)
@@ -117,7 +117,7 @@ class Calling(Idle):
             super().run()
 
     def dial(self, connection: kombu.Connection) -> None:
-        engine = engine_of(self)
+        engine = ensure_engine(self)
         engine.links.connect(connection, engine.life.stop)
 
 
@@ -214,7 +214,7 @@ def test_each_replica_is_an_instance_with_a_name_and_the_runtimes_connection(run
     assert [child.name for child in children] == ["Idle-1", "Idle-2", "Idle-3"]
     assert len({child.consumer for child in children}) == 3
     assert {child.consumer.connection for child in children} == {runtime.connection}
-    assert len({id(engine_of(child.consumer).links) for child in children}) == 1
+    assert len({id(ensure_engine(child.consumer).links) for child in children}) == 1
 
 
 def test_a_factory_makes_a_consumer_from_the_connection(runtime: Runtime):
@@ -483,7 +483,7 @@ def test_a_broker_that_refuses_only_to_be_published_to_fails_no_start(
 
     class Publishing(Calling):
         def dial(self, connection: kombu.Connection) -> None:
-            engine = engine_of(self)
+            engine = ensure_engine(self)
             engine.links.connect(connection, engine.life.stop, publishing=publishing)
 
     runtime = Runtime("door://localhost//")
@@ -531,7 +531,7 @@ class StandingBy(Idle):
 
     def run(self) -> None:
         self.runs += 1
-        life = lifecycle_of(self)
+        life = ensure_lifecycle(self)
         life.enter(ConsumerState.CONNECTING)
         gevent.idle()
         life.enter(ConsumerState.STANDBY)
@@ -558,7 +558,7 @@ def test_what_the_broker_refuses_for_good_fails_the_start(
 
     class Refused(Idle):
         def run(self) -> None:
-            life = lifecycle_of(self)
+            life = ensure_lifecycle(self)
             assert life.refuse(error, "delete it")
             life.stop.wait()
 
@@ -579,7 +579,7 @@ def test_a_consumer_that_is_spawned_later_fails_nothing(runtime: Runtime):
 
     class Refused(Idle):
         def run(self) -> None:
-            life = lifecycle_of(self)
+            life = ensure_lifecycle(self)
             told.append(life.refuse(ValueError("PRECONDITION_FAILED"), "delete it"))
             life.stop.wait()
 
@@ -765,7 +765,7 @@ def test_an_instance_with_a_should_stop_of_its_own_can_be_started_again(runtime:
 def test_an_instance_that_was_stopped_early_is_not_run(runtime: Runtime):
     """Its own stop is honoured: only the runtime's is taken back."""
     instance = Idle()
-    lifecycle_of(instance).stop.set("mine")
+    ensure_lifecycle(instance).stop.set("mine")
     runtime.spawn(instance)
     with runtime:
         pass
@@ -1067,7 +1067,7 @@ import os, signal
 import gevent
 from greenconsume import ConsumerOptions, Runtime
 from greenconsume.events import ConsumerState, subscribe
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 
 class Undead:
     connection = None
@@ -1076,18 +1076,18 @@ class Undead:
         return []
 
     def run(self):
-        lifecycle_of(self).enter(ConsumerState.CONSUMING)
+        ensure_lifecycle(self).enter(ConsumerState.CONSUMING)
         while True:
             try:
                 gevent.sleep(1000)
             except gevent.GreenletExit:
                 pass
 
-def climb(event):
+def go_down(event):
     if getattr(event, "rung", None) != "exit at once" and "Drain" in type(event).__name__:
         os.kill(os.getpid(), signal.SIGTERM)
 
-subscribe(climb)
+subscribe(go_down)
 timeouts = ConsumerOptions(drain_timeout=1000, cancel_timeout=1000)
 runtime = Runtime("memory://localhost", options=timeouts)
 runtime.spawn(Undead())

@@ -9,7 +9,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from greenconsume.consuming.engine import engine_of, lifecycle_of
+from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import (
     ConsumerGivenUp,
@@ -106,7 +106,7 @@ def test_a_class_makes_a_fresh_instance_for_each_restart(nursery: Nursery):
     wait_until(lambda: child.started)
     assert [consumer.runs for consumer in made] == [1, 1]
     assert child.consumer is made[1]
-    engine = engine_of(made[1])
+    engine = ensure_engine(made[1])
     assert (engine.life.name, engine.links) == ("child-1", "links")
     assert child.greenlet is not None
     assert child.greenlet.name == "child-1"
@@ -253,7 +253,7 @@ def test_a_consumer_that_was_asked_to_stop_is_not_restarted(
     class Quitting(Idle):
         def run(self) -> None:
             self.runs += 1
-            lifecycle_of(self).stop.set("should_stop")
+            ensure_lifecycle(self).stop.set("should_stop")
             if error is not None:
                 raise error
 
@@ -333,7 +333,7 @@ def test_draining_stops_every_consumer_and_counts_them(events: list[AnyEvent]):
     stop.set("SIGTERM")
     assert supervisor.drain(5.0, 1.0) == (20, 0)
     assert of_type(events, DrainStarted) == [DrainStarted(20, "SIGTERM", 5.0)]
-    assert {lifecycle_of(child.consumer).stop.reason for child in children} == {"SIGTERM"}
+    assert {ensure_lifecycle(child.consumer).stop.reason for child in children} == {"SIGTERM"}
     assert {child.state for child in children} == {ConsumerState.STOPPED}
 
 
@@ -390,7 +390,7 @@ def test_a_consumer_with_a_longer_timeout_of_its_own_is_left_it(
     supervisor.add([slow, other])
     gevent.idle()
     say(slow.consumer, **{name: 0.15})
-    assert engine_of(slow.consumer).handlers()[0].settings
+    assert ensure_engine(slow.consumer).handlers()[0].settings
     stop.set()
     began = monotonic()
     assert supervisor.drain(0.0, 0.0) == (0, 2)
