@@ -22,18 +22,20 @@ OnRefused = Callable[[str, BaseException], bool]
 
 FIRST_DELAY = 1.0
 MAX_DELAY = 4.0
+#: The same for publishing: somebody waits for each message, and one link serves all of a process.
+MAX_PUBLISHING_DELAY = FIRST_DELAY
 
 
-def delays() -> Iterator[float]:
-    """Yield the seconds between attempts: doubling from 1 to 4, each with a quarter of jitter.
+def delays(longest: float = MAX_DELAY) -> Iterator[float]:
+    """Yield the seconds between attempts: doubling from 1 to `longest`, each with a quarter of jitter.
 
-    Not more, so that thousands of consumers are back within 10 s of their broker however long it was away:
-    5 s until it is tried, 2 s of spread, and their declares.
+    No longer than 4, so that thousands of consumers are back within 10 s of their broker however long it
+    was away: 5 s until it is tried, 2 s of spread, and their declares.
     """
     delay = FIRST_DELAY
     while True:
         yield delay * random.uniform(0.75, 1.25)
-        delay = min(delay * 2, MAX_DELAY)
+        delay = min(delay * 2, longest)
 
 
 def raise_after(max_retries: int | None, retries: int, error: BaseException) -> None:

@@ -31,6 +31,7 @@ class Dialer:
 
     Args:
         on_refused: As `LinkPool` has it.
+        longest_delay: Seconds between two attempts, at most.
 
     Attributes:
         link: The link, dialled last; it may be gone.
@@ -38,11 +39,14 @@ class Dialer:
         reconnect_count: How often it was dialled again.
     """
 
-    def __init__(self, on_refused: OnRefused | None = None) -> None:
+    def __init__(
+        self, on_refused: OnRefused | None = None, longest_delay: float = backoff.MAX_DELAY
+    ) -> None:
         self.link: Link | None = None
         self.uri = ""
         self.reconnect_count = 0
         self._on_refused = on_refused
+        self._longest_delay = longest_delay
         self._dialling: gevent.Greenlet[..., None] | None = None
         self._attempts: list[_Attempt] = []
         self._waiting_count = 0
@@ -166,7 +170,7 @@ class Dialer:
     def _dial(self, connection: Connection) -> None:
         failed = FailedAttempts(connection, self._on_refused)
         try:
-            for retries, delay in enumerate(backoff.delays()):
+            for retries, delay in enumerate(backoff.delays(self._longest_delay)):
                 if not connection.completes_cycle(retries):
                     delay = 0.0  # the next of the failover URLs is tried at once
                 if self._dial_once(connection, failed, delay):

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from kombu import Connection
 
-from greenconsume.links.backoff import OnFailedAttempt, OnRefused
+from greenconsume.links.backoff import MAX_PUBLISHING_DELAY, OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.polled_stop import polled_stop
 from greenconsume.links.quarantine import Quarantine
@@ -112,7 +112,11 @@ class LinkPool:
         with_room = [each for each in dialers if each.has_room]
         if len(dialers) < self.size or not with_room:
             # Only a consumer fails its runtime's start.
-            dialers.append(Dialer(None if publishing else self._on_refused))
+            dialers.append(
+                Dialer(longest_delay=MAX_PUBLISHING_DELAY)
+                if publishing
+                else Dialer(self._on_refused)
+            )
             return dialers[-1]
         return min(with_room, key=lambda each: each.load)
 

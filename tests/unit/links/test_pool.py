@@ -18,7 +18,7 @@ from greenconsume.errors import StoppedError, UnsupportedTransportError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
 from greenconsume.links import backoff
 from greenconsume.links import dialer as dialer_module
-from greenconsume.links.backoff import FIRST_DELAY, MAX_DELAY, delays
+from greenconsume.links.backoff import FIRST_DELAY, MAX_DELAY, MAX_PUBLISHING_DELAY, delays
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import StopSignal
 from greenconsume.transports import registry
@@ -80,7 +80,7 @@ def connected(pool, connections):
 @pytest.fixture
 def short_delays(monkeypatch):
     """Back off for a few milliseconds, so that a test sees several attempts."""
-    monkeypatch.setattr(backoff, "delays", lambda: iter([0.005] * 1000))
+    monkeypatch.setattr(backoff, "delays", lambda *_: iter([0.005] * 1000))
     monkeypatch.setattr(backoff, "FIRST_DELAY", 0.005)
 
 
@@ -262,16 +262,17 @@ def test_a_pool_needs_a_link():
 # -- trying again -------------------------------------------------------------------------------------
 
 
-def test_delays_grow_to_a_limit_each_with_a_quarter_of_jitter():
+@pytest.mark.parametrize("longest", [MAX_DELAY, MAX_PUBLISHING_DELAY])
+def test_delays_grow_to_a_limit_each_with_a_quarter_of_jitter(longest):
     expected, delay = [], FIRST_DELAY
     for _ in range(8):
         expected.append(delay)
-        delay = min(2 * delay, MAX_DELAY)
-    seen = [list(islice(delays(), 8)) for _ in range(200)]
+        delay = min(2 * delay, longest)
+    seen = [list(islice(delays(longest), 8)) for _ in range(200)]
     for column, center in zip(zip(*seen, strict=True), expected, strict=True):
         assert center * 0.75 <= min(column) < center * 0.8
         assert center * 1.2 < max(column) <= center * 1.25
-    assert expected[-1] == MAX_DELAY
+    assert expected[-1] == longest
 
 
 @pytest.mark.usefixtures("short_delays")
@@ -463,7 +464,7 @@ def test_a_stop_of_one_leaves_the_dial_to_the_others(pool, connections, make_pee
 
 
 def test_a_dialer_ends_when_nobody_waits_any_more(pool, connections, make_peer, monkeypatch):
-    monkeypatch.setattr(backoff, "delays", lambda: iter([0.002] * 1000))
+    monkeypatch.setattr(backoff, "delays", lambda *_: iter([0.002] * 1000))
     attempts = []
     stop = StopSignal()
     with recording() as events:
