@@ -17,11 +17,12 @@ from kombu.utils.uuid import uuid
 
 from greenconsume.redis.errand import Errand
 from greenconsume.redis.fanout import PREFIX
-from greenconsume.redis.feed import Delivery, Feed, FeedState, ensure_feeds
+from greenconsume.redis.feed import Feed, FeedState, ensure_feeds
 from greenconsume.redis.keeper import ensure_keeper
 from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
 from greenconsume.redis.scripts import DELAY
+from greenconsume.redis.take import Delivery
 from greenconsume.redis.topology import Payload, Topology
 
 if TYPE_CHECKING:

@@ -11,11 +11,10 @@ from typing import Any
 from gevent.event import Event
 
 from greenconsume.redis.calls import CALL_TIMEOUT
-from greenconsume.redis.feed import MAX_BYTES, ensure_feeds
-from greenconsume.redis.keyspace import Keyspace
+from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
-from greenconsume.redis.scripts import TAKE
+from greenconsume.redis.take import Delivery, Take
 from greenconsume.stopping import Deadline, StopSignal, wait
 
 
@@ -31,27 +30,21 @@ class Errand:
 
     def __init__(self, link: Link, ledger: Ledger, queue: str, expires: int) -> None:
         self._link, self._ledger = link, ledger
-        self._tail = Keyspace.tail_of(queue)
         self._keys = ledger.keyspace.keys(queue)
-        self._number = ledger.allot(1)
-        self._found: tuple[str, bytes] | None = None
+        self._found: Delivery | None = None
         self._error: BaseException | None = None
         self._done = Event()
         self._answered = self._left = False
-        arguments: list[Any] = [1, ledger.owner, self._number, MAX_BYTES]
-        arguments += [self._tail, expires] * len(self._keys)
-        keys = (ledger.keyspace.unacked, ledger.keyspace.index, *self._keys)
-        link.run(TAKE, keys, arguments, self._took)
+        ensure_feeds(link, ledger).take([queue], {queue: expires}, 1, self._took)
 
-    def _took(self, reply: Any) -> None:
+    def _took(self, take: Take, reply: Any) -> None:
         if isinstance(reply, BaseException):
             self._error = reply
             if self._link.failure is not None:
-                self._ledger.doubt(self._number, 1)
+                take.doubt()
         else:
-            for key, messages in zip(self._keys, reply[1:], strict=True):
-                for raw in messages:
-                    self._found = self._ledger.hold(self._number, 1, key, len(self._tail))[0], raw
+            for _, _, deliveries in take.held(reply):
+                self._found = deliveries[0]
             # The server tells us of no change of ours, so who waits for these queues looks again.
             ensure_feeds(self._link, self._ledger).touch(self._keys)
             if self._left and self._found is not None:
@@ -59,7 +52,7 @@ class Errand:
         self._answered = True
         self._done.set()
 
-    def wait(self, stop: StopSignal | None, deadline: Deadline | None) -> tuple[str, bytes] | None:
+    def wait(self, stop: StopSignal | None, deadline: Deadline | None) -> Delivery | None:
         """Return the field and the bytes of the message, or None if there was none.
 
         Raises:

@@ -17,28 +17,24 @@ import enum
 import random
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import gevent
 from kombu.utils.scheduling import cycle_by_name
 
-from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
 from greenconsume.redis.protocol import Push
-from greenconsume.redis.scripts import TAKE
+from greenconsume.redis.take import Delivery, Take
 
-#: One take moves so many messages at the most, and stops when it has so many bytes.
-MAX_COUNT, MAX_BYTES = 500, 4 << 20
+#: One take moves so many messages at the most.
+MAX_COUNT = 500
 #: Who found nothing because others were faster waits up to so long, doubling, before the next time.
 FIRST_PAUSE, MAX_PAUSE = 0.0005, 0.02
 #: Seconds between two looks where the server does not say when a queue changes.
 POLLING_INTERVAL = 1.0
-
-
-#: A message as it was in its queue, after the field that it is held as.
-Delivery = tuple[str, bytes]
 
 
 class Taker(Protocol):
@@ -88,7 +84,6 @@ class Feed:
         self._cycle.update(queues)
         self._size = len(queues)
         self._expires = expires
-        self._tails = {queue: Keyspace.tail_of(queue) for queue in queues}
         self._pause = 0.0
         self._timer: Any = None
 
@@ -133,32 +128,22 @@ class Feed:
             return
         self.state = FeedState.TAKING
         ledger.flush()  # what goes back is in its place before more is taken
-        lists = ledger.keyspace.keys_in_order(self._cycle.consume(self._size))
-        first = ledger.allot(wanted)
-        arguments: list[Any] = [wanted, ledger.owner, first, MAX_BYTES]
-        for _, queue in lists:
-            arguments += (self._tails[queue], self._expires.get(queue, 0))
+        queues = self._cycle.consume(self._size)
+        self._feeds.take(queues, self._expires, wanted, partial(self._answered, after_call))
 
-        def took(reply: Any) -> None:
-            if isinstance(reply, BaseException):
-                self._failed(reply, first, wanted)
-            else:
-                self._took(reply, lists, first, after_call)
+    def _answered(self, after_call: bool, take: Take, reply: Any) -> None:
+        if isinstance(reply, BaseException):
+            self._failed(take, reply)
+        else:
+            self._took(take, reply, after_call)
 
-        keys = (ledger.keyspace.unacked, ledger.keyspace.index, *(key for key, _ in lists))
-        link.run(TAKE, keys, arguments, took)
-
-    def _took(
-        self, reply: list[Any], lists: list[tuple[str, str]], first: int, after_call: bool
-    ) -> None:
-        number, touched = first, []
-        for (key, queue), messages in zip(lists, reply[1:], strict=True):
-            if messages:
-                touched.append(key)
-                self._deal(number, key, queue, messages)
-                number += len(messages)
-                self._cycle.rotate(queue)
-        if number > first:
+    def _took(self, take: Take, reply: list[Any], after_call: bool) -> None:
+        touched = []
+        for key, queue, deliveries in take.held(reply):
+            touched.append(key)
+            self._deal(queue, deque(deliveries))
+            self._cycle.rotate(queue)
+        if touched:
             self._pause /= 2
         elif after_call:
             self._pause = min(max(self._pause * 2, FIRST_PAUSE), MAX_PAUSE)
@@ -173,14 +158,11 @@ class Feed:
         elif not self._feeds.link.is_closing:
             self._rest(self._feeds.polling_interval)
 
-    def _deal(self, first: int, key: str, queue: str, messages: list[bytes]) -> None:
-        ledger = self._feeds.ledger
-        fields = ledger.hold(first, len(messages), key, len(self._tails[queue]))
-        left = deque(zip(fields, messages, strict=True))
+    def _deal(self, queue: str, left: deque[Delivery]) -> None:
         for taker, share in self._shares(left):
             taker.deliver(queue, share)
         if left:  # they stopped meanwhile
-            ledger.give_back([field for field, _ in left])
+            self._feeds.ledger.give_back([field for field, _ in left])
 
     def _shares(self, left: deque[Delivery]) -> list[tuple[Taker, list[Delivery]]]:
         """Take from `left` what each taker has room for, in turn, one after the other."""
@@ -201,10 +183,10 @@ class Feed:
                 full_count += 1
         return list(shares.items())
 
-    def _failed(self, error: BaseException, first: int, wanted: int) -> None:
+    def _failed(self, take: Take, error: BaseException) -> None:
         self.state = FeedState.RESTING
         if self._feeds.link.failure is not None:
-            self._feeds.ledger.doubt(first, wanted)  # and all who consume are told by their link
+            take.doubt()  # and all who consume are told by their link
             return
         for taker in list(self.takers):
             taker.on_feed_failed(error)
@@ -227,6 +209,7 @@ class Feeds:
         self.polling_interval = polling_interval
         self._feeds: dict[Any, Feed] = {}
         self._by_key: dict[bytes, list[Feed]] = {}
+        self._under_way: set[Take] = set()
         link.on_push.append(self._on_push)
         link.on_end.append(self._close)
         ledger.on_returned.append(self.touch)
@@ -257,6 +240,26 @@ class Feeds:
                     feeds.remove(feed)
                     if not feeds:
                         del self._by_key[key]
+
+    def take(
+        self,
+        queues: Sequence[str],
+        expires: dict[str, int],
+        count: int,
+        on_reply: Callable[[Take, Any], object],
+    ) -> None:
+        """Begin a take; see `Take`. Never switches."""
+
+        def answered(take: Take, reply: Any) -> None:
+            self._under_way.discard(take)
+            on_reply(take, reply)
+
+        self._under_way.add(Take(self.link, self.ledger, queues, expires, count, answered))
+
+    def recall(self) -> None:
+        """Have what takes are under way put back, as the link closes without them. Never switches."""
+        for take in self._under_way:
+            take.recall()
 
     def touch(self, keys: Iterable[str], but: Feed | None = None) -> None:
         """Learn that we have changed these keys ourselves, of which the server tells others only."""

@@ -40,6 +40,8 @@ READ_SIZE = 131072
 #: answer.
 HEALTH_INTERVAL = 5.0
 DEFAULT_CLOSE_TIMEOUT = 5.0
+#: Seconds that a close waits for answers that do not matter: a server that is well gives them at once.
+GRACE = 0.01
 #: What says that this server is the wrong one to talk to.
 _WRONG_SERVER = (
     exceptions.ReadOnlyError,
@@ -160,9 +162,14 @@ class Link(Calls):
                 gather()
             self.flush_now()
             self._has_unsent.set()
-            while self._owed_count and not deadline.expired:  # none are owed once it has failed
+            left = deadline.remaining
+            grace = Deadline(GRACE if left is None else min(GRACE, left))
+            while self._owed_count or self._replies:  # none are owed once it has failed
+                until = deadline if self._owed_count else grace
+                if until.expired:
+                    break
                 self._quiet.clear()
-                wait(self._quiet, deadline)
+                wait(self._quiet, until)
         finally:  # after a kill, too
             self.fail(RecoverableConnectionError("the link was closed"))
 
@@ -299,7 +306,7 @@ class Link(Calls):
             reply = self.lost()
         if on_reply is not None:
             on_reply(reply)
-        if not self._owed_count:
+        if self.is_closing and not self._owed_count:
             self._quiet.set()
 
     # -- writing ----------------------------------------------------------------------------------------

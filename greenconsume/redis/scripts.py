@@ -102,6 +102,42 @@ return count
 """
 )
 
+#: Puts back what a take moved whose answer nobody waits for, each to the end that it came from. KEYS: as in
+#: TAKE. ARGV: what the fields begin with, the first number, how many; then for each list the end of its
+#: entries and its step of priority. What is none of ours any more is left alone.
+RECALL = Script.of(
+    """
+local function home(entry)
+  local found, priority
+  for i = 3, #KEYS do
+    local tail = ARGV[2 * i - 2]
+    if string.sub(entry, -#tail) == tail then
+      if not priority then
+        local ok, message = pcall(cjson.decode, string.sub(entry, 2, -#tail - 1))
+        ok, priority = pcall(function() return tonumber(message.properties.priority) end)
+        if not ok then priority = 0 end
+        priority = priority or 0
+      end
+      if not found or tonumber(ARGV[2 * i - 1]) <= priority then
+        found = {KEYS[i], string.sub(entry, 2, -#tail - 1)}
+      end
+    end
+  end
+  return found
+end
+for number = tonumber(ARGV[2]) + tonumber(ARGV[3]) - 1, tonumber(ARGV[2]), -1 do
+  local field = ARGV[1] .. string.format('%d', number)
+  local entry = redis.call('HGET', KEYS[1], field)
+  local to = entry and home(entry)
+  if to then
+    local done = redis.pcall('RPUSH', to[1], to[2])
+    if type(done) ~= 'table' then redis.call('HDEL', KEYS[1], field) end
+    if type(done) ~= 'table' then redis.call('ZREM', KEYS[2], field) end
+  end
+end
+"""
+)
+
 #: Moves unacknowledged messages elsewhere, changed. KEYS: unacked, its index, then where each goes to.
 #: ARGV[1]: only what was last refreshed ARGV[1] seconds ago or earlier; empty: all. Then for each message
 #: its field, the side of the list it goes to, L or R, and what is put there. Returns for each whether it

@@ -20,6 +20,7 @@ from kombu import Connection
 from greenconsume.amqp.waits import Waits
 from greenconsume.hub import MAX_TURN
 from greenconsume.redis.channel import Channel, Subscription
+from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
 from greenconsume.stopping import Deadline, StopSignal, wait
@@ -217,6 +218,7 @@ class Session:
         self.link.sessions.discard(self)
         if self.link.sessions or self.link.failure is not None:
             return False
+        ensure_feeds(self.link, self.ledger).recall()
         if not self.ledger.held and self.ledger.links == [self.link]:
             # Nothing of this process is to be looked for here, once it has said what it has to say.
             self.ledger.flush()

@@ -20,6 +20,9 @@ from kombu import Connection
 from greenconsume import Runtime
 from greenconsume.events import LinkDown, PollingTransport
 from greenconsume.redis import link as redis_link
+from greenconsume.redis.feed import ensure_feeds
+from greenconsume.redis.keyspace import Keyspace
+from greenconsume.redis.ledger import ensure_ledger
 from tests.fault.consumers import (
     AT_ONCE,
     Collector,
@@ -31,7 +34,7 @@ from tests.fault.consumers import (
     stop_and_join,
 )
 from tests.fault.test_redis import Redis
-from tests.integration.redis.payloads import held_count, put
+from tests.integration.redis.payloads import held_count, payload, put
 from tests.servers import MissingServerError, missing
 from tests.waiting import wait_until
 
@@ -93,6 +96,31 @@ def test_a_busy_consumer_stops_within_its_deadline_while_its_server_is_stopped(
             assert stop_and_join(greenlet) < 0.2 + 0.5 + AT_ONCE
     # What it had said reaches a server that goes on; the rest is somebody else's to restore.
     wait_until(lambda: server.llen(queue_name) + held_count(server) + len(consumer.handled) >= 20)
+
+
+def test_a_stop_does_not_wait_for_a_take_that_a_stopped_server_has_yet_to_answer(
+    redis_process, server, queue_name
+):
+    """What that take moves goes back to where it was, without this process. The target is 20 ms."""
+    space, consumer = Keyspace(), Collector(Connection(redis_process.url), queue_name)
+    raw = {step: [payload(f"{step}.{n}", step) for n in range(7)] for step in space.steps}
+    with running(consumer) as (greenlet,):
+        (link,) = (each for each in redis_link._links if each.connected)
+        wait_until(lambda: not link.is_owed)
+        with stopped(redis_process):
+            # Its own connection is told of no change of its own: they are there before the take.
+            for step, messages in raw.items():
+                link.send(("LPUSH", space.key(queue_name, step), *messages), matters=False)
+            ensure_feeds(link, ensure_ledger("", space)).touch([queue_name])
+            assert stop_and_join(greenlet) < redis_link.DEFAULT_CLOSE_TIMEOUT / 2
+    wait_until(lambda: lists(server, space.keys(queue_name)) == list(raw.values()))
+    assert held_count(server) == server.hlen(space.owners) == 0
+    assert not consumer.handled
+
+
+def lists(server: Any, keys: list[str]) -> list[list[bytes]]:
+    """What is in some lists, that which was put there first first."""
+    return [list(reversed(server.lrange(key, 0, -1))) for key in keys]
 
 
 def test_a_server_that_is_silent_is_left_and_found_again(
