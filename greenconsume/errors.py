@@ -102,6 +102,17 @@ class ForkedError(GreenconsumeError):
         )
 
 
+class ArbiterError(GreenconsumeError):
+    """A runtime or consumer was started in the process that forks gunicorn's workers, which are to run it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this process is gunicorn's arbiter, and nothing consumes in it: make the Runtime at the "
+            "module's top, do not start it there, and name it in gunicorn.conf.py, "
+            "post_worker_init = consumers('…'), for each worker to start its own"
+        )
+
+
 class ForeignThreadError(GreenconsumeError, RuntimeError):
     """A publisher was used in another thread than the one whose greenlets it serves."""
 

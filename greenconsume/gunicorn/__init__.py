@@ -31,6 +31,8 @@ from greenconsume.gunicorn.turns import ensure_turns
 if TYPE_CHECKING:
     from gunicorn.workers.base import Worker
 
+from greenconsume.gunicorn.arbiter import watch
+
 __all__ = ["consumers"]
 
 
@@ -62,6 +64,7 @@ def consumers(
         ValueError: It is no MODULE:TARGET, or another argument is out of its range.
     """
     _check(target, only_in, on_failure)
+    watch()
     options |= {"freeze_gc": True} if freeze_gc else {}
     turns = None if only_in is None else ensure_turns(target, only_in)
 

@@ -22,6 +22,7 @@ from greenconsume.handling.options import ConsumerOptions
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.mixins import request_stop
 from greenconsume.patching import require_patched
+from greenconsume.runtime import forker
 from greenconsume.runtime.adapter import adapt
 from greenconsume.stopping import FORK
 from greenconsume.transports import registry
@@ -40,10 +41,12 @@ def spawn(consumer: object, options: ConsumerOptions | None = None) -> ConsumerG
         NotPatchedError: The process is not patched by gevent.
         InvalidConsumerError: `consumer` is none.
         AlreadyRunningError: It has a greenlet already.
+        ArbiterError: This process is gunicorn's arbiter.
 
     Switches: never. From any greenlet.
     """
     greenlet = ConsumerGreenlet(consumer)
+    forker.enter(greenlet)
     ensure_engine(greenlet.consumer).surround(options)
     greenlet.start()
     return greenlet

@@ -20,6 +20,7 @@ from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.slots import Slots
 from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
+from greenconsume.runtime import forker
 from greenconsume.runtime.bound import DrainBound
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.control import Control
@@ -162,6 +163,7 @@ class Runtime:
             AlreadyRunningError: The runtime runs, or has not finished stopping.
             NotPatchedError: The process is not patched by gevent.
             ForkedError: The runtime was started in another process.
+            ArbiterError: This process is gunicorn's arbiter.
             AddressError: Its admin cannot listen.
 
         Switches: yes. From any greenlet of this hub, never from a signal handler.
@@ -170,6 +172,7 @@ class Runtime:
         require_patched()
         if self._run is not None and not self._run.ended:
             raise AlreadyRunningError("the runtime runs already: stop() and join() it first")
+        forker.enter(self)
         self._pid = os.getpid()
         self._stop.engage()
         if self._stop.is_set():

@@ -60,6 +60,18 @@ def test_a_unit_starts_a_command_that_there_is_and_leaves_it_time_to_drain(unit:
     assert said["KillMode"] == "mixed"
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_a_unit_hides_no_failure_and_starts_no_mistake_again(unit: Path) -> None:
+    """1 says that something failed; 2 that the call is wrong, as it will be the next time."""
+    said = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
+    command = [sys.executable, "-m", *shlex.split(said["ExecStart"].replace("%i", "shop:runtime"))]
+    command[2] = "greenconsume"
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "No module named 'shop'" in wrong.stderr
+    assert said["RestartPreventExitStatus"] == str(wrong.returncode)
+    assert "SuccessExitStatus" not in said
+
+
 def test_the_image_runs_commands_that_there_are() -> None:
     parses(entry_and_command())
     assert "HEALTHCHECK" in (DEPLOY / "Dockerfile").read_text()

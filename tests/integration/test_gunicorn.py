@@ -130,6 +130,32 @@ def test_a_runtime_that_was_started_before_the_fork_is_refused(tmp_path, start):
     assert "no consumers of eager:runtime in this worker" in server.log
 
 
+@pytest.mark.parametrize(
+    "eager", ["runtime.start()", "greenconsume.spawn(Worker(kombu.Connection(BROKER)))"]
+)
+def test_what_was_started_before_the_fork_does_not_consume_in_the_arbiter(
+    tmp_path, rabbitmq, amqp_url, queue_name, start, eager
+):
+    """HAZARDS row 23: it would go on there, over the arbiter's own connection."""
+    (tmp_path / "eager.py").write_text(
+        "from gevent import monkey; monkey.patch_all(); import greenconsume, kombu\n"
+        f"{SECOND}{eager}\n"
+        "import time\nwhile not [at for at in open(os.environ['JOURNAL'])]: time.sleep(0.01)\n"
+    )
+    server = start(
+        f"preload_app = True\npythonpath = {str(tmp_path)!r}\nwsgi_app = 'eager:app'\n"
+        "post_worker_init = lambda worker: worker.log.info('booted')\n",
+        app=None,
+    )
+    server.wait_log("booted")
+    assert "1 runtimes or consumers were started before the fork, and are stopped" in server.log
+    assert "post_worker_init = consumers('…')" in server.log
+    publish(amqp_url, queue_name, 5)
+    assert rabbitmq.queue_counts(amqp_url, queue_name) == (5, 0, 0)
+    assert server.count("begun") == 0
+    assert "Traceback" not in server.log
+
+
 def test_what_was_imported_before_the_worker_patched_is_mended(amqp_url, queue_name, start):
     """HAZARDS row 10: a gunicorn.conf.py that imports kombu does so in the arbiter."""
     server = start("from kombu import Exchange\nimport kombu.transport.pyamqp\n")
