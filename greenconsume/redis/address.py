@@ -20,6 +20,7 @@ from redis.connection import Connection, SSLConnection, UnixDomainSocketConnecti
 from redis.retry import Retry
 
 DEFAULT_PORT = 6379
+DEFAULT_SENTINEL_PORT = 26379
 DEFAULT_DATABASE = 0
 #: Seconds until a server that does not answer is given up, unless the options say otherwise.
 CONNECT_TIMEOUT = 5.0
@@ -51,16 +52,22 @@ def sentinel_dialler_of(client: kombu.Connection, options: dict[str, Any]) -> Ca
     if options.get("master_name") is None:
         raise ValueError("'master_name' transport option must be specified.")
     cls, params = _parameters(client, options)
-    first = (params.pop("host"), params.pop("port"))
+    del params["port"]  # a server's, where the URL says none
+    first = (params.pop("host"), client.port or DEFAULT_SENTINEL_PORT)
     parts = [url_to_parts(url) for url in client.alt if url.startswith("sentinel://")]
-    nodes = [(each.hostname, each.port or DEFAULT_PORT) for each in parts] or [first]
+    nodes = [(each.hostname, each.port or DEFAULT_SENTINEL_PORT) for each in parts] or [first]
 
     def dialler(protocol: int) -> Any:
-        timeouts = {"socket_timeout": CONNECT_TIMEOUT, "socket_connect_timeout": CONNECT_TIMEOUT}
+        # redis-py would try one that is away for seconds, before it asks the next.
+        patience = {
+            "socket_timeout": CONNECT_TIMEOUT,
+            "socket_connect_timeout": CONNECT_TIMEOUT,
+            "retry": Retry(NoBackoff(), 0),
+        }
         sentinel: Any = _Sentinel(
             nodes,
             min_other_sentinels=options.get("min_other_sentinels", 0),
-            sentinel_kwargs={**timeouts, **(options.get("sentinel_kwargs") or {})},
+            sentinel_kwargs={**patience, **(options.get("sentinel_kwargs") or {})},
         )
         try:
             host, port = sentinel.discover_master(options["master_name"])

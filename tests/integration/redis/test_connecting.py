@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import redis
 import trustme
-from kombu import Connection
+from gevent.server import StreamServer
+from kombu import Connection, Producer
 
 from greenconsume import Runtime
 from greenconsume.errors import BrokerRefusedError
-from tests.integration.consumers import Recorder, consuming, green_connection
+from greenconsume.events import PollingTransport
+from tests.integration.consumers import Recorder, consuming, green_connection, observed
 from tests.integration.redis.payloads import put
 from tests.servers import HOST, MissingServerError, end, find_program, free_port, launch, missing
 from tests.waiting import wait_until
@@ -81,6 +83,68 @@ def test_a_part_of_a_cluster_is_refused_with_a_reason(start, queue_name):
     port = start("--cluster-enabled", "yes")
     with pytest.raises(BrokerRefusedError, match="cluster"):
         _run(f"redis://{HOST}:{port}/0", queue_name)
+
+
+@pytest.mark.parametrize("command", ["CLIENT", "HELLO"])
+def test_a_server_without_a_command_is_polled_and_that_is_said_once(start, queue_name, command):
+    """Without HELLO there is the older protocol alone, as through some proxies."""
+    url = f"redis://{HOST}:{start('--rename-command', command, '')}/0"
+    options = {"polling_interval": 0.05}
+    consumers = [
+        Recorder(green_connection(url, transport_options=options), queue_name) for _ in "ab"
+    ]
+    with observed(PollingTransport) as told, consuming(*consumers):
+        with green_connection(url) as connection:
+            for n in range(5):
+                Producer(connection).publish(n, routing_key=queue_name)
+                wait_until(lambda n=n: sum(len(each.bodies) for each in consumers) == n + 1)
+    assert [event.interval for event in told] == [0.05]
+    assert "refuses CLIENT TRACKING" in told[0].transport
+
+
+# What a Redis of some age answers to HELLO, and to INFO.
+OLD_SERVERS = {
+    "5.0": (
+        b"-ERR unknown command `HELLO`, with args beginning with: `3`\r\n",
+        b"redis_version:5.0.14\r\nredis_mode:standalone\r\n",
+    ),
+    "6.0": (
+        b"%7\r\n$6\r\nserver\r\n$5\r\nredis\r\n$7\r\nversion\r\n$6\r\n6.0.16\r\n$5\r\nproto\r\n:3\r\n"
+        b"$2\r\nid\r\n:7\r\n$4\r\nmode\r\n$10\r\nstandalone\r\n$4\r\nrole\r\n$6\r\nmaster\r\n"
+        b"$7\r\nmodules\r\n*0\r\n",
+        b"redis_version:6.0.16\r\nredis_mode:standalone\r\n",
+    ),
+}
+
+
+@pytest.fixture
+def old_server(request: Any) -> Iterator[str]:
+    """The address of a server that says of itself that it is of some age."""
+    hello, info = OLD_SERVERS[request.param]
+
+    def serve(sock: Any, _address: object) -> None:
+        with sock, sock.makefile("rb") as asked:
+            while line := asked.readline():
+                words = [
+                    asked.read(int(asked.readline()[1:]) + 2)[:-2] for _ in range(int(line[1:]))
+                ]
+                sock.sendall(answer(words[0].upper()))
+
+    def answer(command: bytes) -> bytes:
+        if command == b"HELLO":
+            return hello
+        return b"$%d\r\n%s\r\n" % (len(info), info) if command == b"INFO" else b"+OK\r\n"
+
+    server = StreamServer((HOST, 0), serve)
+    server.start()
+    yield f"redis://{HOST}:{server.server_port}/0"
+    server.stop(timeout=1.0)
+
+
+@pytest.mark.parametrize("old_server", OLD_SERVERS, indirect=True)
+def test_a_server_that_is_too_old_is_told_so(old_server, queue_name):
+    with pytest.raises(BrokerRefusedError, match=r"version [56]\.0\.\d+: .* needs 6\.2 or later"):
+        _run(old_server, queue_name)
 
 
 def test_a_unix_socket_is_connected_to(start, queue_name, tmp_path):

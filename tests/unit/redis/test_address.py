@@ -10,6 +10,7 @@ from kombu import Connection
 from redis.connection import Connection as TCP
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 
+from greenconsume.redis import address
 from greenconsume.redis.address import database_of, dialler_of, sentinel_dialler_of
 from greenconsume.transports import registry
 
@@ -78,3 +79,32 @@ def test_a_sentinel_needs_the_name_of_its_master():
     client = Connection("sentinel://box:26379")
     with pytest.raises(ValueError, match="master_name"):
         sentinel_dialler_of(client, {})
+
+
+@pytest.mark.parametrize(
+    ("url", "nodes"),
+    [
+        ("sentinel://one", [("one", 26379)]),
+        ("sentinel://one/3", [("one", 26379)]),
+        ("sentinel://one:5000/3", [("one", 5000)]),
+        ("sentinel://one;sentinel://two:5000", [("one", 26379), ("two", 5000)]),
+        ("sentinel://one:1/0;sentinel://two:2/0", [("one", 1), ("two", 2)]),
+    ],
+)
+def test_sentinels_are_where_kombu_looks_for_them(url, nodes, monkeypatch):
+    """kombu's default port is 26379, for each of them."""
+    asked: list[Any] = []
+
+    class Sentinel:
+        sentinels = ()
+
+        def __init__(self, nodes: Any, **options: Any) -> None:
+            asked.extend(nodes)
+
+        def discover_master(self, name: str) -> tuple[str, int]:
+            return f"{name}.example", 6379
+
+    monkeypatch.setattr(address, "_Sentinel", Sentinel)
+    made = dialled(url, transport_options={"master_name": "main"})
+    assert asked == nodes
+    assert (made.host, made.port) == ("main.example", 6379)
