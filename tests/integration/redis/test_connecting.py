@@ -49,7 +49,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def _answers(port: int) -> bool:
-    with redis.Redis(HOST, port) as client:
+    with redis.Redis(HOST, port, protocol=2) as client:
         try:
             client.ping()
         except redis.exceptions.AuthenticationError:
