@@ -18,6 +18,16 @@ class UnsupportedTransportError(GreenconsumeError):
     """The broker URL names a transport that is unknown, or that blocks the whole hub."""
 
 
+class EventLoopError(UnsupportedTransportError):
+    """kombu's asynchronous hub was to read a green transport, which has a reader of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "kombu's asynchronous hub cannot read a green transport, whose own greenlet reads it: drain the "
+            "connection (`drain_events`, a mixin's `run`), or start Celery with `-P gevent`"
+        )
+
+
 class InvalidConsumerError(GreenconsumeError, TypeError):
     """The object that was to be spawned is no consumer: it has no `get_consumers`, or no connection."""
 

@@ -121,6 +121,11 @@ class ChannelCore:
             self._events = defaultdict(set)
         return self._events
 
+    @property
+    def has_handlers(self) -> bool:
+        """True if anybody wants to be called for a return, or for a confirm."""
+        return bool(self._events)
+
     def call_when_open(self, callback: Callable[[], object]) -> None:
         """Have `callback` called when the broker has opened the channel; at once if it has."""
         if self.calls.life is Life.OPEN:

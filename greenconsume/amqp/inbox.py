@@ -8,7 +8,8 @@ its neighbours on the link. Does no I/O: a channel says how its consumer goes on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from gevent.event import Event
@@ -61,6 +62,20 @@ class Inbox:
         """Wait until something was put, or the deadline, the stop signal or `wake`. Switches: yes."""
         self._arrival.clear()
         wait(self._arrival, deadline, stop)
+
+    @contextmanager
+    def announced_to(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Have `wake` called when something is put meanwhile, or there is other news. Never switches."""
+
+        def announce(_arrival: Event) -> None:
+            wake()
+
+        self._arrival.clear()
+        self._arrival.rawlink(announce)
+        try:
+            yield
+        finally:
+            self._arrival.unlink(announce)
 
     def wake(self) -> None:
         """Have everybody who waits look again."""

@@ -215,6 +215,17 @@ class Session:
         return any(each.deliveries.consumers.running for each in self.channels.values())
 
     @property
+    def has_news(self) -> bool:
+        """True if `drain_events` would not wait."""
+        return bool(self.inbox.entries) or not self.connected
+
+    @property
+    def expects_nothing(self) -> bool:
+        """True if `drain_events` would wait, and nothing can come that it waits for."""
+        handled = any(each.core.has_handlers for each in self.channels.values())
+        return not (handled or self.has_consumers or self.has_news)
+
+    @property
     def backlog(self) -> int:
         """The number of deliveries that wait for `drain_events`."""
         return len(self.inbox.entries)

@@ -16,10 +16,11 @@ from gevent.lock import BoundedSemaphore
 from kombu.transport import pyamqp
 from kombu.utils.imports import symbol_by_name
 
-from greenconsume.amqp import tls
+from greenconsume.amqp import tls, turns
 from greenconsume.amqp.link import DEFAULT_HEARTBEAT, Link, LinkLostError
 from greenconsume.amqp.secret import SecretSource, keep_current
 from greenconsume.amqp.session import Session
+from greenconsume.errors import EventLoopError
 from greenconsume.patching import require_patched
 from greenconsume.stopping import StopSignal
 
@@ -116,8 +117,19 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     def drain_events(
         self, connection: Session, timeout: float | None = None, stop: StopSignal | None = None
     ) -> None:
-        """As `Session.drain_events`."""
-        connection.drain_events(timeout=timeout, stop=stop)
+        """As `Session.drain_events`; see `turns` for who drains several connections in turn."""
+        if stop is None:
+            turns.drain(connection, timeout)
+        else:
+            connection.drain_events(timeout=timeout, stop=stop)
+
+    def register_with_event_loop(self, connection: object, loop: object) -> None:
+        """Refuse kombu's asynchronous hub, which reads sockets by itself.
+
+        Raises:
+            EventLoopError: Always; it says what to do instead.
+        """
+        raise EventLoopError
 
 
 class SSLTransport(Transport):

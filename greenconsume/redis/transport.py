@@ -16,6 +16,7 @@ from kombu import Connection
 from kombu.transport import virtual
 from redis import exceptions
 
+from greenconsume.errors import EventLoopError
 from greenconsume.events import PollingTransport, emit
 from greenconsume.patching import require_patched
 from greenconsume.redis import channel as channels
@@ -163,6 +164,14 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
     ) -> None:
         """See `Session.drain_events`."""
         connection.drain_events(timeout, stop)
+
+    def register_with_event_loop(self, connection: object, loop: object) -> None:
+        """Refuse kombu's asynchronous hub, which reads sockets by itself.
+
+        Raises:
+            EventLoopError: Always; it says what to do instead.
+        """
+        raise EventLoopError
 
     def close_connection(self, connection: Session) -> None:
         """See `Session.close`."""

@@ -32,6 +32,7 @@ from kombu.transport import memory as kombu_memory
 from kombu.transport import virtual
 from kombu.utils.uuid import uuid
 
+from greenconsume.errors import EventLoopError
 from greenconsume.hub import MAX_TURN, kept_waiting
 from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.transports import memory_queues as queues
@@ -231,6 +232,14 @@ class Transport(kombu_memory.Transport):  # type: ignore[misc]  # kombu is untyp
         self._closed = False
         super().establish_connection()
         return self
+
+    def register_with_event_loop(self, connection: object, loop: object) -> None:
+        """Refuse kombu's asynchronous hub, which reads sockets by itself.
+
+        Raises:
+            EventLoopError: Always; it says what to do instead.
+        """
+        raise EventLoopError
 
     def drain_events(
         self,
