@@ -89,6 +89,25 @@ class LinkClosedError(GreenconsumeError):
         self.consumer = consumer
 
 
+class PoisonMessageError(GreenconsumeError):
+    """The broker closed the connection because of what a message's handler did; `__cause__` is its error.
+
+    It is not raised in the handler, which has ended by then, but told, and what the failure policy gets when
+    the message comes again. `Requeue`, the default, puts the message into its dead letters at the third time.
+
+    Attributes:
+        consumer: The consumer's name.
+        count: How often the message has done so.
+    """
+
+    def __init__(self, consumer: str, error: BaseException, count: int) -> None:
+        super().__init__(
+            f"the handler had the broker close the connection of {consumer}, {count} time(s) so far: {error}"
+        )
+        self.consumer = consumer
+        self.count = count
+
+
 class StoppedError(GreenconsumeError):
     """A wait was ended by the stop signal of the consumer that waited.
 

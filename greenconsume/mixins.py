@@ -170,7 +170,7 @@ class ConsumerMixin(_KombuConsumer):
                 except LinkLostError as exc:
                     debug("%s: %s", engine.life.name, exc)  # its link said so, for all
                     if exc.is_suspect:
-                        engine.keep_apart()
+                        engine.keep_apart(exc.group)
                 except errors as exc:
                     if isinstance(exc, channel_errors):
                         engine.wait_out(exc, stopping)

@@ -2,21 +2,28 @@
 
 A broker says by which method it was offended, and not on which channel: the culprit is found by what was
 pending. Where that cannot be told, those who may have done it are suspects. It must never accuse anybody of a
-link that merely broke. Does no I/O. Called by `link`; `culprit` finds the one publish.
+link that merely broke. The one publish on its way, if it was that, is answered with the broker's own error;
+everybody else is told of a lost link, which trying again mends. Does no I/O. Called by `link` as it ends.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
 from typing import Protocol, TypeVar
 
 import amqp
 from amqp import spec
 
-#: More suspects than these are not given a link each.
+#: More suspects than these are not given a link each: they are divided among so many, and whoever of them
+#: does it again is one of few.
 MAX_SUSPECTS = 20
+_losses = count(1)
 _NO_METHOD = (0, 0)
+#: What RabbitMQ says of `immediate`, and of nothing else that is published.
+_NOT_IMPLEMENTED = 540
 #: A broker that is stopped, or whose operator closes the connection, accuses nobody.
 _NOBODYS = (amqp.ConnectionForced, amqp.RecoverableConnectionError)
 
@@ -26,9 +33,11 @@ class LinkLostError(amqp.RecoverableConnectionError):  # type: ignore[misc]  # a
 
     Attributes:
         is_suspect: The broker closed it, and who is told this may have done what it did so for.
+        group: The suspects with whom it is kept apart; empty: it is kept apart from all.
     """
 
     is_suspect = False
+    group = ""
 
 
 class Verdict(enum.Enum):
@@ -37,6 +46,14 @@ class Verdict(enum.Enum):
     INNOCENT = "it lost the link through others, or the link just broke"
     SUSPECT = "it is one of those who may have done it"
     GUILTY = "the broker closed the connection because of what it did"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a session in the loss of its link, and the suspects with whom it is kept apart."""
+
+    verdict: Verdict = Verdict.INNOCENT
+    group: str = ""
 
 
 class Suspect(Protocol):
@@ -50,6 +67,19 @@ class Suspect(Protocol):
         """Return whether a call by this method has no answer yet."""
 
 
+class Unconfirmed(Protocol):
+    """What one channel has published and is not confirmed, as it is looked at when its link was lost."""
+
+    @property
+    def holds_immediate(self) -> bool:
+        """True if any of it was published with `immediate`."""
+
+    def fail(self, error: Callable[[], BaseException]) -> bool:
+        """Have all of it fail."""
+
+    def __len__(self) -> int: ...
+
+
 _S = TypeVar("_S", bound=Suspect)
 
 
@@ -60,17 +90,35 @@ def is_accusation(error: BaseException) -> bool:
     return getattr(error, "method_sig", None) is not None
 
 
-def verdicts(error: BaseException, sessions: Iterable[_S]) -> dict[_S, Verdict]:
-    """Return the verdict on each session that is not innocent of the loss of a link. Never switches."""
+def verdicts(error: BaseException, sessions: Iterable[_S]) -> dict[_S, Part]:
+    """Return the part of each session that is not innocent of the loss of a link. Never switches."""
     if not is_accusation(error):
         return {}
     method = getattr(error, "method_sig", _NO_METHOD)
     possible = _possible(method, list(sessions))
     if len(possible) == 1:
-        return {possible[0]: Verdict.GUILTY}
-    if len(possible) > MAX_SUSPECTS:
-        return {}
-    return dict.fromkeys(possible, Verdict.SUSPECT)
+        return {possible[0]: Part(Verdict.GUILTY)}
+    if len(possible) <= MAX_SUSPECTS:
+        return dict.fromkeys(possible, Part(Verdict.SUSPECT))
+    loss = next(_losses)
+    groups = [Part(Verdict.SUSPECT, f"suspects {loss}.{each}") for each in range(MAX_SUSPECTS)]
+    return {session: groups[place % MAX_SUSPECTS] for place, session in enumerate(possible)}
+
+
+def tell_culprit(error: BaseException, channels: Mapping[int, object]) -> None:
+    """Answer the publish that the broker closed the link for with the broker's error. Never switches.
+
+    Only where it is the only one whose confirm is awaited on the link: of several nothing can be told.
+    """
+    if getattr(error, "method_sig", None) != spec.Basic.Publish:
+        return
+    found = (getattr(channel, "unconfirmed", None) for channel in channels.values())
+    waiting: list[Unconfirmed] = [each for each in found if each is not None and len(each)]
+    if len(waiting) != 1 or len(waiting[0]) != 1:
+        return
+    if getattr(error, "reply_code", None) == _NOT_IMPLEMENTED and not waiting[0].holds_immediate:
+        return  # somebody else's, who awaits no confirm
+    waiting[0].fail(lambda: error)
 
 
 def _possible(method: tuple[int, int], sessions: list[_S]) -> list[_S]:

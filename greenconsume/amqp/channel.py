@@ -13,7 +13,6 @@ from typing import Any
 import amqp
 from amqp import spec
 from amqp.exceptions import RecoverableConnectionError
-from amqp.serialization import dumps
 from kombu.transport import base, pyamqp
 from vine import promise
 
@@ -22,6 +21,7 @@ from greenconsume.amqp.channel_core import ChannelCore, ChannelOwner, Handlers
 from greenconsume.amqp.channel_publisher import ChannelPublisher
 from greenconsume.amqp.confirms import Confirm
 from greenconsume.amqp.consumers import ChannelConsumer
+from greenconsume.amqp.fields import write_arguments
 from greenconsume.amqp.frames import Sig
 from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE
 from greenconsume.amqp.message import Message, message_of, taker_of
@@ -195,7 +195,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         """
         self._calls.begin()
         self.deliveries.flush()
-        self._calls.write(sig, dumps(format, args) if format else b"", content)
+        self._calls.write(sig, write_arguments(format, args or ()) if format else b"", content)
         if callback is not None:
             callback()
         return self.wait(wait, returns_tuple=returns_tuple) if wait else None

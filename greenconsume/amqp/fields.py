@@ -193,8 +193,32 @@ _READERS: dict[int, Callable[[bytes, int, bool], tuple[Any, int]]] = {
 }
 
 
-def write_table(table: dict[Any, Any]) -> bytes:
+def write_arguments(format: str, values: tuple[object, ...]) -> bytes:
+    """Return the arguments of a method as bytes; `format` and `values` as for py-amqp's `dumps`.
+
+    Raises:
+        ValueError: AMQP cannot hold one, or brokers do not take it; the message names it.
+    """
+    try:
+        if not format.endswith("F"):
+            encoded: bytes = dumps(format, values)
+            return encoded
+        table: Any = values[-1]
+        return bytes(dumps(format[:-1], values[:-1])) + write_table(table or {}, "argument")
+    except FrameSyntaxError as exc:
+        raise ValueError(str(exc)) from exc
+    except struct_error as exc:
+        long = [value for value in values if isinstance(value, str) and len(value.encode()) > 255]
+        what = f"{long[0]!r} is longer" if long else f"{values!r} holds a larger number"
+        raise ValueError(f"a call cannot be sent: {what} than AMQP allows") from exc
+
+
+def write_table(table: dict[Any, Any], what: str = "header") -> bytes:
     """Return a table as bytes, with its length.
+
+    Args:
+        table: The table.
+        what: Its items, in the words of an error.
 
     Raises:
         FrameSyntaxError: AMQP cannot hold a value, or brokers do not take it; the message names the header.
@@ -209,7 +233,7 @@ def write_table(table: dict[Any, Any]) -> bytes:
             else:
                 parts += (_octets[len(name)], name, item)
         except Exception as exc:  # whatever py-amqp or a value's own code raises
-            raise FrameSyntaxError(f"the header {key!r} cannot be sent: {exc}") from exc
+            raise FrameSyntaxError(f"the {what} {key!r} cannot be sent: {exc}") from exc
     return _with_length(b"".join(parts))
 
 
@@ -258,7 +282,7 @@ def _write_wired(value: object) -> bytes | None:
     """As `_write_item`, for what py-amqp would write as another type, or not at all."""
     if isinstance(value, WireInt):
         return b"%c%b" % (value.letter, _NUMBERS[value.letter].pack(value))
-    if isinstance(value, WireFloat):
+    if isinstance(value, WireFloat) and isfinite(value):
         return b"f" + _NUMBERS[WireFloat.letter].pack(value)
     if isinstance(value, WireBytes):
         return b"x" + _with_length(value)

@@ -25,9 +25,8 @@ from gevent.event import Event
 
 from greenconsume.amqp import blame, link_socket
 from greenconsume.amqp.blame import LinkLostError as LinkLostError
-from greenconsume.amqp.blame import Verdict
+from greenconsume.amqp.blame import Part, Verdict
 from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
-from greenconsume.amqp.culprit import tell_culprit
 from greenconsume.amqp.frames import Sig, encode_content, encode_method
 from greenconsume.amqp.heartbeats import beat
 from greenconsume.amqp.link_reader import LinkReader
@@ -46,6 +45,7 @@ DEFAULT_HEARTBEAT = 30.0
 DEFAULT_CLOSE_TIMEOUT = 5.0
 #: Seconds that a call (declare, qos, consume, …) waits for its reply.
 DEFAULT_CALL_TIMEOUT = 60.0
+_INNOCENT = Part()
 # By py-amqp's default the kernel drops a broker that takes no bytes for a second, as one does that blocks
 # its publishers; here the heartbeats judge.
 _SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 0} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
@@ -192,12 +192,12 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             event.set()
         self._gate.note_lost()
         link_socket.drop(self._transport)
-        tell_culprit(error, self.channels)
+        blame.tell_culprit(error, self.channels)
         if was_open and not self.is_closing:
             emit(LinkDown(self.uri, error, len(self.sessions)))
         verdicts = blame.verdicts(error, self.sessions)
         for session in list(self.sessions):
-            session.on_link_lost(verdicts.get(session, Verdict.INNOCENT))
+            session.on_link_lost(verdicts.get(session, _INNOCENT))
         self.channels.clear()
         self._outgoing.clear()
         self._settling.clear()
@@ -372,10 +372,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         # py-amqp's asks the socket for its address, and raises when that is closed.
         return f"<{type(self).__name__} {self.uri} {'open' if self.connected else 'not open'}>"
 
-    def lost(self, is_suspect: bool = False) -> LinkLostError:
-        """Return a new error that says why the link is gone."""
+    def lost(self, part: Part = _INNOCENT) -> LinkLostError:
+        """Return a new error that says why the link is gone, to who had this part in it."""
         error = LinkLostError(f"the link to {self.uri} is gone: {self.failure}")
-        error.__cause__, error.is_suspect = self.failure, is_suspect
+        error.__cause__, error.group = self.failure, part.group
+        error.is_suspect = part.verdict is Verdict.SUSPECT
         return error
 
     def on_fork(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from greenconsume.amqp.blame import Verdict
+from greenconsume.amqp.blame import Part
 from greenconsume.amqp.frames import Delivery, Sig
 
 
@@ -39,7 +39,7 @@ class LinkChannel(Protocol):
 class LinkUser(Protocol):
     """A session, as its link sees it."""
 
-    def on_link_lost(self, verdict: Verdict) -> None:
+    def on_link_lost(self, part: Part) -> None:
         """The link is gone, and this is what it has to do with it."""
         ...
 

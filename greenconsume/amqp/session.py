@@ -19,7 +19,7 @@ from amqp.exceptions import RecoverableConnectionError, ResourceError
 from gevent.event import Event
 from kombu import Connection
 
-from greenconsume.amqp.blame import Verdict
+from greenconsume.amqp.blame import Part, Verdict
 from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.inbox import Inbox
 from greenconsume.amqp.link import Link
@@ -41,8 +41,8 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "_part",
         "_turn_began",
-        "_verdict",
         "channels",
         "client",
         "inbox",
@@ -56,7 +56,7 @@ class Session:
         self.client = client
         self.channels: dict[int, Channel] = {}
         self.is_closing = False
-        self._verdict = Verdict.INNOCENT
+        self._part = Part()
         self.inbox = Inbox()
         self.waits = Waits(link)
         self._turn_began = monotonic()
@@ -258,10 +258,10 @@ class Session:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def on_link_lost(self, verdict: Verdict = Verdict.INNOCENT) -> None:
+    def on_link_lost(self, part: Part) -> None:
         """Wake everything that waits; what was not dispatched is the broker's again."""
-        self._verdict = verdict
-        own = self.link.failure if verdict is Verdict.GUILTY else None
+        self._part = part
+        own = self.link.failure if part.verdict is Verdict.GUILTY else None
         for channel in list(self.channels.values()):
             channel.core.on_link_lost(own)
         self.inbox.wake()
@@ -313,9 +313,9 @@ class Session:
     def _check_open(self) -> None:
         failure = self.link.failure
         if failure is not None:
-            if self._verdict is Verdict.GUILTY and not self.is_closing:
+            if self._part.verdict is Verdict.GUILTY and not self.is_closing:
                 raise failure  # no lost link: what this session did lost it
-            raise self.link.lost(self._verdict is Verdict.SUSPECT)
+            raise self.link.lost(self._part)
         if self.is_closing:
             raise RecoverableConnectionError("the connection was closed")
 

@@ -189,6 +189,7 @@ class Engine:
                 if not life.stop.is_set():
                     life.enter(ConsumerState.CONSUMING)
                     self._refusals.consumes()
+                    self.link_pool().quarantine.note_consuming(life.name, True)
                 if isinstance(conn, Connection):
                     yield from receive(conn, loop, life.leave, self._attend)
                 else:
@@ -197,6 +198,7 @@ class Engine:
             if not stopping.is_set():
                 raise
         finally:
+            self.link_pool().quarantine.note_consuming(life.name, False)
             if life.stop.is_set():
                 self._finish()
         logger.debug("consume exiting")
@@ -216,9 +218,9 @@ class Engine:
         """
         stopping.wait(self._refusals.tell(error), self.life.stop)
 
-    def keep_apart(self) -> None:
-        """Have the consumer connect over a link of its own from now on. Switches: never."""
-        self.link_pool().quarantine.put(self.life.name)
+    def keep_apart(self, group: str = "") -> None:
+        """Have the consumer connect over a link of its own, or its group's, from now on. Switches: never."""
+        self.link_pool().quarantine.put(self.life.name, group)
 
     def answer_for(self, error: BaseException, stopping: StopCheck) -> None:
         """Answer for a connection that the broker closed because of what the consumer did.

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kombu import Message
 
-from greenconsume.errors import HandlerHung
+from greenconsume.errors import HandlerHung, PoisonMessageError
 from greenconsume.failures.queue_names import DEAD_LETTER, check_dead_letter
 from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.requeues import DelayedRequeues
@@ -36,6 +36,9 @@ class FailurePolicy(Protocol):
         """
 
 
+#: After so many times a message that closes its consumer's connection is not put back any more.
+MAX_CLOSES = 3
+
 #: What users may give: a policy, or a mapping from exception classes to policies.
 OnError = FailurePolicy | Mapping[type[BaseException], FailurePolicy]
 
@@ -53,6 +56,8 @@ class Requeue:
     a dead-letter exchange its broker's way is left to work. A lower limit that a policy of the broker sets
     cannot be seen from here: say `max_deliveries` then. What hung a whole process (`HandlerHung`) is put
     there at once, for it would hang the next one; and what comes from a stream, which takes nothing back.
+    What had the broker close its consumer's connection (`PoisonMessageError`) is put there when it has done
+    so `max_deliveries` times, or three times, on any queue.
 
     Args:
         delay: Seconds; 0 requeues at once.
@@ -81,7 +86,7 @@ class Requeue:
         """See `FailurePolicy.apply`. Switches: where it is put into a dead-letter queue."""
         recoverer = getattr(message, "recoverer", None)
         if isinstance(recoverer, Recoverer):
-            if isinstance(error, HandlerHung) or recoverer.is_of_stream(message):
+            if self._is_last(error) or recoverer.is_of_stream(message):
                 parked = recoverer.set_aside(message, error, self.dead_letter)
             else:
                 parked = recoverer.park(message, error, self.max_deliveries, self.dead_letter)
@@ -92,6 +97,12 @@ class Requeue:
             return f"requeued in {self.delay:g} s"
         message.requeue()
         return "requeued"
+
+    def _is_last(self, error: BaseException) -> bool:
+        """Return whether a message that failed with this must not be handled again."""
+        if isinstance(error, PoisonMessageError):
+            return error.count >= (self.max_deliveries or MAX_CLOSES)
+        return isinstance(error, HandlerHung)
 
 
 @dataclass(frozen=True, slots=True)

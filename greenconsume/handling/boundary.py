@@ -28,17 +28,18 @@ from greenconsume.failures.retry import make_recoverer
 from greenconsume.failures.streams import is_stream
 from greenconsume.handling.advice import advise
 from greenconsume.handling.alarm import Alarm
-from greenconsume.handling.decoding import decode
-from greenconsume.handling.jobs import ALONE, Job
+from greenconsume.handling.decoding import receive
+from greenconsume.handling.jobs import ALONE, Job, current_job
 from greenconsume.handling.kill_switch import Switch
 from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.pace import Pace
 from greenconsume.handling.pool import HandlerPool
 from greenconsume.handling.settings import Settings
+from greenconsume.handling.trial import handle_alone, sentence_on
 from greenconsume.handling.wrapping import wrapped
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
-from greenconsume.stopping import FORK
+from greenconsume.stopping import FORK, Deadline, wait_open
 
 #: The prefetch of callbacks that run inline, where the queue counts what goes back and none is set.
 _INLINE_PREFETCH = 10
@@ -53,7 +54,7 @@ class Handler:
         accept: What sees each message first; by default, what its failure policies need.
     """
 
-    __slots__ = ("_accept", "_consumer", "_handle", "_tally")
+    __slots__ = ("_accept", "_again", "_consumer", "_handle", "_tally")
 
     #: A green channel hands over its deliveries as they came.
     takes_deliveries = True
@@ -66,6 +67,7 @@ class Handler:
     ) -> None:
         self._consumer = consumer
         self._handle = handling.paced(handling.handle if handling.pool is None else handling.submit)
+        self._again = handling.handle_again
         self._accept = accept or handling.recoverer.accept
         self._tally = handling.tally
 
@@ -74,7 +76,11 @@ class Handler:
         to_python = getattr(self._consumer.channel, "message_to_python", None)
         message = to_python(raw) if to_python is not None else raw
         self._tally.received += 1
-        if self._accept(self._consumer, message, raw):
+        if not self._accept(self._consumer, message, raw):
+            return
+        if message.delivery_info.get("redelivered"):
+            self._again(self._consumer, message, self._handle)
+        else:
             self._handle(self._consumer, message)
 
 
@@ -103,6 +109,7 @@ class Handling:
         "__weakref__",
         "_inline",
         "_life",
+        "_links",
         "_owned",
         "_pace",
         "_receive_wrapped",
@@ -133,7 +140,7 @@ class Handling:
         self.recoverer = make_recoverer(
             settings.on_error, life, links, self.requeues, settings.settle_deadline
         )
-        self._life, self._switch, self._owned = life, switch, owned
+        self._life, self._switch, self._owned, self._links = life, switch, owned, links
         self._pace = None if settings.rate is None else Pace(settings.rate)
         self._inline: set[Job] = set()
         self._receive_wrapped = wrapped(self._receive, settings.around)
@@ -183,6 +190,22 @@ class Handling:
             if not self._inline:
                 self.idle.set()
 
+    def handle_again(self, consumer: Any, message: Any, handle: Callable[..., None]) -> None:
+        """Handle a message that came before by `handle`, but alone if one of them closed the link.
+
+        Switches: as `handle`, and while others run.
+        """
+        quarantine = self._links().quarantine
+        failure = sentence_on(message, self._life.name, quarantine)
+        if failure is not None:
+            self._failed(Job(message, consumer, ALONE, self._life.name), failure)
+        elif not (self.settings.batch_size or current_job()) and quarantine.holds(self._life.name):
+            # Of a batch nobody can tell which message it was; who drains in a handler cannot wait for that.
+            wait_open(self.idle, Deadline(None), self._life.leave)
+            handle_alone(message, quarantine, lambda: self.handle(consumer, message))
+        else:
+            handle(consumer, message)
+
     def paced(self, handle: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         """Return `handle` at the consumer's rate; itself, where there is none."""
         pace, life = self._pace, self._life
@@ -229,6 +252,8 @@ class Handling:
 
     # -- one message ----------------------------------------------------------------------------
 
+    _receive = staticmethod(receive)
+
     def _work_unless_stopped(self, job: Job) -> None:
         # What ends consuming may have come after it was given a greenlet, and before that had its turn.
         if self._life.leave.reason is not None and self._is_unsettled(job.message):
@@ -264,30 +289,6 @@ class Handling:
 
     def _is_unsettled(self, message: Message) -> bool:
         return is_settleable(message)
-
-    @staticmethod
-    def _receive(consumer: Consumer, message: Message) -> None:
-        if consumer.accept is not None:
-            message.accept = consumer.accept
-        if message.errors:
-            message._reraise_error(consumer.on_decode_error)
-            return
-        if consumer.on_message:
-            consumer.on_message(message)
-            return
-        try:
-            body = decode(message)
-        except Exception as exc:  # as kombu: whatever a serializer raises is a decode error
-            if not consumer.on_decode_error:
-                raise
-            consumer.on_decode_error(message, exc)
-            return
-        callbacks = consumer.callbacks
-        if callbacks and type(consumer) is kombu.Consumer and "receive" not in vars(consumer):
-            for callback in callbacks:  # what `receive` does, without a call of it for each message
-                callback(body, message)
-        else:
-            consumer.receive(body, message)
 
     def _ends_here(self, job: Job, exc: BaseException) -> bool:
         """Settle what a handler that raised leaves behind; return whether its exception goes no further."""

@@ -1,4 +1,7 @@
-"""Owns how a body is decoded: as kombu does, sooner for plain JSON. Called by `boundary` and `batches`."""
+"""Owns how a message is decoded, as kombu does it, sooner for plain JSON, and handed to the user's callbacks.
+
+Called by `boundary` and `batches`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,36 @@ import json
 from json.scanner import make_scanner
 from typing import Any
 
-from kombu import Message, serialization
+from kombu import Consumer, Message, serialization
 from kombu.utils import json as kombu_json
 
 #: What `json.loads` calls in the end; without white space around, nothing else is left of it.
 _scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
+
+
+def receive(consumer: Consumer, message: Message) -> None:
+    """Have a `kombu.Consumer` handle a message, as its own `_receive_callback` does. Switches: as that."""
+    if consumer.accept is not None:
+        message.accept = consumer.accept
+    if message.errors:
+        message._reraise_error(consumer.on_decode_error)
+        return
+    if consumer.on_message:
+        consumer.on_message(message)
+        return
+    try:
+        body = decode(message)
+    except Exception as exc:  # as kombu: whatever a serializer raises is a decode error
+        if not consumer.on_decode_error:
+            raise
+        consumer.on_decode_error(message, exc)
+        return
+    callbacks = consumer.callbacks
+    if callbacks and type(consumer) is Consumer and "receive" not in vars(consumer):
+        for callback in callbacks:  # what `receive` does, without a call of it for each message
+            callback(body, message)
+    else:
+        consumer.receive(body, message)
 
 
 def decode(message: Message) -> Any:

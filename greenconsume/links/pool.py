@@ -95,10 +95,10 @@ class LinkPool:
     ) -> Dialer:
         """Return one whose link lives and has room. Switches: yes, to dial."""
         broker = _broker_of(connection, publishing)
-        if self.quarantine.holds(consumer):
-            broker = (*broker, consumer)
-        else:
-            self._dialers.pop((*broker, consumer), None)  # its link of a quarantine is gone
+        group = self.quarantine.group_of(consumer)
+        self._forget_quarantines(len(broker))
+        if group:
+            broker = (*broker, group)
         dialers = self._dialers.setdefault(broker, [])
         while True:
             dialer = self._choose(dialers, publishing)
@@ -107,6 +107,13 @@ class LinkPool:
             link.make_room(max(each.session_size for each in dialers))
             if link.has_room:
                 return dialer
+
+    def _forget_quarantines(self, shared: int) -> None:
+        """Let go of the links of groups that nobody is of any more: they close with their last session."""
+        groups = self.quarantine.groups
+        for key in [each for each in self._dialers if len(each) > shared]:
+            if key[-1] not in groups:
+                del self._dialers[key]
 
     def _choose(self, dialers: list[Dialer], publishing: bool) -> Dialer:
         with_room = [each for each in dialers if each.has_room]

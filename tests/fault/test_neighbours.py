@@ -1,4 +1,4 @@
-"""A consumer whose mistake makes the broker close the connection costs that consumer alone (law 10)."""
+"""A consumer whose mistake closes the connection costs that consumer alone (law 10, HAZARDS row 30)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ import amqp
 import pytest
 from kombu import Exchange, Queue
 
-from greenconsume import ConsumerMixin, RestartPolicy, Runtime
-from greenconsume.errors import LinkClosedError
-from greenconsume.events import ConsumerRefused, ConsumerRestarting, LinkDown
+from greenconsume import (
+    ConsumerMixin,
+    ConsumerOptions,
+    Reject,
+    Requeue,
+    RestartPolicy,
+    Retry,
+    Runtime,
+)
+from greenconsume.errors import LinkClosedError, PoisonMessageError
+from greenconsume.events import ConsumerRefused, ConsumerRestarting, HandlerFailed, LinkDown
 from tests.fault.consumers import Collector, connection_to, everything, observing
-from tests.messages import declare, publish
+from tests.messages import declare, publish, queue_depth
 from tests.waiting import wait_until
 
 NEIGHBOURS = 10
@@ -139,3 +147,59 @@ def test_a_handlers_mistake_costs_the_neighbours_their_link_once_at_most(amqp_ur
         assert len([event for event in lost if event.consumers > 1]) <= 1
         assert {event.consumer for event in restarts} == {culprit.name}
         assert sum(handled.values()) == 50
+
+
+class Poisoned(Collector):
+    """Publishes, for one of its messages, what has the broker close the connection, and acknowledges it."""
+
+    def on_task(self, body: Any, message: Any) -> None:
+        if body == POISON:
+            self.handled[POISON] += 1
+            message.channel.basic_publish(amqp.Message("x"), routing_key="nobody", immediate=True)
+            message.ack()
+        else:
+            super().on_task(body, message)
+
+
+POISON = "poison"
+
+
+@pytest.mark.parametrize("concurrency", [None, 20])
+@pytest.mark.parametrize(
+    ("policy", "times", "is_dead"),
+    [(Requeue(0.1), 4, True), (Retry(1, [0.1]), 4, True), (Reject(), 2, False)],
+    ids=["requeue", "retry", "reject"],
+)
+def test_a_message_that_closes_the_link_meets_its_policy_when_it_comes_again(
+    amqp_url, queue_name, concurrency, policy, times, is_dead
+):
+    handled: Counter[Any] = Counter()
+    queue, dead = f"{queue_name}-other", f"{queue_name}-other.dead"
+    declare(amqp_url, queue_name)
+    declare(amqp_url, queue)
+    declare(amqp_url, dead)
+    options = ConsumerOptions(on_error=policy, concurrency=concurrency)
+    with (
+        observing(LinkDown) as lost,
+        observing(ConsumerRestarting) as restarts,
+        observing(HandlerFailed) as failures,
+        Runtime(
+            connection_to(amqp_url), restart=RestartPolicy(max_restarts=20, backoff=0.1)
+        ) as runtime,
+    ):
+        runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
+        (culprit,) = runtime.spawn(lambda c: Poisoned(c, queue, handled), options=options)
+        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        publish(amqp_url, queue, [*range(100, 110), POISON, *range(110, 120)])
+        publish(amqp_url, queue_name, 50)
+        told = (
+            (lambda: bool(failures)) if not is_dead else (lambda: queue_depth(amqp_url, dead) == 1)
+        )
+        wait_until(told, within=30)
+        wait_until(everything(handled, 50), within=10)
+        wait_until(lambda: all(handled[body] for body in range(100, 120)), within=10)
+        wait_until(lambda: queue_depth(amqp_url, queue) == 0, within=10)
+        assert {type(event.error) for event in failures} == {PoisonMessageError}
+        assert handled[POISON] == times
+        assert len([event for event in lost if event.consumers > 1]) <= 1
+        assert {event.consumer for event in restarts} <= {culprit.name}

@@ -1,4 +1,4 @@
-"""Streams: which know acks only, and give nothing back."""
+"""Streams: which know acks only, and give nothing back (HAZARDS rows 36, 37)."""
 
 from __future__ import annotations
 

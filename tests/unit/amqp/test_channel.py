@@ -954,3 +954,46 @@ def test_decoding_may_be_turned_off_on_a_channel(connect, peer):
     channel = connect(peer).channel()
     channel.auto_decode = False
     assert channel.auto_decode is False
+
+
+CALLS = {
+    "queue.declare": lambda channel, arguments: channel.queue_declare("q", arguments=arguments),
+    "queue.bind": lambda channel, arguments: channel.queue_bind("q", "e", arguments=arguments),
+    "exchange.declare": lambda channel, arguments: channel.exchange_declare(
+        "e", "direct", arguments=arguments
+    ),
+    "basic.consume": lambda channel, arguments: channel.basic_consume("q", arguments=arguments),
+}
+
+
+@pytest.mark.parametrize("method", CALLS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x-share", float("nan")),
+        ("x-share", float("inf")),
+        ("x-max-length", 2**64),
+        ("x-what", object()),
+        ("x" * 256, 1),
+        ("x-deep", {"x-a": [float("nan")]}),
+    ],
+    ids=str,
+)
+def test_an_argument_that_amqp_cannot_hold_is_refused_at_the_call_by_name(
+    connect, peer, method, name, value
+):
+    channel = connect(peer).channel()
+    with pytest.raises(ValueError, match=f"the argument '{name}' cannot be sent"):
+        CALLS[method](channel, {"x-good": 1, name: value})
+    channel.queue_declare("q", arguments={"x-max-length": 5})
+    sent = [frame for frame in peer.received if frame.name in CALLS]
+    assert [frame.args[-1] for frame in sent] == [{"x-max-length": 5}]
+
+
+def test_a_name_that_is_too_long_is_refused_at_the_call_in_words(connect, peer):
+    channel = connect(peer).channel()
+    with pytest.raises(ValueError, match="is longer than AMQP allows"):
+        channel.queue_declare("q" * 256)
+    with pytest.raises(ValueError, match="holds a larger number than AMQP allows"):
+        channel.basic_qos(0, 2**16, False)
+    assert channel.is_open

@@ -182,3 +182,9 @@ def test_an_empty_body_is_an_empty_text(encoded):
     """As with kombu on py-amqp."""
     assert decode_content(encoded, b"")[1] == ""
     assert type(decode_content(encoded, b"")[1]) is str
+
+
+@pytest.mark.parametrize("number", [float("nan"), WireFloat("nan"), WireFloat("inf")])
+def test_what_is_no_number_is_refused_by_the_name_of_its_header(number):
+    with pytest.raises(FrameSyntaxError, match="the header 'share' cannot be sent"):
+        write_table({"good": 1, "share": number})
