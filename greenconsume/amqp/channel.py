@@ -46,14 +46,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     Message = Message
     returned_messages = None  # nothing reads it, and py-amqp's thread-safe queue takes much memory
     connection: ChannelOwner | None
-    __slots__ = (
-        "_calls",
-        "_session",
-        "channel_id",
-        "connection",
-        "core",
-        "deliveries",
-    )
+    __slots__ = ("_calls", "_session", "channel_id", "connection", "core", "deliveries")
 
     def __init__(
         self,
@@ -254,7 +247,10 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
     def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
         """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
         self.deliveries.prefetch_count = prefetch_count
-        return super().basic_qos(prefetch_size, prefetch_count, a_global)
+        if prefetch_size or not self._session.waits.is_setting_up:
+            return super().basic_qos(prefetch_size, prefetch_count, a_global)
+        self._calls.begin()
+        return self.deliveries.send_prefetch(prefetch_count, a_global)  # as `Session.channel`
 
     def basic_consume(
         self,

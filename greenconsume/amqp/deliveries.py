@@ -148,6 +148,11 @@ class Deliveries:
         self.consumers.start(consumer_tag, consumer)
         self._inbox.wake()
 
+    def send_prefetch(self, count: int, for_all: bool = False) -> None:
+        """Set how many unsettled deliveries a consumer that is started next may have; nobody waits."""
+        self._calls.expect(spec.Basic.QosOk, _ignore)
+        self._calls.write(spec.Basic.Qos, dumps("lBb", (0, count, for_all)))
+
     def undo_consume(self, consumer_tag: str, no_ack: bool) -> None:
         """End a consumer that was started for a caller who has given up."""
         if no_ack:
@@ -200,19 +205,15 @@ class Deliveries:
         # nobody here can know.
         self._inbox.pause(self, consumer_tag, partial(self._resume, consumer_tag, consumer))
         self.consumers.stand_in(consumer_tag)
-        self._send_prefetch(1)
+        self.send_prefetch(1)
         self._send_consume(consumer.pause())
-        self._send_prefetch(self.prefetch_count)
+        self.send_prefetch(self.prefetch_count)
         self._send_cancel(consumer_tag)
 
     def _resume(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
         if self._calls.link.failure is None:
             self._send_consume(consumer.resume())
             self._send_cancel(stand_in_of(consumer_tag))
-
-    def _send_prefetch(self, count: int) -> None:
-        self._calls.expect(spec.Basic.QosOk, _ignore)
-        self._calls.write(spec.Basic.Qos, dumps("lBb", (0, count, False)))
 
     def _send_consume(self, args: ConsumeArgs) -> None:
         self._calls.write(spec.Basic.Consume, dumps("BssbbbbF", args))

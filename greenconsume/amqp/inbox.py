@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gevent.event import Event
 
@@ -25,6 +25,8 @@ RESUME_AT = 250
 #: A delivery, the tag of a consumer that the broker cancelled, or an error of a channel.
 Item = Delivery | str | BaseException
 _Item = TypeVar("_Item", bound=Item)
+#: Stands for all inboxes into which nothing was put yet: an empty deque takes 760 bytes.
+_NOTHING: deque[Any] = deque(maxlen=0)
 
 
 class Inbox:
@@ -42,7 +44,7 @@ class Inbox:
     __slots__ = ("_arrival", "entries", "given_back_count", "paused", "screen")
 
     def __init__(self) -> None:
-        self.entries: deque[tuple[object, Item, Callable[..., object]]] = deque()
+        self.entries: deque[tuple[object, Item, Callable[..., object]]] = _NOTHING
         self.paused: dict[tuple[object, str], Callable[[], object]] = {}
         self.given_back_count = 0
         self.screen: Callable[[Delivery], bool] | None = None
@@ -50,7 +52,10 @@ class Inbox:
 
     def put(self, owner: object, item: _Item, callback: Callable[[_Item], object]) -> None:
         """Queue one item; whoever drains next calls `callback(item)`. Never switches."""
-        self.entries.append((owner, item, callback))
+        entries = self.entries
+        if entries is _NOTHING:
+            entries = self.entries = deque()
+        entries.append((owner, item, callback))
         if not self._arrival.is_set():
             self._arrival.set()
 

@@ -61,9 +61,8 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
         """As `kombu.Message.ack`. Never switches."""
         channel: MessageChannel | None = self.channel
         if channel is not None and not multiple and self._state == "RECEIVED":
-            deliveries = (
-                channel.deliveries
-            )  # as `_settled_at_once`, without a call for each message
+            # As `_settled_at_once`, without a call for each message.
+            deliveries = channel.deliveries
             if self.epoch == deliveries.epoch and deliveries.settle(self.delivery_tag, ACK):
                 self._state = "ACK"
                 return

@@ -122,7 +122,12 @@ class Session:
             return self.channels[channel_id]
         channel = Channel(self, channel_id, on_open=callback)
         try:
-            channel.open()
+            if (
+                self.waits.is_setting_up
+            ):  # nobody waits: its next call is served, or fails, after this one
+                channel.core.calls.open()
+            else:
+                channel.open()
         except BaseException:  # nobody has it: its id must not stay taken
             channel.core.ask_to_close()
             channel.collect()

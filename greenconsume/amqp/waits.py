@@ -60,6 +60,11 @@ class Waits:
         return self.deadline
 
     @property
+    def is_setting_up(self) -> bool:
+        """True until it consumes, if it is to."""
+        return self.stop is not None
+
+    @property
     def close_deadline(self) -> Deadline:
         """The deadline of a channel that is closed now: its session's, or in `close_timeout`."""
         return self.deadline or Deadline(self._limits.close_timeout)

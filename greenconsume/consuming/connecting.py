@@ -6,15 +6,17 @@ that consumes, and for the one that publishes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from kombu import Connection
 
 from greenconsume.handling.shield import shield_channels
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
-from greenconsume.links.session import session_of
+from greenconsume.links.session import GreenSession, session_of
 from greenconsume.stopping import StopCheck, StopSignal
 
 
@@ -31,6 +33,68 @@ class Attempt:
     max_retries: int | None
     on_failed: Callable[[BaseException, float], object] | None
     stopping: StopCheck
+
+
+class Connects(Protocol):
+    """A consumer, as far as it connects."""
+
+    def create_connection(self) -> Any: ...
+
+    def on_connection_error(self, exc: BaseException, interval: float) -> None: ...
+
+
+class Connected:
+    """A block within which a consumer is connected; a class, for thousands of consumers are in theirs.
+
+    Args:
+        consumer: Makes the connection.
+        links: Returns the links that it connects over.
+        life: The consumer's lifecycle.
+        attempt: On what terms.
+    """
+
+    __slots__ = ("_attempt", "_conn", "_consumer", "_life", "_links", "_session")
+
+    def __init__(
+        self,
+        consumer: Connects,
+        links: Callable[[], LinkPool],
+        life: Lifecycle,
+        attempt: Attempt,
+    ) -> None:
+        self._consumer, self._links, self._life = consumer, links, life
+        self._attempt: Attempt | None = attempt
+        self._conn: Any = None
+        self._session: GreenSession | None = None
+
+    def __enter__(self) -> Any:
+        self._conn = self._consumer.create_connection()
+        conn = self._conn.__enter__()
+        try:
+            self._connect(conn)
+        except BaseException:  # a kill, too
+            self._conn.__exit__(*sys.exc_info())
+            raise
+        return conn
+
+    def _connect(self, conn: Any) -> None:
+        attempt, self._attempt = self._attempt, None
+        assert attempt is not None
+        if isinstance(conn, Connection):
+            connect(conn, self._links(), self._life, attempt)
+        else:
+            conn.ensure_connection(self._consumer.on_connection_error, attempt.max_retries)
+        self._session = session_of(conn)
+
+    def __exit__(self, *error: Any) -> None:
+        session = self._session
+        try:
+            if session is not None:
+                session.begin_close()
+            self._conn.__exit__(*error)
+        finally:
+            if session is not None and not session.left:
+                session.collect()  # a kill cut its close short, in kombu's code
 
 
 def connect(conn: Connection, links: LinkPool, life: Lifecycle, attempt: Attempt) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from types import TracebackType
 from typing import Any, cast
 
 from gevent import GreenletExit
@@ -19,8 +20,8 @@ from kombu import Connection, Consumer
 
 from greenconsume.consuming.connecting import (
     Attempt,
+    Connected,
     bound_close,
-    connect,
     connect_to_publish,
     errors_of,
 )
@@ -35,7 +36,7 @@ from greenconsume.handling.boundary import Handler, Handling
 from greenconsume.handling.drain import Drain
 from greenconsume.handling.kill_switch import NoSwitch, Switch, fit_switch
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.settings import Settings, resolve
+from greenconsume.handling.settings import Settings, settings_of
 from greenconsume.handling.slots import Slots
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
@@ -121,7 +122,7 @@ class Engine:
         Raises:
             InvalidConsumerError: What was said does not go together.
         """
-        return resolve(self.life.name, self._consumer, self._around, self._places)
+        return settings_of(self.life.name, self._consumer, self._around, self._places)
 
     def serves(self, consumer: object) -> bool:
         """Return whether it is this consumer's, and not that of one which it was copied from."""
@@ -140,26 +141,31 @@ class Engine:
 
     # -- a run ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def running(self) -> Iterator[Switch | NoSwitch]:
-        """Give the consumer its kill switch; in the end, see the handlers off that a lost link left.
+    def running(self) -> Running:
+        """Return a block that gives the consumer its kill switch, and in the end waits for its handlers.
 
-        Switches: at its end, if a handler runs.
+        Switches: at its end, if a handler runs that a lost link left.
         """
+        return Running(self)
+
+    def begin_run(self) -> Switch | NoSwitch:
+        """Make the kill switch of this run, if it is to have one."""
         kill_switch = self.settings().kill_switch
         self._switch = None if kill_switch is None else Switch(kill_switch, self.life)
+        return self._switch or NoSwitch()
+
+    def end_run(self, error: BaseException | None) -> None:
+        """Wait for the handlers that a lost link left, or have them killed as the consumer was."""
         try:
-            try:
-                yield self._switch or NoSwitch()
-            finally:
-                self._close_switch()
-        except GreenletExit:
-            self._abandon()
+            self._close_switch()
+        except BaseException as exc:
+            error = exc
             raise
-        except BaseException:  # whatever ended the run, it goes on when the handlers have ended
-            self._finish()
-            raise
-        self._finish()
+        finally:
+            if isinstance(error, GreenletExit):
+                self._abandon()
+            else:  # whatever ended the run, it goes on when the handlers have ended
+                self._finish()
 
     def _close_switch(self) -> None:
         switch, self._switch = self._switch, None
@@ -311,27 +317,12 @@ class Engine:
 
     # -- connecting -----------------------------------------------------------------------------
 
-    @contextmanager
-    def connection(self, attempt: Attempt) -> Iterator[Any]:
-        """Connect, trying again until it succeeds, the retries are used up, or a stop.
+    def connection(self, attempt: Attempt) -> Connected:
+        """Return a block that connects, trying again until it succeeds, the retries are used up, or a stop.
 
-        Switches: yes.
+        Switches: yes, as it is entered and left.
         """
-        session = None
-        try:
-            with self._consumer.create_connection() as conn:
-                if isinstance(conn, Connection):
-                    connect(conn, self.link_pool(), self.life, attempt)
-                else:
-                    conn.ensure_connection(self._consumer.on_connection_error, attempt.max_retries)
-                session = session_of(conn)
-                try:
-                    yield conn
-                finally:
-                    bound_close(conn)
-        finally:
-            if session is not None and not session.left:
-                session.collect()  # a kill cut its close short, in kombu's code
+        return Connected(self._consumer, self.link_pool, self.life, attempt)
 
     def connect_to_publish(self, conn: Connection, attempt: Attempt) -> None:
         """Connect what is to publish, over a link of its own. Switches: yes."""
@@ -339,6 +330,23 @@ class Engine:
             connect_to_publish(conn, self.link_pool(), self.life, attempt)
         else:
             conn.ensure_connection(self._consumer.on_connection_error, attempt.max_retries)
+
+
+class Running:
+    """A block within which a consumer runs; a class, for thousands of consumers are in theirs."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> Switch | NoSwitch:
+        return self._engine.begin_run()
+
+    def __exit__(
+        self, _kind: object, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._engine.end_run(error)
 
 
 def _queues_of(consumers: Iterable[Any]) -> dict[str, bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from kombu import Connection
 
@@ -17,8 +16,8 @@ from greenconsume.errors import StoppedError
 from greenconsume.links.session import session_of
 from greenconsume.stopping import Deadline, StopSignal
 
-#: Receives one message, or raises `socket.timeout` after some seconds.
-Receive = Callable[[float | None], object]
+#: Receives one message, or raises `socket.timeout` after some seconds; the signal ends it, too.
+Receive = Callable[[float | None, StopSignal], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def receive(
 
     Switches: yes.
     """
-    receive_one, wakes = _receiver(conn, leave, attend)
+    receive_one, wakes = _receiver(conn, attend)
     tick = loop.safety_interval if loop.ticks or not wakes else None
     stopping, on_iteration = loop.stopping, loop.on_iteration
     limit, timeout = loop.limit, loop.timeout
@@ -68,7 +67,7 @@ def receive(
         if on_iteration is not None:
             on_iteration()
         try:
-            receive_one(_least(tick, idle.remaining) if timeout else tick)
+            receive_one(_least(tick, idle.remaining) if timeout else tick, leave)
         except socket.timeout:
             if not wakes:
                 conn.heartbeat_check()
@@ -84,18 +83,16 @@ def receive(
                 idle = Deadline(timeout)
 
 
-def _receiver(
-    conn: Connection, leave: StopSignal, attend: Callable[[bool], None]
-) -> tuple[Receive, bool]:
+def _receiver(conn: Connection, attend: Callable[[bool], None]) -> tuple[Receive, bool]:
     """Return what receives one message, and whether a stop wakes it (or it polls)."""
     if not getattr(conn.transport, "wakes", False):
-        return lambda seconds: conn.drain_events(timeout=seconds), False
+        return lambda seconds, _leave: conn.drain_events(timeout=seconds), False
     session = session_of(conn)
     if session is None:
-        return lambda seconds: conn.drain_events(timeout=seconds, stop=leave), True
+        return lambda seconds, leave: conn.drain_events(timeout=seconds, stop=leave), True
     session.begin_consuming(attend)
     # Not kombu's: where a link was lost it would connect again, and wait without any consumer.
-    return partial(session.drain_events, stop=leave), True
+    return session.drain_events, True
 
 
 def receive_from_double(conn: Connection, loop: Loop) -> Iterator[None]:

@@ -6,8 +6,7 @@ ack a message whose copy is not confirmed. Called by the policies, and where han
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 from typing import Any, Protocol
 
@@ -107,18 +106,18 @@ class Recoverer:
 
     # -- what the consumer calls ------------------------------------------------------------------
 
-    @contextmanager
-    def prepared(self, connection: Connection, consumers: list[Any]) -> Iterator[None]:
-        """Have the queues that `consumers` need while they consume from `connection`.
+    def prepared(self, connection: Connection, consumers: list[Any]) -> Prepared:
+        """Return a block to consume in: within it there are the queues that `consumers` need.
 
         Raises:
             InvalidConsumerError: The broker does not let them be declared, or has others of that name.
 
-        Switches: yes, to declare them.
+        Switches: yes, as it is entered, to declare them.
         """
-        if not isinstance(connection, Connection):  # a test's mock
-            yield
-            return
+        return Prepared(self, connection, consumers)
+
+    def begin(self, connection: Connection, consumers: list[Any]) -> Renewals | None:
+        """Declare what is needed, and serve these consumers; return what renews their messages."""
         self._consumers = consumers
         self._sources.clear()
         self._publisher = self._connection = None
@@ -131,14 +130,15 @@ class Recoverer:
             queues = [queue for consumer in consumers for queue in getattr(consumer, "queues", ())]
             _refuse_streams(queues)
             declare_queues(source, self._queues_for(queues, source))
-        try:
-            yield
-        finally:
-            if renewals is not None:
-                renewals.join(_LAST_SECONDS)
-            self._connection = None
-            if self._publisher is not None:
-                self._publisher.leave(self)
+        return renewals
+
+    def end(self, renewals: Renewals | None) -> None:
+        """Serve no longer. Switches: yes, while messages are being renewed."""
+        if renewals is not None:
+            renewals.join(_LAST_SECONDS)
+        self._connection = None
+        if self._publisher is not None:
+            self._publisher.leave(self)
 
     def accept(self, consumer: Consumer, message: Message, raw: object) -> bool:
         """See a message before its handler does; return False if it is not due and is held instead."""
@@ -365,6 +365,24 @@ class Recoverer:
                     delays = plan.delays[: plan.max_retries]
                     wanted |= delay_queues(queue, delays, is_quorum(queue, source))
         return wanted
+
+
+class Prepared:
+    """A block within which a recoverer serves; a class, for thousands of consumers are in theirs."""
+
+    __slots__ = ("_connection", "_consumers", "_recoverer", "_renewals")
+
+    def __init__(self, recoverer: Recoverer, connection: Connection, consumers: list[Any]) -> None:
+        self._recoverer, self._connection, self._consumers = recoverer, connection, consumers
+        self._renewals: Renewals | None = None
+
+    def __enter__(self) -> None:
+        if isinstance(self._connection, Connection):  # else a test's mock
+            self._renewals = self._recoverer.begin(self._connection, self._consumers)
+
+    def __exit__(self, *_error: object) -> None:
+        if isinstance(self._connection, Connection):
+            self._recoverer.end(self._renewals)
 
 
 def _refuse_streams(queues: Sequence[Queue]) -> None:

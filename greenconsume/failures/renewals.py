@@ -66,7 +66,7 @@ class Renewals:
         self._name = name
         self._session = session
         self._rewriter = rewriter
-        self._greenlets: set[gevent.Greenlet[..., None]] = set()
+        self._greenlets: dict[gevent.Greenlet[..., None], None] = {}  # an empty set takes 216 bytes
 
     def screen(self, delivery: Delivery) -> bool:
         """Take over a delivery whose ways back are used up; return whether it was. Never switches."""
@@ -78,8 +78,8 @@ class Renewals:
         if limit is None or count < last_count(limit):
             return False
         greenlet = gevent.spawn(self._renew, delivery, source, limit)
-        self._greenlets.add(greenlet)
-        greenlet.rawlink(self._greenlets.discard)
+        self._greenlets[greenlet] = None
+        greenlet.rawlink(self._greenlets.pop)
         return True
 
     def _renew(self, delivery: Delivery, source: Source, limit: int) -> None:
@@ -108,7 +108,8 @@ class Renewals:
 
     def join(self, timeout: float) -> None:
         """Wait for those that are being written. Switches: yes, if there are any."""
-        gevent.joinall(list(self._greenlets), timeout=timeout)
+        if self._greenlets:
+            gevent.joinall(list(self._greenlets), timeout=timeout)
 
 
 def _count_of(properties: bytes | Mapping[str, Any]) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from greenconsume.around import Around
@@ -43,6 +44,30 @@ class Settings:
     rate: Rate | None = None
     around: tuple[Around, ...] = ()
     slots: Slots | None = None
+
+
+#: What was said last, and the settings that it came to.
+_last: tuple[tuple[object, ...], Settings] = ((), Settings(OPTIONS["on_error"].default))
+
+
+def settings_of(
+    name: str,
+    consumer: object,
+    around: Sequence[ConsumerOptions] = (),
+    slots: Slots | None = None,
+) -> Settings:
+    """Return what `resolve` does: the same object for all consumers of whom the same was said.
+
+    It is asked for three times in each start, of thousands alike one after the other.
+    """
+    global _last
+    said = (options_of(consumer), *around, slots)
+    if len(said) == len(_last[0]) and all(map(is_, said, _last[0])):
+        return _last[1]
+    settings = resolve(name, consumer, around, slots)
+    if settings.partition is None:  # else it may be bound to this consumer
+        _last = (said, settings)
+    return settings
 
 
 def resolve(

@@ -74,14 +74,14 @@ class Dialer:
 
     def acquirer(self, connection: Connection) -> Callable[[], Link]:
         """Return what a transport calls for its link: the live one, or one attempt at a new one."""
+        return _Acquirer(self, connection)
 
-        def acquire() -> Link:
-            if self.is_live and self.link is not None:
-                return self.link
-            with self._wanted():
-                return self._attempt(connection, None)
-
-        return acquire
+    def acquire(self, connection: Connection) -> Link:
+        """Return the live link, or make one attempt at a new one. Switches: yes, for a new one."""
+        if self.is_live and self.link is not None:
+            return self.link
+        with self._wanted():
+            return self._attempt(connection, None)
 
     def wait_for_link(
         self,
@@ -213,6 +213,18 @@ class Dialer:
         self._stop_dialling()
         if self.link is not None:
             self.link.close(deadline=deadline)
+
+
+class _Acquirer:
+    """Acquires a link for one connection; a class, for thousands of connections keep theirs."""
+
+    __slots__ = ("_connection", "_dialer")
+
+    def __init__(self, dialer: Dialer, connection: Connection) -> None:
+        self._dialer, self._connection = dialer, connection
+
+    def __call__(self) -> Link:
+        return self._dialer.acquire(self._connection)
 
 
 class _Attempt:

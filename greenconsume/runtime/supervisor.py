@@ -46,6 +46,10 @@ from greenconsume.stopping import Deadline, Rungs, StopSignal, wait
 #: Seconds that a consumer has beyond the deadlines of its handlers, to say goodbye to its broker (one that is
 #: cut short may have acks lost on the way); what is killed then has `LAST`.
 _GOODBYE = 0.7
+#: Consumers that are set up at once where more start: what one needs meanwhile is the next one's then.
+_AT_ONCE = 400
+#: Seconds that the next ones wait for these; where that is too short, all others start at once.
+_PATIENCE = 2.0
 #: What may be wanted of a consumer that is not to run.
 _UNWANTED = (Wanted.PAUSED, Wanted.RETIRED)
 
@@ -102,14 +106,30 @@ class Supervisor:
         Switches: if a class or factory does.
         """
         self._adding += 1
+        setting_up: list[Child] = []
+        in_turn = True
         try:
             for child in children:
+                if in_turn and len(setting_up) == _AT_ONCE:
+                    in_turn = self._await_half(setting_up)
                 if self.closed or self._stop.is_set():
                     break
                 self._launch(child)
+                setting_up.append(child)
         finally:
             self._adding -= 1
             self._wake.set()
+
+    def _await_half(self, setting_up: list[Child]) -> bool:
+        """Wait until the first half of these has been set up; return False if that takes too long.
+
+        Switches: yes, unless they are.
+        """
+        last = setting_up[_AT_ONCE // 2 - 1]
+        del setting_up[: _AT_ONCE // 2]
+        if not last.started and last.greenlet is not None:
+            last.greenlet.ready.wait(_PATIENCE)
+        return last.started
 
     def run(self) -> None:
         """Restart what ends, until the stop signal is set or every consumer has ended for good.

@@ -426,6 +426,35 @@ def test_a_stop_while_the_consume_ok_is_cut_ends_the_call(connect, make_peer):
         assert "basic.ack" not in peer.names
 
 
+def test_a_consumer_that_is_set_up_waits_for_no_answer_but_those_it_needs(connect, make_peer):
+    peer = make_peer(silent=("channel.open", "basic.qos"))
+    connection = connect(peer)
+    connection.connection.begin_setup(StopSignal())
+    channel = connection.channel()
+    channel.basic_qos(0, 10, False)
+    setting_up = gevent.spawn(channel.basic_consume, "q", TAG)
+    peer.wait_for("basic.consume")
+    assert [name for name in peer.names if name in ("channel.open", "basic.qos")] == [
+        "channel.open",
+        "basic.qos",
+    ]
+    setting_up.kill()
+    channel.collect()
+
+
+def test_a_channel_that_cannot_be_opened_while_a_consumer_is_set_up_fails_its_next_call(
+    connect, make_peer
+):
+    close = frames.method_frame(1, "channel.close", 404, "NOT_FOUND", 0, 0)
+    peer = make_peer(answers={"channel.open": close})
+    connection = connect(peer)
+    connection.connection.begin_setup(StopSignal())
+    channel = connection.channel()
+    with pytest.raises(NotFound):
+        channel.queue_declare("q")
+    peer.wait_for("channel.close-ok")
+
+
 # -- what is cut short --------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import HandlerTimeout, InvalidConsumerError, InvalidOptionsError
 from greenconsume.failures.policies import ByError, FailurePolicy, Reject, Requeue, each_policy
+from greenconsume.handling import settings
 from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.handling.settings import Settings, resolve
@@ -60,6 +61,28 @@ def test_a_spawn_goes_before_its_runtime_and_after_the_class():
     assert (found.concurrency, found.drain_timeout, found.cancel_timeout) == (3, 2.0, 5.5)
     assert met_by(found.on_error, KeyError()) == Reject()
     assert met_by(found.on_error, ValueError()) == Requeue(9)
+
+
+def test_consumers_of_whom_the_same_was_said_share_their_settings():
+    class Orders:
+        options = ConsumerOptions(concurrency=3)
+
+    around = ConsumerOptions(drain_timeout=2.0)
+    found = [settings.settings_of("orders", Orders(), (around,)) for _ in range(2)]
+    assert found[0] is found[1]
+    assert settings.settings_of("orders", Orders()).drain_timeout != 2.0
+
+
+def test_consumers_with_a_partition_of_their_own_do_not():
+    class Orders:
+        def key(self, message):
+            return self
+
+        options = ConsumerOptions(concurrency=3, partition_by=key)
+
+    orders = Orders(), Orders()
+    found = [settings.settings_of("orders", each) for each in orders]
+    assert [each.partition(None) for each in found] == list(orders)
 
 
 def test_none_is_said():

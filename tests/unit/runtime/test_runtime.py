@@ -355,6 +355,48 @@ def test_start_returns_when_all_consume(runtime: Runtime):
     assert {child.state for child in runtime.children} == {ConsumerState.CONSUMING}
 
 
+def test_thousands_are_set_up_some_hundred_at_a_time(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor_module, "_AT_ONCE", 4)
+    go, begun = Event(), []
+
+    class Slow(Idle):
+        def run(self) -> None:
+            begun.append(self)
+            go.wait()
+            super().run()
+
+    runtime.spawn(Slow, replicas=20)
+    starting = gevent.spawn(runtime.start)
+    wait_until(lambda: len(begun) == 4)
+    gevent.idle()
+    assert len(begun) == 4
+    go.set()
+    starting.get(timeout=30)
+    assert len(begun) == 20
+
+
+def test_those_that_take_long_to_set_up_do_not_hold_up_the_others(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor_module, "_AT_ONCE", 4)
+    monkeypatch.setattr(supervisor_module, "_PATIENCE", 0.01)
+    go, begun = Event(), []
+
+    class Slow(Idle):
+        def run(self) -> None:
+            begun.append(self)
+            go.wait()
+            super().run()
+
+    runtime.spawn(Slow, replicas=20)
+    starting = gevent.spawn(runtime.start)
+    wait_until(lambda: len(begun) == 20)
+    go.set()
+    starting.get(timeout=30)
+
+
 def test_a_consumer_that_ends_by_itself_does_not_hold_up_the_start(runtime: Runtime):
     """One that has nothing to do has started all the same."""
     runtime.spawn(Scripted(None))
