@@ -8,38 +8,69 @@ feed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeAlias
 
+from kombu import Connection
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
 from greenconsume.redis.errand import Errand
-from greenconsume.redis.fanout import PREFIX
+from greenconsume.redis.fanout import PREFIX, Fanout
 from greenconsume.redis.feed import Feed, FeedState, ensure_feeds
 from greenconsume.redis.keeper import ensure_keeper
 from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
 from greenconsume.redis.scripts import DELAY
+from greenconsume.redis.subscription import Subscription
 from greenconsume.redis.take import Delivery
-from greenconsume.redis.topology import Payload, Topology
-
-if TYPE_CHECKING:
-    from greenconsume.redis.transport import Transport
+from greenconsume.redis.topology import Payload, Topology, TopologySession, TopologyTransport
 
 #: How many messages a channel without a prefetch has waiting.
 WINDOW = 16
 
 
-@dataclass(eq=False, slots=True)
-class Subscription:
-    """One consumer of one queue."""
+#: A channel, the consumer that it is for, what it is held as, and its bytes.
+Waiting: TypeAlias = "tuple[Channel, Subscription, str, bytes]"
 
-    queue: str
-    tag: str
-    no_ack: bool
-    callback: Callable[[HeldMessage], object]
+
+class ChannelSession(TopologySession, Protocol):
+    """A session, as its channels see it."""
+
+    channels: dict[int, Channel]
+    given_back_count: int
+
+    def put(self, deliveries: Iterable[Waiting]) -> None:
+        """Queue messages for `drain_events`."""
+
+    def put_first(
+        self, channel: Channel, subscription: Subscription, field: str, raw: bytes
+    ) -> None:
+        """Queue one before all others."""
+
+    def tell(self, error: BaseException) -> None:
+        """Have `drain_events` raise."""
+
+    def take_back(self, channel: Channel, subscription: Subscription | None) -> list[str]:
+        """Remove what waits for a channel, or for one consumer of it; return its fields."""
+
+
+class ChannelTransport(TopologyTransport, Protocol):
+    """A transport, as its channels see it."""
+
+    client: Connection
+
+    @property
+    def session(self) -> ChannelSession:
+        """The share of a link that its channels use."""
+
+    @property
+    def fanout(self) -> Fanout:
+        """The ear for fanout exchanges."""
+
+    def close_channel(self, channel: Channel) -> None:
+        """Forget a channel."""
 
 
 @dataclass(eq=False, slots=True)
@@ -58,8 +89,10 @@ class Channel(Topology):
 
     QoS = QoS
     Message = HeldMessage
+    connection: ChannelTransport
+    session: ChannelSession
 
-    def __init__(self, connection: Transport, **kwargs: object) -> None:
+    def __init__(self, connection: ChannelTransport, **kwargs: object) -> None:
         super().__init__(connection, **kwargs)
         options = connection.client.transport_options
         self.waiting = 0  # delivered to this channel, and not handed out

@@ -10,17 +10,15 @@ import logging
 import weakref
 from collections.abc import Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
 from greenconsume.redis.link import Link
 from greenconsume.redis.protocol import Push
+from greenconsume.redis.subscription import Subscription
 from greenconsume.stopping import Deadline, StopSignal, wait_open
-
-if TYPE_CHECKING:
-    from greenconsume.redis.channel import Channel, Subscription
 
 logger = logging.getLogger("greenconsume.redis")
 
@@ -30,6 +28,15 @@ _CALL_TIMEOUT = 10.0
 #: What the names of such deliveries begin with.
 PREFIX = "fanout."
 _numbers = count(1)
+
+
+class Listener(Protocol):
+    """A channel, as what it listens by sees it."""
+
+    waiting: int
+
+    def hear(self, subscription: Subscription, field: str, raw: bytes) -> None:
+        """Have what was published wait for `drain_events`."""
 
 
 class Fanout:
@@ -45,12 +52,12 @@ class Fanout:
         self._dialler = dialler
         self._link: Link | None = None
         self._opening = BoundedSemaphore(1)
-        self._listeners: dict[str, list[tuple[Channel, Subscription]]] = {}
+        self._listeners: dict[str, list[tuple[Listener, Subscription]]] = {}
         self._confirmed: dict[str, Event] = {}
         main.on_end.append(self._close)
 
     def listen(
-        self, topic: str, channel: Channel, subscription: Subscription, stop: StopSignal | None
+        self, topic: str, channel: Listener, subscription: Subscription, stop: StopSignal | None
     ) -> None:
         """Deliver what is published to a topic from now on. Switches: yes, for a new topic.
 

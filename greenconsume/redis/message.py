@@ -10,13 +10,10 @@ import json
 import sys
 from binascii import a2b_base64
 from json.scanner import make_scanner
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from kombu.transport import virtual
 from kombu.utils import json as kombu_json
-
-if TYPE_CHECKING:
-    from greenconsume.redis.channel import Channel
 
 #: How often a message came back unsettled; RabbitMQ's name for it.
 DELIVERY_COUNT = "x-delivery-count"
@@ -24,6 +21,12 @@ DELIVERY_COUNT = "x-delivery-count"
 
 #: What `json.loads` calls in the end; without white space around, nothing else is left of it.
 _scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # typeshed is mistaken
+
+
+class MessageChannel(Protocol):
+    """A channel, as the making of its messages sees it."""
+
+    Message: type[Any]
 
 
 class HeldMessage(virtual.Message):  # type: ignore[misc]  # kombu is untyped
@@ -52,7 +55,9 @@ class HeldMessage(virtual.Message):  # type: ignore[misc]  # kombu is untyped
         self._state = "REQUEUED"
 
 
-def message_of(channel: Channel, raw: bytes, field: str, queue: str, tag: str) -> HeldMessage:
+def message_of(
+    channel: MessageChannel, raw: bytes, field: str, queue: str, tag: str
+) -> HeldMessage:
     """Return the message of some bytes.
 
     Args:
@@ -83,7 +88,7 @@ def message_of(channel: Channel, raw: bytes, field: str, queue: str, tag: str) -
 
 
 def _built(
-    channel: Channel, payload: dict[str, Any], body: object, errors: list[Any]
+    channel: MessageChannel, payload: dict[str, Any], body: object, errors: list[Any]
 ) -> HeldMessage:
     """Do what `Message.__init__` does, for the plain case."""
     headers, properties = payload.get("headers") or {}, payload["properties"]

@@ -8,14 +8,26 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from greenconsume.events import StaleSettle, emit
+from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.link import Link
+from greenconsume.redis.message import HeldMessage
 from greenconsume.virtual import Unsettled
 
-if TYPE_CHECKING:
-    from greenconsume.redis.channel import Channel
-    from greenconsume.redis.message import HeldMessage
+
+class CountedChannel(Protocol):
+    """A channel, as the count of its messages sees it."""
+
+    ledger: Ledger
+    link: Link
+
+    def offer(self) -> None:
+        """Have more taken if less waits than there is room for."""
+
+    def repeat(self, message: HeldMessage) -> None:
+        """Have it wait once more: no server has it."""
 
 
 class QoS(Unsettled):
@@ -24,10 +36,10 @@ class QoS(Unsettled):
     A tag that is not there is settled already: that is counted, and does nothing.
     """
 
-    channel: Channel
+    channel: CountedChannel
     _delivered: OrderedDict[str, HeldMessage | None]
 
-    def __init__(self, channel: Channel, prefetch_count: int = 0) -> None:
+    def __init__(self, channel: CountedChannel, prefetch_count: int = 0) -> None:
         super().__init__(channel, prefetch_count)
         self.returning_count = 0  # put back, and not there yet: what comes after them has to wait
         self._stale = count(1)

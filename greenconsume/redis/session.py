@@ -19,14 +19,13 @@ from kombu import Connection
 
 from greenconsume.amqp.waits import Waits
 from greenconsume.hub import MAX_TURN
-from greenconsume.redis.channel import Channel, Subscription
+from greenconsume.redis.channel import Channel, Waiting
 from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
+from greenconsume.redis.subscription import Subscription
 from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.virtual import close_all
-
-_Waiting = tuple[Channel, Subscription, str, bytes]
 
 
 class Session:
@@ -48,7 +47,7 @@ class Session:
         self.waits = Waits(link)
         self.given_back_count = 0
         self.is_closing = False
-        self._inbox: deque[_Waiting] = deque()
+        self._inbox: deque[Waiting] = deque()
         self._errors: deque[BaseException] = deque()
         self._arrival = Event()
         self._turn_began = monotonic()
@@ -79,7 +78,7 @@ class Session:
 
     # -- deliveries -----------------------------------------------------------------------------------
 
-    def put(self, deliveries: Iterable[_Waiting]) -> None:
+    def put(self, deliveries: Iterable[Waiting]) -> None:
         """Queue messages for `drain_events`. Never switches."""
         self._inbox.extend(deliveries)
         if not self._arrival.is_set():
@@ -119,7 +118,7 @@ class Session:
     def take_back(self, channel: Channel, subscription: Subscription | None) -> list[str]:
         """Remove what waits for a channel, or for one consumer of it; return its fields. Never switches."""
 
-        def wanted(entry: _Waiting) -> bool:
+        def wanted(entry: Waiting) -> bool:
             return entry[0] is channel and subscription in (None, entry[1])
 
         taken = [entry[2] for entry in self._inbox if wanted(entry)]

@@ -6,35 +6,64 @@ Called by kombu.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from amqp.exceptions import RecoverableConnectionError
 from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps
 
+from greenconsume.amqp.waits import Waits
 from greenconsume.redis.feed import ensure_feeds
+from greenconsume.redis.keyspace import Keyspace
+from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.link import Link
 from greenconsume.redis.plain_client import plain_client
 from greenconsume.redis.protocol import Argument
 from greenconsume.redis.scripts import REFRESH_BINDING, Script
 from greenconsume.virtual import next_channel_id
 
-if TYPE_CHECKING:
-    from greenconsume.redis.transport import Transport
-
 Payload = dict[str, Any]
+
+
+class TopologySession(Protocol):
+    """A session, as what declares and publishes sees it."""
+
+    link: Link
+    ledger: Ledger
+    waits: Waits
+
+
+class TopologyTransport(Protocol):
+    """A transport, as what declares and publishes sees it.
+
+    Attributes:
+        fleeting: The queues that go with their last consumer.
+        fanout_topics: What queues that are bound to a fanout exchange listen to.
+    """
+
+    keyspace: Keyspace
+    fleeting: set[str]
+    fanout_topics: dict[str, str]
+
+    @property
+    def session(self) -> TopologySession:
+        """The share of a link that its channels use."""
+
+    def dialler(self) -> Callable[[int], Any]:
+        """Return what makes a connection, not connected, that speaks a protocol, 2 or 3."""
 
 
 class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
     """The part of a channel that declares and publishes."""
 
     supports_fanout = True
-    connection: Transport
+    connection: TopologyTransport
     closed: bool
 
-    def __init__(self, connection: Transport, **kwargs: object) -> None:
+    def __init__(self, connection: TopologyTransport, **kwargs: object) -> None:
         super().__init__(connection, **kwargs)
         self.session = connection.session
         self.link = self.session.link
