@@ -312,7 +312,7 @@ def request_stop(consumer: ConsumerMixin, reason: str = "stop") -> None:
 
 
 class _Alone(AbstractContextManager[list[Any]]):
-    """What kombu's `nested` makes of a single context manager."""
+    """The block that kombu's `nested` makes of a single context manager."""
 
     __slots__ = ("_entered",)
 

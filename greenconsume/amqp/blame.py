@@ -68,7 +68,7 @@ class Suspect(Protocol):
 
 
 class Unconfirmed(Protocol):
-    """What one channel has published and is not confirmed, as it is looked at when its link was lost."""
+    """The messages of one channel that are not confirmed, as they are looked at when its link was lost."""
 
     @property
     def holds_immediate(self) -> bool:

@@ -233,7 +233,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         arguments: _Table | None = None,
         argsig: str = "BsbbbbbF",
     ) -> Any:
-        """As py-amqp's. Remembers the queues that stay while nobody consumes: there one may be paused."""
+        """Declare a queue; remember those that stay while nobody consumes: there one may be paused."""
         declared = super().queue_declare(
             queue, passive, durable, exclusive, auto_delete, nowait, arguments, argsig
         )
@@ -245,7 +245,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         return declared
 
     def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
-        """As py-amqp's; `prefetch_count` holds for the consumers that are started after it."""
+        """Set the prefetch; `prefetch_count` holds for the consumers that are started after it."""
         self.deliveries.prefetch_count = prefetch_count
         if prefetch_size or not self._session.waits.is_setting_up:
             return super().basic_qos(prefetch_size, prefetch_count, a_global)
@@ -265,7 +265,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         on_cancel: Callable[[str], object] | None = None,
         argsig: str = "BssbbbbF",
     ) -> str:
-        """As py-amqp's; deliveries that arrive together with `ConsumeOk` find their callback."""
+        """Consume, as py-amqp's; deliveries that arrive together with `ConsumeOk` find their callback."""
         if nowait and not consumer_tag:
             raise ValueError("Consumer tag must be specified when nowait is True")
         is_bounded = self.deliveries.prefetch_count and not no_ack
@@ -297,7 +297,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         return None if nowait else self.wait(spec.Basic.CancelOk)
 
     def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
-        """As py-amqp's."""
+        """Take one message, as py-amqp's."""
 
         def register(sig: Sig, *args: Any) -> None:
             if sig == spec.Basic.GetOk and not no_ack:
@@ -338,7 +338,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             super().basic_reject(delivery_tag, requeue, argsig)
 
     def basic_recover(self, requeue: bool = False) -> None:
-        """As py-amqp's: the broker takes back everything that is not settled."""
+        """Have the broker take back everything that is not settled."""
         self.send_method(spec.Basic.Recover, "b", (requeue,))
         self.deliveries.recover()
         self._calls.expect(spec.Basic.RecoverOk, self.deliveries.recovered)
@@ -359,7 +359,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         timeout: float | None = None,
         confirm_timeout: float | None = None,
     ) -> None:
-        """As py-amqp's `basic_publish`; waits only while the broker blocks, or `HIGH_WATER` is unsent."""
+        """Publish; wait only while the broker blocks, or `HIGH_WATER` is unsent."""
         self.publisher.publish(msg, exchange, routing_key, mandatory, immediate, timeout)
 
     basic_publish = _basic_publish

@@ -279,7 +279,7 @@ def _write_item(value: Any) -> bytes | None:
 
 
 def _write_wired(value: object) -> bytes | None:
-    """As `_write_item`, for what py-amqp would write as another type, or not at all."""
+    """Do as `_write_item`, for what py-amqp would write as another type, or not at all."""
     if isinstance(value, WireInt):
         return b"%c%b" % (value.letter, _NUMBERS[value.letter].pack(value))
     if isinstance(value, WireFloat) and isfinite(value):

@@ -380,7 +380,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         return error
 
     def on_fork(self) -> None:
-        """In a forked child: let go of the socket without a word to the broker, which is the parent's."""
+        """Let go of the socket, in a forked child, without a word to the broker, which is the parent's."""
         if self.failure is not None or self._transport is None or not self._transport.sock:
             return
         link_socket.leave_to_parent(self._transport)

@@ -45,7 +45,7 @@ def send_at_once(transport: Transport, data: bytes) -> None:
 
 
 def leave_to_parent(transport: Transport) -> None:
-    """In a forked child: let go of the socket without a word to the peer. Never switches."""
+    """Let go of the socket, in a forked child, without a word to the peer. Never switches."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, transport.sock.fileno())  # shutdown() would end the parent's connection
     os.close(null)

@@ -40,7 +40,7 @@ class LinkUser(Protocol):
     """A session, as its link sees it."""
 
     def on_link_lost(self, part: Part) -> None:
-        """The link is gone, and this is what it has to do with it."""
+        """Let go of what went over the link, which is gone."""
         ...
 
     @property

@@ -58,7 +58,7 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
         self.epoch = channel.deliveries.epoch
 
     def ack(self, multiple: bool = False) -> None:
-        """As `kombu.Message.ack`. Never switches."""
+        """Acknowledge, as `kombu.Message.ack`. Never switches."""
         channel: MessageChannel | None = self.channel
         if channel is not None and not multiple and self._state == "RECEIVED":
             # As `_settled_at_once`, without a call for each message.
@@ -70,12 +70,12 @@ class Message(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
             super().ack(multiple=multiple)
 
     def reject(self, requeue: bool = False) -> None:
-        """As `kombu.Message.reject`. Never switches."""
+        """Reject, as `kombu.Message.reject`. Never switches."""
         if not self._settled_stale("REJECTED"):
             super().reject(requeue=requeue)
 
     def requeue(self) -> None:
-        """As `kombu.Message.requeue`. Never switches."""
+        """Requeue, as `kombu.Message.requeue`. Never switches."""
         if not self._settled_stale("REQUEUED"):
             super().requeue()
 

@@ -117,7 +117,7 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
     def drain_events(
         self, connection: Session, timeout: float | None = None, stop: StopSignal | None = None
     ) -> None:
-        """As `Session.drain_events`; see `turns` for who drains several connections in turn."""
+        """Do as `Session.drain_events`; see `turns` for who drains several connections in turn."""
         if stop is None:
             turns.drain(connection, timeout)
         else:

@@ -309,7 +309,7 @@ class Engine:
         return guarded
 
     def _leave(self, conn: Connection) -> None:
-        """The handlers were drained: from here on every wait for the broker has one deadline."""
+        """Give every wait for the broker one deadline, once the handlers were drained."""
         self.session = None
         stopped = self.life.stop.is_set()
         self.life.enter(ConsumerState.DRAINING if stopped else ConsumerState.CONNECTING)

@@ -150,7 +150,7 @@ class Drain:
         self._descent = None
 
     def finish(self) -> None:
-        """The consumer stops: wait for handlers that a lost link left running, and tell how it went.
+        """Wait for handlers that a lost link left running, as the consumer stops, and tell how it went.
 
         Switches: yes, if one runs.
         """
@@ -172,7 +172,7 @@ class Drain:
         return Outcome(self.finished, handling.given_back, handling.cancelled, self.killed)
 
     def abandon(self) -> None:
-        """The consumer was killed: its handlers are, too; their messages are left to the broker."""
+        """Kill the handlers with their consumer, and leave their messages to the broker."""
         self._handling.retire()
         for job in self._handling.running():
             if not job.killed and job.greenlet is not gevent.getcurrent():

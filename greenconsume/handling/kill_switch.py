@@ -93,7 +93,7 @@ class Switch:
         life.leave_by(self.leave)
 
     def close(self) -> None:
-        """The consumer has ended. Never switches."""
+        """Let go of the consumer, which has ended. Never switches."""
         self._life.stop.unlink(self.leave.set)
         self._life.leave_by(None)
 
@@ -118,7 +118,7 @@ class Switch:
         self._tell(self._failed, len(self._last))
 
     def pause(self) -> float | None:
-        """The consumer has left its loop: return the seconds that it is to wait; None: it goes on."""
+        """Return the seconds that the consumer, which has left its loop, is to wait; None: it goes on."""
         if self.half_open and not self._outcome:
             if self._outcome is False:
                 self._reset()
@@ -131,7 +131,7 @@ class Switch:
         return self._settings.pause * random.uniform(1, 1 + _JITTER)
 
     def resume(self) -> None:
-        """The wait is over. Never switches."""
+        """Have the consumer come back after its wait. Never switches."""
         if not self._life.stop.is_set():
             self.leave.clear()
 
@@ -141,7 +141,7 @@ class Switch:
         return 1 if self.half_open else None
 
     def wait_out(self, stopping: StopCheck) -> None:
-        """The consumer has left its loop: wait, if the switch has tripped, until it is to come back.
+        """Wait, if the switch has tripped, until the consumer is to come back to its loop.
 
         Args:
             stopping: Tells whether the consumer stops; asked now and then where no signal says it.

@@ -363,7 +363,7 @@ class Link(Calls):
     # -- forks ----------------------------------------------------------------------------------------------
 
     def on_fork(self) -> None:
-        """In a forked child: let go of the socket without a word to the server, which is the parent's."""
+        """Let go of the socket, in a forked child, without a word to the server, which is the parent's."""
         if self.failure is not None or self._sock is None:
             return
         null = os.open(os.devnull, os.O_RDWR)

@@ -41,7 +41,7 @@ class HeldMessage(virtual.Message):  # type: ignore[misc]  # kombu is untyped
     _state: Any
 
     def ack(self, multiple: bool = False) -> None:
-        """As `kombu.Message.ack`. Never switches."""
+        """Acknowledge, as `kombu.Message.ack`. Never switches."""
         channel = self.channel
         if multiple or self._state != "RECEIVED" or channel is None or channel.no_ack_consumers:
             super().ack(multiple=multiple)
