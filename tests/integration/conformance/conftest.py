@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from kombu import Connection
 
 from tests.brokers import client_tls
 from tests.integration.consumers import green_connection
+from tests.postgres_server import PostgresServer
 from tests.servers import MissingServerError, missing
 
 #: Those that wake a consumer, and those that a consumer polls.
 GREEN = ("amqp", "amqps", "redis", "redis8", "valkey8", "memory")
-POLLED = ("filesystem", "sqlalchemy")
+POLLED = ("filesystem", "sqlalchemy", "postgresql")
 
 _MARKS = {
     "amqp": (pytest.mark.rabbitmq,),
@@ -23,6 +25,17 @@ _MARKS = {
     "redis8": (pytest.mark.redis,),
     "valkey8": (pytest.mark.redis,),
 }
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """The private PostgreSQL of this run."""
+    try:
+        server = PostgresServer()
+    except MissingServerError as exc:
+        missing(exc)
+    with closing(server):
+        yield server
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=_MARKS.get(kind, ())) for kind in GREEN + POLLED])
@@ -49,6 +62,9 @@ def _url(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
     if kind == "sqlalchemy":
         pytest.importorskip("sqlalchemy")
         return f"sqla+sqlite:///{folder}/queues.db"
+    if kind == "postgresql":
+        postgres = request.getfixturevalue("postgres")
+        return f"sqla+{postgres.url(postgres.fresh_database())}"
     if kind == "amqp":
         return str(request.getfixturevalue("amqp_url"))
     try:
