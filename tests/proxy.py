@@ -45,6 +45,7 @@ class Proxy:
         self.connection_count = 0
         self.bytes_to_client = 0
         self.bytes_to_server = 0
+        self._recorded: dict[int, bytearray] | None = None
         self._pairs: set[_Pair] = set()
         self._flowing = {direction: Event() for direction in DIRECTIONS}
         self._latency = 0.0
@@ -58,6 +59,11 @@ class Proxy:
     def open_count(self) -> int:
         """How many clients are connected now."""
         return len(self._pairs)
+
+    def record(self) -> dict[int, bytearray]:
+        """Return what clients send from now on, by their number in the order of their coming, from 1 on."""
+        self._recorded = recorded = {}
+        return recorded
 
     def accept(self) -> None:
         """Listen again, after `refuse`."""
@@ -121,13 +127,14 @@ class Proxy:
 
     def _serve(self, client: socket.socket, address: object) -> None:
         self.connection_count += 1
+        number = self.connection_count
         try:
             server = socket.create_connection(self._target, 10.0)
         except OSError:
             _reset(client)
             return
         server.settimeout(None)
-        pair = _Pair(client, server)
+        pair = _Pair(client, server, number)
         self._pairs.add(pair)
         pair.pumps = [gevent.spawn(self._pump, pair, direction) for direction in DIRECTIONS]
         pair.dropped.wait()
@@ -136,6 +143,8 @@ class Proxy:
         source, sink = pair.route(direction)
         try:
             while data := source.recv(CHUNK_SIZE):
+                if direction == "to_server" and self._recorded is not None:
+                    self._recorded.setdefault(pair.number, bytearray()).extend(data)
                 self._flowing[direction].wait()
                 if self._latency:
                     gevent.sleep(self._latency)
@@ -196,7 +205,8 @@ def _reroute(url: str, port: int) -> tuple[str, tuple[str, int]]:
 class _Pair:
     """One client's connection and the one to the server that was made for it."""
 
-    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+    def __init__(self, client: socket.socket, server: socket.socket, number: int) -> None:
+        self.number = number
         self.client = client
         self.server = server
         self.pumps: list[gevent.Greenlet] = []

@@ -298,5 +298,101 @@ def test_children_that_exit_as_users_let_them_harm_nobody(rabbitmq, amqp_url, qu
     assert rabbitmq.connection_count(amqp_url) == 0
 
 
+SILENT = """
+import sys, greenconsume
+greenconsume.patch_all()
+import os, gevent
+from gevent import monkey
+from gevent.event import Event
+from kombu import Connection, Queue
+from greenconsume import ConsumerMixin, Publisher, Runtime, spawn
+
+broker, name = sys.argv[1:]
+waitpid = monkey.get_original("os", "waitpid")
+
+class Forking(ConsumerMixin):
+    def __init__(self, connection):
+        self.connection = connection
+
+    def get_consumers(self, Consumer, channel):
+        return [Consumer([Queue(name)], callbacks=[self.on_message], prefetch_count=5)]
+
+    def on_message(self, body, message):
+        message.ack()  # it is still to be written when the process forks
+        if body == "fork":
+            publisher.publish_nowait("of the parent", name)  # and so is this
+            fork()
+        if body == "of the parent":
+            done.set()
+
+def fork():
+    print("forks", flush=True)
+    os.read(0, 1)  # natively, as all in here: the parent sends nothing until it is told to
+    pid = os.fork()
+    if pid == 0:
+        use_everything()
+        sys.exit(0)  # as a user would: finalizers, atexit and `with` blocks run
+    waitpid(pid, 0)
+    print("the child is gone", flush=True)
+    os.read(0, 1)
+
+def use_everything():
+    for use in (runtime.stop, runtime.kill, runtime.join, runtime.start, publisher.close, connection.release,
+                lambda: publisher.publish(1, name), lambda: publisher.publish_nowait(1, name),
+                single.stop):
+        try:
+            use()
+        except Exception as exc:
+            print(type(exc).__name__, flush=True)
+    gevent.sleep(1.3)  # longer than between two heartbeats
+
+done = Event()
+connection = Connection(broker, heartbeat=2)
+runtime = Runtime(connection)
+runtime.spawn(Forking)
+publisher = Publisher(Connection(broker, heartbeat=2))
+single = spawn(Forking(Connection(broker, heartbeat=2)))
+with publisher, runtime:
+    single.ready.wait()
+    publisher.publish("first", name)
+    publisher.publish("fork", name)
+    done.wait()
+    single.stop()
+    single.join()
+print("the parent is well", flush=True)
+"""
+
+
+def test_a_child_sends_no_byte_over_its_parents_sockets(proxy, amqp_url, queue_name, tmp_path):
+    """HAZARDS row 23: a handler forks while an acknowledgement and a message are still to be written.
+
+    The parent waits natively as long as the child lives, so whatever comes is the child's: of its links, of
+    its copies of a runtime, a publisher and a consumer, or of their heartbeats.
+    """
+    script, log = tmp_path / "silent.py", tmp_path / "out"
+    script.write_text(SILENT)
+    command = [sys.executable, str(script), proxy.url, queue_name]
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+        ) as parent,
+    ):
+        assert parent.stdin is not None
+        wait_until(lambda: "forks" in log.read_text(), 30.0)
+        gevent.sleep(0.3)  # what is under way arrives
+        known, recorded = proxy.connection_count, proxy.record()
+        assert known == 3
+        os.write(parent.stdin.fileno(), b"1")
+        wait_until(lambda: "the child is gone" in log.read_text(), 30.0)
+        gevent.sleep(0.3)
+        assert recorded == {}, log.read_text()
+        os.write(parent.stdin.fileno(), b"2")
+        assert parent.wait(30) == 0, log.read_text()
+    assert "the parent is well" in log.read_text()
+    assert log.read_text().count("ForkedError") == 6, log.read_text()
+    assert queue_depth(amqp_url, queue_name) == 0
+
+
 def test_forked_errors_say_what_to_do():
     assert "after the fork" in str(ForkedError("a broker link"))

@@ -156,6 +156,33 @@ def test_what_was_started_before_the_fork_does_not_consume_in_the_arbiter(
     assert "Traceback" not in server.log
 
 
+def test_a_worker_sends_no_byte_over_what_the_arbiter_has_published_with(
+    tmp_path, proxy, amqp_url, queue_name, start
+):
+    """HAZARDS row 23: neither its requests nor its end; its own runtime has a connection of its own."""
+    declare(amqp_url, queue_name)
+    (tmp_path / "eager.py").write_text(
+        "from gevent import monkey; monkey.patch_all()\n"
+        f"{SECOND}publisher.publish('of the arbiter', {queue_name!r})\n"
+    )
+    server = start(
+        f"preload_app = True\npythonpath = {str(tmp_path)!r}\nwsgi_app = 'eager:app'\n"
+        "post_worker_init = consumers('eager:runtime')\n",
+        app=None,
+        BROKER=proxy.url,
+    )
+    wait_until(lambda: server.count("finished") == 1)
+    server.wait_serving()
+    recorded = proxy.record()
+    status, said = server.get(f"/publish?{queue_name}")
+    assert status == 503
+    assert said.startswith("ForkedError: this Publisher was used in another process before")
+    (worker,) = server.workers
+    server.signal(signal.SIGTERM, worker)
+    wait_until(lambda: worker not in server.workers)
+    assert recorded.keys() == {2}  # the worker's own, which it closed
+
+
 def test_what_was_imported_before_the_worker_patched_is_mended(amqp_url, queue_name, start):
     """HAZARDS row 10: a gunicorn.conf.py that imports kombu does so in the arbiter."""
     server = start("from kombu import Exchange\nimport kombu.transport.pyamqp\n")
