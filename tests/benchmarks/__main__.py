@@ -1,4 +1,4 @@
-"""Runs the benchmarks against a private RabbitMQ, and prints tables and a chart; see `--help`.
+"""Runs the benchmarks against a private RabbitMQ and a Redis, and prints tables and a chart; see `--help`.
 
 Each figure is measured in a process of its own, greenconsume and its peers in turn, several times over;
 the tables show medians and ranges. Run it with `tox -e bench`, or `python tests/patched.py tests.benchmarks`.
@@ -24,9 +24,12 @@ import psutil
 import greenconsume
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.chart import bars, svg
+from tests.benchmarks.grounds import Databases, VirtualHosts
+from tests.benchmarks.redis_rows import redis_rows
 from tests.benchmarks.report import Measured, report
-from tests.benchmarks.rows import rows
+from tests.benchmarks.rows import Row, rows
 from tests.brokers import RabbitMQ
+from tests.redis_server import RedisServer
 
 PACKAGES = (
     *("kombu", "amqp", "gevent", "greenlet"),
@@ -71,15 +74,17 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         broker = RabbitMQ(folder)
         with closing(broker):
             broker.start()
-            bench = Bench(broker, folder, given.scale)
-            measured = run(bench, given)
-            named = dict(versions(broker, bench))
+            bench = Bench(VirtualHosts(broker), folder, given.scale)
+            with closing(RedisServer(folder)) as server:
+                on_redis = Bench(Databases(server), folder, given.scale)
+                measured = run([*rows(bench), *redis_rows(on_redis)], given)
+                named = dict(versions(broker, bench, server))
     return {"machine": machine(), "versions": named, "runs": given.runs, "rows": measured}
 
 
-def run(bench: Bench, given: argparse.Namespace) -> list[Measured]:
+def run(all_rows: list[Row], given: argparse.Namespace) -> list[Measured]:
     """Measure all rows that are asked for in turn, and that as often as is asked for."""
-    chosen = [row for row in rows(bench) if given.only in f"{row[0]}: {row[1]}"]
+    chosen = [row for row in all_rows if given.only in f"{row[0]}: {row[1]}"]
     measured: list[Measured] = [{"group": row[0], "who": row[1], "runs": []} for row in chosen]
     for number in range(given.runs):
         for (group, who, of), kept in zip(chosen, measured, strict=True):
@@ -87,16 +92,17 @@ def run(bench: Bench, given: argparse.Namespace) -> list[Measured]:
             while given.wait and psutil.cpu_percent(1.0) > IDLE_PERCENT:
                 pass
             try:
-                kept["runs"].append(bench.run(of))
+                kept["runs"].append(of())
             except subprocess.SubprocessError as exc:  # the others are not lost with it
                 print(f"failed: {exc}", file=sys.stderr)
     return measured
 
 
-def versions(broker: RabbitMQ, bench: Bench) -> Iterator[tuple[str, str]]:
+def versions(broker: RabbitMQ, bench: Bench, server: RedisServer) -> Iterator[tuple[str, str]]:
     """Name everything that has a part in the figures."""
     yield "Python", platform.python_version()
     yield "RabbitMQ", broker.eval("rabbit_misc:version()").strip('"')
+    yield "Redis", ".".join(map(str, server.version))
     if library := bench.limit_version():
         yield "librabbitmq", library
     yield "greenconsume", greenconsume.__version__

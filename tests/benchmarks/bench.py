@@ -10,11 +10,15 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from statistics import median, quantiles
+from time import monotonic
 from typing import Any
 
+import psutil
+from kombu.utils.url import parse_url
+
+from tests.benchmarks.grounds import Ground
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.tap import AckTap
-from tests.brokers import RabbitMQ
 from tests.servers import HOST
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +26,7 @@ TREE = HERE.parent.parent
 PATCHED = HERE.parent / "patched.py"
 
 QUEUE = "bench"
+PEERS_MODULE = "tests.benchmarks.peers"
 
 #: Seconds that one measurement may take before it counts as failed.
 TIMEOUT = 300.0
@@ -32,27 +37,31 @@ Options = dict[str, Any]
 
 
 class Bench:
-    """Runs measurements, each in a process of its own and with a fresh virtual host.
+    """Runs measurements, each in a process of its own and in a fresh place of a server.
 
     Args:
-        broker: The broker, which runs.
+        ground: The server, which runs.
         folder: Where to build the C client.
         scale: A factor on the message counts.
     """
 
-    def __init__(self, broker: RabbitMQ, folder: Path, scale: float) -> None:
-        self._broker = broker
+    def __init__(self, ground: Ground, folder: Path, scale: float) -> None:
+        self._ground = ground
         self._program = folder / "limit"
         self._scale = scale
-        self._vhost = "/"
+        self._url = ""
 
-    def run(self, measure: Measure) -> Figures:
-        """Measure once; what it leaves in the broker goes with its virtual host."""
-        self._vhost = self._broker.add_vhost()
-        try:
-            return measure()
-        finally:
-            self._broker.delete_vhost(self._vhost)
+    def _fresh(self, measure: Measure) -> Measure:
+        """Return what measures in a place of its own; what it leaves there goes with it."""
+
+        def measured() -> Figures:
+            self._url = self._ground.add()
+            try:
+                return measure()
+            finally:
+                self._ground.drop(self._url)
+
+        return measured
 
     # -- what can be measured -----------------------------------------------------------------------
 
@@ -72,12 +81,39 @@ class Bench:
                 self._feed({**given, "messages": 0})
             return _figures(_worker(given))
 
-        return run
+        return self._fresh(run)
+
+    def waiters(self, who: str, count: int, **options: Any) -> Measure:
+        """Return what measures the server's CPU while many processes wait for one queue."""
+
+        def run() -> Figures:
+            given = self._given(measure="wait", mixin=who.partition(".")[0], prefetch=1, **options)
+            command = _plain("brpop", given) if who == "BRPOP" else _worker(given)
+            processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+            try:
+                for process in processes:
+                    assert process.stdout is not None
+                    process.stdout.readline()
+                return self._server_cpu(given)
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.communicate()
+
+        return self._fresh(run)
+
+    def _server_cpu(self, given: Options) -> Figures:
+        server = psutil.Process(self._ground.pid)
+        began, before = monotonic(), server.cpu_times()
+        fed = json.loads(subprocess.check_output(_feeder(given), text=True))["fed"]
+        after, passed = server.cpu_times(), monotonic() - began
+        used = after.user + after.system - before.user - before.system
+        return {"server_cpu_percent": used / passed * 100, "fed": fed / given["rate"]}
 
     def peer(self, who: str, **options: Any) -> Measure:
         """Return what measures a peer."""
         peer = PEERS[who]
-        command = _patched("tests.benchmarks.peers") if peer.patched else _plain()
+        command = _patched(PEERS_MODULE) if peer.patched else [sys.executable, "-m", PEERS_MODULE]
         # Where the tree is kept off the path, as for tests of the wheel; a peer has no use for that.
         env = {**os.environ, "PYTHONPATH": str(TREE), "PYTHONWARNINGS": "ignore"}
 
@@ -86,7 +122,7 @@ class Bench:
             self._feed({**given, "kind": peer.kind})
             return _figures([*command, json.dumps({**given, "queue": f"{QUEUE}.0"})], env=env)
 
-        return run
+        return self._fresh(run)
 
     def limit(self, messages: int, prefetch: int) -> Measure:
         """Return what measures the C client."""
@@ -95,10 +131,11 @@ class Bench:
             self._compile()
             given = self._given(messages=messages)
             self._feed(given)
-            address = [HOST, str(self._broker.port), self._vhost, f"{QUEUE}.0"]
+            vhost = parse_url(self._url)["virtual_host"]
+            address = [HOST, str(self._ground.port), vhost, f"{QUEUE}.0"]
             return _figures([str(self._program), *address, str(prefetch), str(given["messages"])])
 
-        return run
+        return self._fresh(run)
 
     def limit_version(self) -> str:
         """Return the version of the C client's library, or nothing where it is not to be had."""
@@ -116,7 +153,7 @@ class Bench:
     # -- how ----------------------------------------------------------------------------------------
 
     def _given(self, **options: Any) -> Options:
-        given = {"url": self._broker.url(self._vhost), "queue": QUEUE, **options}
+        given = {"url": self._url, "queue": QUEUE, **options}
         if "messages" in given:
             given["messages"] = max(1000, int(given["messages"] * self._scale) // 1000 * 1000)
         return given
@@ -130,8 +167,8 @@ class Bench:
         return {**lines, "fed": fed}
 
     def _tapped(self, given: Options) -> Figures:
-        with closing(AckTap(self._broker.port)) as tap:
-            through = given["url"].replace(f":{self._broker.port}/", f":{tap.port}/")
+        with closing(AckTap(self._ground.port)) as tap:
+            through = given["url"].replace(f":{self._ground.port}/", f":{tap.port}/")
             acked, fed = _feed_meanwhile({**given, "url": through})
             delays = [(tap.seen(tag) - at) * 1000 for at, tag in acked]
         return {"p50_ms": median(delays), "p99_ms": quantiles(delays, n=100)[98], "fed": fed}
@@ -162,7 +199,8 @@ def _figures(command: list[str], **options: Any) -> Figures:
 
 def _feeder(given: Options) -> list[str]:
     queues = {"queues": given.get("consumers", 1)}
-    return [sys.executable, str(HERE / "feeder.py"), json.dumps({**given, **queues})]
+    name = "redis_feeder" if given["url"].startswith("redis:") else "feeder"
+    return _plain(name, {**given, **queues})
 
 
 def _worker(given: Options) -> list[str]:
@@ -173,5 +211,5 @@ def _patched(module: str) -> list[str]:
     return [sys.executable, str(PATCHED), module]
 
 
-def _plain() -> list[str]:
-    return [sys.executable, "-m", "tests.benchmarks.peers"]
+def _plain(name: str, given: Options) -> list[str]:
+    return [sys.executable, str(HERE / f"{name}.py"), json.dumps(given)]

@@ -143,9 +143,13 @@ def run_dramatiq(options: Options, meter: Meter) -> None:
     from time import sleep
 
     import dramatiq
-    from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-    broker = RabbitmqBroker(url=options["url"])
+    if options["url"].startswith("redis:"):
+        from dramatiq.brokers.redis import RedisBroker as Broker
+    else:
+        from dramatiq.brokers.rabbitmq import RabbitmqBroker as Broker
+
+    broker = Broker(url=options["url"])
     dramatiq.set_broker(broker)
 
     @dramatiq.actor(actor_name="bench", queue_name=options["queue"])

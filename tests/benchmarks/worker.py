@@ -190,6 +190,15 @@ def latency(options: Options) -> dict[str, float]:
     return {"p50_ms": median(delays) * 1000, "p99_ms": quantiles(delays, n=100)[98] * 1000}
 
 
+def wait(options: Options) -> None:
+    """Consume until it is killed: one of many that wait for a queue."""
+
+    def on_task(body: Any, message: Any) -> None:
+        message.ack()
+
+    run(options, class_of(options, on_task, say_ready), Event())
+
+
 def acks(options: Options) -> list[tuple[float, int]]:
     """When, and with which tag, the callback acked the last message of each burst."""
     acked: list[tuple[float, int]] = []
@@ -302,7 +311,7 @@ def one_each(options: Options, delivered: Event) -> float:
 
 MEASURES: dict[str, Callable[[Options], object]] = {
     measure.__name__: measure
-    for measure in (consume, pool, handlers, bound, latency, acks, publish, idle)
+    for measure in (consume, pool, handlers, bound, latency, wait, acks, publish, idle)
 }
 
 if __name__ == "__main__":
