@@ -61,6 +61,7 @@ __all__ = [
     "DeadLetters",
     "HandlerTimeout",
     "KillSwitch",
+    "LinkPool",
     "NackedError",
     "Publication",
     "PublishError",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from greenconsume.handling.kill_switch import KillSwitch
     from greenconsume.handling.options import ConsumerOptions
     from greenconsume.handling.wrapping import CurrentHandler, current_handler
+    from greenconsume.links.pool import LinkPool
     from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
     from greenconsume.patching import patch_all, require_patched
     from greenconsume.publishing.publication import Publication
@@ -124,6 +126,7 @@ else:
         "DeadLetters": "failures.dead_letters",
         "HandlerTimeout": "errors",
         "KillSwitch": "handling.kill_switch",
+        "LinkPool": "links.pool",
         "NackedError": "errors",
         "Publication": "publishing.publication",
         "PublishError": "errors",

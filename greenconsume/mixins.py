@@ -10,11 +10,9 @@ What connects, receives and drains is `consuming`: on these classes stand kombu'
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from kombu import Connection, Message, Producer
@@ -22,12 +20,12 @@ from kombu import mixins as kombu_mixins
 from kombu.common import ignore_errors
 from kombu.utils.compat import nested
 from kombu.utils.encoding import safe_repr
-from kombu.utils.limits import TokenBucket
 
 from greenconsume.amqp import blame
 from greenconsume.amqp.transport import LinkLostError
 from greenconsume.consuming.connecting import Attempt
 from greenconsume.consuming.engine import ensure_engine, ensure_lifecycle
+from greenconsume.consuming.lighter import Alone, RestartLimit
 from greenconsume.consuming.receiving import Loop
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.stopping import StopCheck, StopSignal
@@ -229,7 +227,7 @@ class ConsumerMixin(_KombuConsumer):
         self, *consumers: AbstractContextManager[object]
     ) -> AbstractContextManager[Any]:
         if len(consumers) == 1:  # nearly always, and kombu's takes six times the memory
-            return _Alone(consumers[0])
+            return Alone(consumers[0])
         entered: AbstractContextManager[Any] = nested(*consumers)
         return entered
 
@@ -248,7 +246,7 @@ class ConsumerMixin(_KombuConsumer):
     @cached_property
     def restart_limit(self) -> Any:
         """The token bucket that `run` draws from; one token a second."""
-        return _RestartLimit(1)
+        return RestartLimit(1)
 
     @cached_property
     def connection_errors(self) -> tuple[type[BaseException], ...]:
@@ -309,35 +307,6 @@ def request_stop(consumer: ConsumerMixin, reason: str = "stop") -> None:
             consumer.should_stop = True
         except AttributeError:
             pass  # a property without a setter; the signal is heard all the same
-
-
-class _Alone(AbstractContextManager[list[Any]]):
-    """The block that kombu's `nested` makes of a single context manager."""
-
-    __slots__ = ("_entered",)
-
-    def __init__(self, entered: Any) -> None:
-        self._entered = entered
-
-    def __enter__(self) -> list[Any]:
-        return [self._entered.__enter__()]
-
-    def __exit__(self, *error: object) -> Any:
-        return self._entered.__exit__(*error)
-
-
-class _RestartLimit(TokenBucket):  # type: ignore[misc]  # kombu is untyped
-    """A token bucket without the queue that kombu's brings along and `run` never uses: 600 bytes each."""
-
-    def __init__(self, fill_rate: float, capacity: int = 1) -> None:
-        self.fill_rate, self.capacity = float(fill_rate), float(capacity)
-        self.timestamp = monotonic()
-        self._tokens = capacity
-
-    @cached_property
-    def contents(self) -> deque[Any]:
-        """The queue, for whoever does use it."""
-        return deque()
 
 
 # -- outside the classes, whose names are kombu's and their users' ----------------------------------

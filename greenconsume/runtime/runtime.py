@@ -152,14 +152,12 @@ class Runtime:
         """Start every consumer, and wait until each consumes, or is known to stand by.
 
         One stands by while another has its queue for itself: see `Child.state`. A broker that cannot be
-        reached is waited for. A stop ends the wait, and `start` returns.
+        reached is waited for. A stop ends the wait, and `start` returns. It raises with nothing left running.
 
         Raises:
-            BrokerRefusedError: The broker refused the connection. Nothing is left running.
-            ConsumerRefusedError: The broker refuses what a consumer declares, as it is there already with
-                other properties. Nothing is left running.
-            Exception: What a class or factory raised, or the error of a consumer that was given up while
-                it started. Nothing is left running.
+            BrokerRefusedError: The broker refused the connection.
+            ConsumerRefusedError: The broker refuses what a consumer declares, and has it otherwise.
+            Exception: What a class or factory raised, or that for which a consumer was given up meanwhile.
             AlreadyRunningError: The runtime runs, or has not finished stopping.
             NotPatchedError: The process is not patched by gevent.
             ForkedError: The runtime was started in another process.

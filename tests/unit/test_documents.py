@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import greenconsume
+from greenconsume import errors
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("greenconsume", "tests") for path in (ROOT / folder).rglob("*.py")]
@@ -69,6 +70,8 @@ def test_the_files_that_a_document_names_exist(document: Path):
 def test_every_public_name_is_in_the_reference():
     text = (ROOT / "docs" / "reference.md").read_text()
     assert [name for name in greenconsume.__all__ if f"`greenconsume.{name}`" not in text] == []
+    raised = [name for name, found in vars(errors).items() if isinstance(found, type)]
+    assert [name for name in raised if not re.search(rf"`(greenconsume\.)?{name}`", text)] == []
 
 
 def test_the_newcomers_path_is_short_and_its_files_exist():

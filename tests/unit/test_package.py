@@ -37,6 +37,7 @@ PUBLIC = {
     "DeadLetters",
     "HandlerTimeout",
     "KillSwitch",
+    "LinkPool",
     "NackedError",
     "Publication",
     "PublishError",
