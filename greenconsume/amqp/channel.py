@@ -233,15 +233,12 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         arguments: _Table | None = None,
         argsig: str = "BsbbbbbF",
     ) -> Any:
-        """Declare a queue; remember those that stay while nobody consumes: there one may be paused."""
+        """Declare a queue; remember what matters to its consumers, as `DeclaredQueues` has it."""
         declared = super().queue_declare(
             queue, passive, durable, exclusive, auto_delete, nowait, arguments, argsig
         )
-        wanted = arguments or {}
-        # A single active consumer hands on to another, while messages are still here.
-        goes = auto_delete or "x-expires" in wanted or "x-single-active-consumer" in wanted
-        if not (goes or passive):
-            self._calls.link.lasting_queues.add(queue)
+        if not passive:
+            self._calls.link.declared.note(queue, auto_delete, arguments or {})
         return declared
 
     def basic_qos(self, prefetch_size: int, prefetch_count: int, a_global: bool) -> Any:
@@ -269,8 +266,9 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         if nowait and not consumer_tag:
             raise ValueError("Consumer tag must be specified when nowait is True")
         is_bounded = self.deliveries.prefetch_count and not no_ack
-        can_pause = not (is_bounded or exclusive) and queue in self._calls.link.lasting_queues
-        is_stream = "x-stream-offset" in (arguments or {})
+        known = self._calls.link.declared
+        can_pause = not (is_bounded or exclusive) and queue in known.lasting
+        is_stream = "x-stream-offset" in (arguments or {}) or queue in known.streams
 
         def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)

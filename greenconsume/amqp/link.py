@@ -27,6 +27,7 @@ from greenconsume.amqp import blame, link_socket
 from greenconsume.amqp.blame import LinkLostError as LinkLostError
 from greenconsume.amqp.blame import Part, Verdict
 from greenconsume.amqp.channel_ids import CHANNEL_MAX, ChannelIds
+from greenconsume.amqp.declared import DeclaredQueues
 from greenconsume.amqp.frames import Sig, encode_content, encode_method
 from greenconsume.amqp.heartbeats import beat
 from greenconsume.amqp.link_reader import LinkReader
@@ -64,7 +65,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         failure: Why the link ended; None while it has not.
         over: Set once the link has ended.
         sessions: Who shares it.
-        lasting_queues: Queues that were declared over it and are not deleted when unused.
+        declared: What is known of the queues that were declared over it.
         last_read: When the reader last read something (`time.monotonic`).
         last_write: When the writer last wrote something.
     """
@@ -96,7 +97,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.uri = ""
         self.failure: BaseException | None = None
         self.sessions: set[LinkUser] = set()
-        self.lasting_queues: set[str] = set()
+        self.declared = DeclaredQueues()
         self._ids = ChannelIds()
         self._settling: list[TakesDeliveries] = []
         self._outgoing = Outgoing()

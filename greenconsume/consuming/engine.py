@@ -302,9 +302,9 @@ class Engine:
         self.queues = tuple(queues)
         self.fleeting_queues = tuple(name for name, fleeting in queues.items() if fleeting)
         for consumer in guarded:
+            handling.fit_prefetch(consumer)
             accept = self._streams.fit(consumer, handling.recoverer)
             consumer._receive_callback = Handler(consumer, handling, accept)
-            handling.fit_prefetch(consumer)
             fit_switch(consumer, self._switch)
         return guarded
 

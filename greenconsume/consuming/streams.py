@@ -1,13 +1,16 @@
 """Owns where one consumer stands in the streams that it reads, over all its connections.
 
 A stream gives nothing back, so what was not settled when a link was lost has to be asked for: the consumer
-goes on at its first unsettled message, not where the user had it begin. It sends nothing. Called by `engine`.
+goes on at its first unsettled message, not where the user had it begin; one that has got nothing yet goes on
+at the time at which it began. It sends nothing. Called by `engine`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import Any
 
 from kombu import Consumer, Message
@@ -16,10 +19,12 @@ from greenconsume.failures.message_copy import keep_wire_form
 from greenconsume.failures.recoverer import Recoverer
 from greenconsume.failures.streams import OFFSET, is_stream
 
+logger = logging.getLogger("greenconsume.consuming")
+
 Accept = Callable[[Any, Any, Any], bool]
 
-#: RabbitMQ begins here where nothing is said.
-_DEFAULT_OFFSET = "next"
+#: RabbitMQ begins here where nothing is said: at what is published from now on.
+_NEXT = "next"
 #: The states of a kombu message that is dealt with; one that was given back comes again.
 _SETTLED = frozenset({"ACK", "REJECTED"})
 
@@ -44,9 +49,14 @@ class StreamPlaces:
         for queue in streams:
             arguments = dict(queue.consumer_arguments or {})
             place = self._places.setdefault(queue.name, _Place())
-            begins = arguments.get(OFFSET, _DEFAULT_OFFSET)
-            arguments[OFFSET] = place.resume(begins)
+            arguments[OFFSET] = place.resume(arguments.get(OFFSET, _NEXT))
             queue.consumer_arguments = arguments
+            logger.info(
+                "reads the stream %s from %s on, with a prefetch of %s",
+                queue.name,
+                arguments[OFFSET],
+                getattr(consumer.channel, "prefetch_count", None),
+            )
         return self._accepting(recoverer) if streams else None
 
     def _accepting(self, recoverer: Recoverer) -> Accept:
@@ -72,11 +82,12 @@ class StreamPlaces:
 class _Place:
     """The messages of one stream that are in hand, in their order, and what lies behind them."""
 
-    __slots__ = ("_in_hand", "_next")
+    __slots__ = ("_began", "_in_hand", "_next")
 
     def __init__(self) -> None:
         self._in_hand: deque[tuple[int, Any]] = deque()
         self._next: int | None = None
+        self._began: datetime | None = None
 
     def note(self, offset: int, message: Message) -> None:
         """Note a message that has come."""
@@ -89,7 +100,14 @@ class _Place:
         if self._in_hand:
             self._next = self._in_hand[0][0]
             self._in_hand.clear()  # they come again
-        return begins if self._next is None else self._next
+        if self._next is not None:
+            return self._next
+        if begins != _NEXT:
+            return begins
+        # By then the broker would skip what came while the link was away. Its clock has whole seconds, and
+        # its chunks several messages: one or the other may come that is older, and none is missed.
+        began, self._began = self._began, self._began or datetime.now(timezone.utc)
+        return began or begins
 
     def _leave_behind(self) -> None:
         while self._in_hand and self._in_hand[0][1]._state in _SETTLED:

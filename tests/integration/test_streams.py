@@ -11,7 +11,7 @@ from kombu import Queue
 from greenconsume import ConsumerOptions, Reject, Requeue, Retry, Runtime, spawn
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import HandlerFailed, LinkDown
-from tests.integration.consumers import SOON, Recorder, consuming, observed
+from tests.integration.consumers import SOON, Recorder, consuming, green_connection, observed
 from tests.messages import declare, publish, queue_depth
 from tests.waiting import wait_until
 
@@ -110,6 +110,20 @@ def test_a_reader_goes_on_behind_what_it_has_settled(
     assert sorted(reader.bodies) == list(range(30))
 
 
+@pytest.mark.parametrize("offset", ["next", None])
+def test_a_reader_that_has_got_nothing_skips_no_outage(proxy, amqp_url, stream, offset):
+    """HAZARDS row 37: `next` is what comes from the first subscription on, not from the latest."""
+    reader = Reader(proxy.url, stream, offset)
+    with observed(LinkDown) as lost, consuming(reader):
+        proxy.refuse()
+        proxy.cut()
+        wait_until(lambda: lost, SOON)
+        publish(amqp_url, stream, ["while it was away"])
+        proxy.accept()
+        reader.wait_for(1)
+    assert set(reader.bodies) == {"while it was away"}
+
+
 def test_what_was_not_settled_comes_again(rabbitmq, amqp_url, stream):
     class Forgetful(Reader):
         def on_task(self, body: Any, message: Any) -> None:
@@ -140,3 +154,28 @@ def test_a_prefetch_is_set_where_the_user_sets_none(amqp_url, stream):
     reader.consumer_options = {}
     with consuming(reader):
         assert reader.wait_for(500) == list(range(500))
+
+
+def test_the_prefetch_that_was_set_is_said(amqp_url, stream, caplog):
+    caplog.set_level("INFO", "greenconsume")
+    reader = Reader(amqp_url, stream)
+    reader.consumer_options = {}
+    publish(amqp_url, stream, 1)
+    with consuming(reader):
+        reader.wait_for(1)
+    assert f"reads the stream {stream} from first on, with a prefetch of 10" in caplog.messages
+
+
+@pytest.mark.parametrize("how", ["reject", "requeue"])
+def test_a_plain_consumer_of_a_stream_loses_no_link(amqp_url, stream, how):
+    """HAZARDS row 36: what was declared as a stream is one, also where no offset is said."""
+    queue = Queue(stream, queue_arguments={"x-queue-type": "stream"})
+    with green_connection(amqp_url) as connection:
+        got = []
+        with connection.Consumer([queue], on_message=got.append, prefetch_count=10):
+            publish(amqp_url, stream, 3)
+            while len(got) < 3:
+                connection.drain_events(timeout=SOON)
+                getattr(got[-1], how)()
+        connection.default_channel.queue_declare(stream, passive=True)
+        assert connection.connection.connected
