@@ -42,6 +42,12 @@ def abandon(
         server.zadd("unacked_index", {field: time() - age})
 
 
+def refreshed_at(server: Any) -> float:
+    """When somebody last said that the oldest of what is held is at work."""
+    [(_, at)] = server.zrange("unacked_index", 0, 0, withscores=True)
+    return at
+
+
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Look often at what is overdue, and take the silent for dead soon."""
@@ -83,7 +89,8 @@ def test_what_is_handled_for_long_is_not_done_twice(redis_url, server, queue_nam
         say(consumer, concurrency=1)
     with consuming(*consumers):
         wait_until(lambda: held_count(server) == 1)
-        gevent.sleep(2.5)
+        taken_at = refreshed_at(server)
+        wait_until(lambda: refreshed_at(server) > taken_at + 2.0, within=30)  # twice the timeout
         assert held_count(server) == 1
         done.set()
         wait_until(lambda: held_count(server) == 0)
