@@ -64,7 +64,7 @@ class Cluster:
         for node in self.nodes:
             wait_until(
                 lambda node=node: (
-                    node.eval("length(rabbit_nodes:all_running())") == str(NODE_COUNT)
+                    node.eval("catch length(rabbit_nodes:all_running())") == str(NODE_COUNT)
                 ),
                 within,
                 "the cluster is whole",
@@ -73,7 +73,8 @@ class Cluster:
     def wait_queue_whole(self, queue: str, within: float = 60.0) -> None:
         """Wait until every node has caught up with a quorum queue."""
         found = f'{{ok, Q}} = rabbit_amqqueue:lookup({{resource, <<"/">>, queue, <<"{queue}">>}}), '
-        ask = found + "length(proplists:get_value(online, rabbit_quorum_queue:info(Q, [online])))"
+        count = "length(proplists:get_value(online, rabbit_quorum_queue:info(Q, [online])))"
+        ask = f"catch begin {found}{count} end"  # there may be no leader yet
         node = self.running()[0]
         wait_until(lambda: node.eval(ask) == str(NODE_COUNT), within, "all replicas are online")
 
@@ -84,6 +85,27 @@ class Cluster:
         number = re.search(r"n(\d)@localhost", told)
         assert number is not None, told
         return self.nodes[int(number[1]) - 1]
+
+    def part(self, node: RabbitMQ) -> None:
+        """Cut a node off from the others: they refuse each other's cookie. It pauses, as a minority."""
+        for other in self.nodes:
+            if other is not node:
+                name = self.name_of(other)
+                node.eval(f"erlang:set_cookie('{name}', nobodys), erlang:disconnect_node('{name}')")
+
+    def join(self, node: RabbitMQ) -> None:
+        """End what `part` did, and wait until the cluster is whole."""
+        for other in self.nodes:
+            if other is not node:
+                name = self.name_of(other)
+                node.eval(
+                    f"erlang:set_cookie('{name}', erlang:get_cookie()), net_kernel:connect_node('{name}')"
+                )
+        self.wait_whole()
+
+    def name_of(self, node: RabbitMQ) -> str:
+        """Return the Erlang name of a node."""
+        return f"n{self.nodes.index(node) + 1}@localhost"
 
     def close(self) -> None:
         """End all nodes, and the port mapper."""

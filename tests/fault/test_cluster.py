@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,12 +21,15 @@ from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, PublishError
 from greenconsume.errors import StoppedError
 from tests.brokers import RabbitMQ
 from tests.cluster import Cluster
+from tests.gunicorns import Gunicorn
+from tests.messages import declare, publish
 from tests.servers import MissingServerError, missing
 from tests.waiting import wait_until
 
 #: How often the node that the consumers are on is killed.
 KILLS = int(os.environ.get("GREENCONSUME_TEST_KILLS", "2"))
 QUORUM = {"x-queue-type": "quorum"}
+SINGLE = {"x_queue_type": "quorum", "x_single_active_consumer": True}
 
 pytestmark = [pytest.mark.slow, pytest.mark.rabbitmq, pytest.mark.timeout(1500)]
 
@@ -211,6 +217,57 @@ def test_the_leader_of_the_queue_moves_while_consumers_go_on(cluster, queue_name
         all_handled(cluster, load, handled, queue_name)
     print(f"\nthe leader moved: back after {back:.1f} s, {duplicates(handled)} doubled")
     assert back < 10.0
+
+
+def test_a_node_that_is_parted_from_the_others_is_left_for_the_majority(cluster, queue_name):
+    """It pauses, and its clients lose their connections; nothing that the others confirmed is lost."""
+    handled: Counter[Any] = Counter()
+    runtime = Runtime(cluster.url())
+    runtime.spawn(Ledger(cluster.url(), queue_name, handled))
+    with runtime:
+        load = Load(cluster.url(), queue_name)
+        wait_until(lambda: len(handled) > 50)
+        node = on_node(cluster, runtime)
+        cluster.part(node)
+        back = one_more(handled, 20.0)
+        wait_until(lambda: on_node(cluster, runtime) not in (None, node), 60.0)
+        cluster.join(node)
+        cluster.wait_queue_whole(queue_name)
+        load.stop()
+        all_handled(cluster, load, handled, queue_name)
+    print(f"\nparted: back after {back:.1f} s, {duplicates(handled)} doubled")
+
+
+def test_a_single_active_consumer_keeps_the_order_over_processes_and_nodes(
+    cluster, queue_name, tmp_path
+):
+    """The process that has it is killed, then the node that it is on; what comes again comes in order."""
+    declare(cluster.nodes[0].url("/"), queue_name, **SINGLE)
+    arguments = json.dumps({name.replace("_", "-"): value for name, value in SINGLE.items()})
+    env = {"CONCURRENCY": 0, "WORK": "0.01,0.02", "QUEUE_ARGUMENTS": arguments}
+    command = [sys.executable, "-m", "greenconsume", "run", "tests.webapp:runtime"]
+    processes = Gunicorn(
+        tmp_path,
+        command=[*command, "--processes", "3"],
+        BROKER=cluster.url(),
+        QUEUE=queue_name,
+        **env,
+    )
+
+    def finished() -> list[str]:
+        return list(dict.fromkeys(e.body for e in processes.journal if e.kind == "finished"))
+
+    with closing(processes):
+        processes.wait_consuming(3)
+        publish(cluster.nodes[0].url("/"), queue_name, 400)
+        wait_until(lambda: len(finished()) >= 50)
+        processes.signal(signal.SIGKILL, processes.journal[-1].pid)
+        wait_until(lambda: len(finished()) >= 150)
+        # All connect to the first node of their URL, which also has the queue's leader.
+        cluster.nodes[0].kill()
+        wait_until(lambda: len(finished()) == 400, 60.0)
+        assert finished() == [str(number) for number in range(400)]
+    assert len({entry.pid for entry in processes.journal if entry.kind == "finished"}) >= 2
 
 
 def test_consistent_hashing_keeps_each_key_in_one_queue_and_in_order(cluster, queue_name):
