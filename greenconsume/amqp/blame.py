@@ -24,8 +24,6 @@ _losses = count(1)
 _NO_METHOD = (0, 0)
 #: What RabbitMQ says of `immediate`, and of nothing else that is published.
 _NOT_IMPLEMENTED = 540
-#: A broker that is stopped, or whose operator closes the connection, accuses nobody.
-_NOBODYS = (amqp.ConnectionForced, amqp.RecoverableConnectionError)
 
 
 class LinkLostError(amqp.RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
@@ -85,8 +83,10 @@ _S = TypeVar("_S", bound=Suspect)
 
 def is_accusation(error: BaseException) -> bool:
     """Return whether a broker closed a connection for what one of its users did. Never switches."""
-    if not isinstance(error, amqp.AMQPError) or isinstance(error, _NOBODYS):
+    # A broker that is stopped, or whose operator closes the connection, accuses nobody.
+    if not isinstance(error, amqp.AMQPError) or isinstance(error, amqp.ConnectionForced):
         return False
+    # What is raised here, and not by the broker, names no method.
     return getattr(error, "method_sig", None) is not None
 
 
@@ -123,6 +123,6 @@ def tell_culprit(error: BaseException, channels: Mapping[int, object]) -> None:
 
 def _possible(method: tuple[int, int], sessions: list[_S]) -> list[_S]:
     if method == spec.Basic.Publish:
-        return [each for each in sessions if each.has_published]
+        return [each for each in sessions if each.has_published] or sessions
     calling = [] if method == _NO_METHOD else [each for each in sessions if each.awaits(method)]
     return calling or sessions

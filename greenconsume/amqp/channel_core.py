@@ -241,17 +241,20 @@ class ChannelCore:
         """True if anything was published on it."""
         return self._publisher is not None
 
-    def on_link_lost(self, own: BaseException | None = None) -> None:
+    def on_link_lost(
+        self, lost: Callable[[], BaseException], own: BaseException | None = None
+    ) -> None:
         """End with the link. Never switches.
 
         Args:
+            lost: Makes the error that says that the link is gone.
             own: What the broker closed the connection with, if its session is to blame: its calls raise it,
                 as no waiting mends that.
         """
         life = self.calls.life if self.calls.is_closing else Life.BROKEN
         if own is not None:
             self.calls.end(life, lambda: own)
-        self._end_life(life, self.calls.link.lost)
+        self._end_life(life, lost)
         self.calls.closed()
 
     def close_from_here(self) -> None:

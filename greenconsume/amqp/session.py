@@ -11,6 +11,7 @@ import atexit
 import socket
 import weakref
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -268,7 +269,7 @@ class Session:
         self._part = part
         own = self.link.failure if part.verdict is Verdict.GUILTY else None
         for channel in list(self.channels.values()):
-            channel.core.on_link_lost(own)
+            channel.core.on_link_lost(partial(self.link.lost, part), own)
         self.inbox.wake()
 
     def close(self, *_args: object, **_kwargs: object) -> None:

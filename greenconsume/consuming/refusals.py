@@ -30,6 +30,7 @@ _REMEDIES = {
     "unknown exchange type": "correct the exchange's type, or enable the broker's plugin for it",
     "immediate=true": "publish without immediate=True, which RabbitMQ does not have",
     "reuse consumer tag": "give each consumer of a channel a tag of its own, or none",
+    "global_qos": "call qos with apply_global=False",
     "global qos": "call qos with apply_global=False",
     "stream queues": "acknowledge a stream's messages; a stream takes none back",
     "frame_too_large": "publish smaller messages",

@@ -8,7 +8,7 @@ from typing import Any
 
 import amqp
 import pytest
-from kombu import Exchange, Queue
+from kombu import Queue
 
 from greenconsume import (
     ConsumerMixin,
@@ -22,7 +22,9 @@ from greenconsume import (
 from greenconsume.errors import LinkClosedError, PoisonMessageError
 from greenconsume.events import ConsumerRefused, ConsumerRestarting, HandlerFailed, LinkDown
 from tests.fault.consumers import Collector, connection_to, everything, observing
+from tests.fault.mistakes import MISTAKES, OF_4_3, flow_off, unknown_exchange_type
 from tests.messages import declare, publish, queue_depth
+from tests.peer import RABBITMQ_4_3
 from tests.waiting import wait_until
 
 NEIGHBOURS = 10
@@ -40,52 +42,6 @@ class Culprit(ConsumerMixin):
 
     def on_task(self, body: Any, message: Any) -> None:
         message.ack()
-
-
-def unknown_exchange_type(channel: Any, queue: str) -> None:
-    Exchange("e", type="no-such-type", channel=channel).declare()
-
-
-def tag_in_use(channel: Any, queue: str) -> None:
-    for _ in range(2):
-        channel.basic_consume(queue, "the-same", callback=print)
-
-
-def global_qos(channel: Any, queue: str) -> None:
-    name = f"{queue}-quorum"
-    channel.queue_declare(
-        name, durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"}
-    )
-    channel.basic_qos(0, 10, True)
-    channel.basic_consume(name, callback=print)
-
-
-def recover_without_requeue(channel: Any, queue: str) -> None:
-    channel.send_method((60, 110), "b", (False,), wait=(60, 111))
-
-
-def flow_off(channel: Any, queue: str) -> None:
-    channel.send_method((20, 20), "b", (False,), wait=(20, 21))
-
-
-def opened_twice(channel: Any, queue: str) -> None:
-    channel.send_method((20, 10), "s", ("",), wait=(20, 11))
-
-
-def immediate(channel: Any, queue: str) -> None:
-    channel.basic_publish(amqp.Message("x"), routing_key=queue, immediate=True)
-    channel.queue_declare(queue, passive=True)
-
-
-MISTAKES = [
-    unknown_exchange_type,
-    tag_in_use,
-    global_qos,
-    recover_without_requeue,
-    flow_off,
-    opened_twice,
-    immediate,
-]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
@@ -119,6 +75,26 @@ def test_a_mistake_costs_the_neighbours_their_link_once_at_most(
         assert {event.consumer for event in restarts} == {culprit.name}
         assert {type(event.error) for event in restarts} == {LinkClosedError}
         assert culprit.restart_count >= 3
+
+
+@pytest.mark.parametrize("mistake", OF_4_3, ids=lambda mistake: mistake.__name__)
+def test_what_rabbitmq_4_3_refuses_costs_the_neighbours_their_link_once_at_most(make_peer, mistake):
+    peer = make_peer(answers=RABBITMQ_4_3, rabbitmq="4.3.0")
+    with (
+        observing(LinkDown) as lost,
+        observing(ConsumerRestarting) as restarts,
+        Runtime(connection_to(peer.url), restart=RestartPolicy(backoff=0.1)) as runtime,
+    ):
+        runtime.spawn(lambda c: Collector(c, "q"), replicas=NEIGHBOURS)
+        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        (culprit,) = runtime.spawn(lambda c: Culprit(c, "other", mistake))
+        wait_until(lambda: len(restarts) >= 3, within=20)
+        wait_until(lambda: all(child.started for child in runtime.children[:-1]), within=10)
+        assert len([event for event in lost if event.consumers > 1]) <= 1
+        assert {event.consumer for event in restarts} == {culprit.name}
+        assert any(
+            word in str(restarts[0].error) for word in ("durable=True", "apply_global=False")
+        )
 
 
 class Offender(Collector):

@@ -49,6 +49,13 @@ def test_many_suspects_are_divided_so_that_three_losses_find_one_of_thousands():
     assert losses == 3
 
 
+@pytest.mark.parametrize("kind", [amqp.UnexpectedFrame, amqp.FrameSyntaxError, amqp.NotAllowed])
+def test_whatever_the_broker_names_a_method_for_is_an_accusation(kind):
+    session = Session(1, calls=True)
+    error = kind("no", method_sig=DECLARE)
+    assert verdicts(error, [session, Session(2)]) == {session: Part(Verdict.GUILTY)}
+
+
 @pytest.mark.parametrize(
     "error", [amqp.ConnectionForced("stop", method_sig=(0, 0)), OSError(), amqp.InternalError("x")]
 )
