@@ -37,6 +37,7 @@ OUTPUTS = {
     "10_asyncio": r"\[0, 2, 4, 6, 8\]\n",
     "14_cluster": "booked 1\nbooked 2\nbooked 3\n",
     "15_around_a_message": "paid: 4\nin a transaction still: False\n",
+    "16_fed_by_kombu": "shipped a hat\nshipped a coat\nshipped a scarf\n",
 }
 # Those that are no scripts, but served: test_served_examples.py runs them.
 SERVED = {"11_gunicorn_flask", "12_gunicorn_django", "13_processes"}

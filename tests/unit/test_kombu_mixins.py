@@ -32,9 +32,14 @@ def unavailable(reason: str) -> None:
 def kombus_tests(tmp_path_factory):
     """A folder with kombu's tests of its mixins, of the version that is installed."""
     folder = tmp_path_factory.mktemp("kombu")
+    return unpacked(fetched(folder), folder / "tests", WANTED)
+
+
+def fetched(folder: Path) -> Path:
+    """Return the archive with the source of the kombu that is installed; skip or fail without it."""
     requirement = f"kombu=={kombu.__version__}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "kombu"]
-    fetched = subprocess.run(
+    done = subprocess.run(
         [*pip, "--disable-pip-version-check", "--dest", folder, requirement],
         capture_output=True,
         text=True,
@@ -43,13 +48,13 @@ def kombus_tests(tmp_path_factory):
     )
     archives = list(folder.glob("*.tar.gz"))
     if not archives:
-        unavailable(f"the source of {requirement} cannot be fetched: {fetched.stderr[-500:]}")
-    return unpacked(archives[0], folder / "tests")
+        unavailable(f"the source of {requirement} cannot be fetched: {done.stderr[-500:]}")
+    return archives[0]
 
 
-def unpacked(archive: Path, folder: Path) -> Path:
+def unpacked(archive: Path, folder: Path, wanted: list[str]) -> Path:
     with tarfile.open(archive) as tar:
-        for name in WANTED:
+        for name in wanted:
             try:
                 source = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/{name}")
             except KeyError:
