@@ -16,6 +16,7 @@ from kombu import Connection
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
+from greenconsume.redis.calls import CALL_TIMEOUT
 from greenconsume.redis.errand import Errand
 from greenconsume.redis.fanout import PREFIX, Fanout
 from greenconsume.redis.feed import Feed, FeedState, ensure_feeds
@@ -26,6 +27,7 @@ from greenconsume.redis.scripts import DELAY
 from greenconsume.redis.subscription import Subscription
 from greenconsume.redis.take import Delivery
 from greenconsume.redis.topology import Payload, Topology, TopologySession, TopologyTransport
+from greenconsume.stopping import Deadline
 
 #: How many messages a channel without a prefetch has waiting.
 WINDOW = 16
@@ -245,6 +247,8 @@ class Channel(Topology):
         """Take a message if there is one. Switches: yes."""
         self._require_open()
         ensure_keeper(self.ledger)
+        # What this greenlet has just put back is there to be taken.
+        self.ledger.wait_for_returns(self.session.waits.deadline or Deadline(CALL_TIMEOUT))
         expires = self._expires.get(queue, 0)
         errand = Errand(self.link, self.ledger, queue, expires)
         taken = errand.wait(self.session.waits.stop, self.session.waits.deadline)

@@ -158,6 +158,16 @@ def test_a_single_message_can_be_asked_for(connection, server, queue_name):
         wait_until(lambda: held_count(server) == 0)
 
 
+def test_what_was_requeued_is_there_for_who_asks_next(connection, server, queue_name):
+    put(server, queue_name, "x")
+    with connection.channel() as channel:
+        channel.basic_get(queue_name).requeue()
+        message = channel.basic_get(queue_name)
+        assert message is not None
+        assert message.headers["x-delivery-count"] == 1
+        message.ack()
+
+
 def test_a_simple_queue_puts_and_gets(connection, queue_name):
     with connection.SimpleQueue(queue_name) as queue:
         queue.put({"a": 1})
