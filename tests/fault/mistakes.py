@@ -59,13 +59,17 @@ def immediate(channel: Any, queue: str) -> None:
 
 
 def stream_rejected(channel: Any, queue: str) -> None:
-    """540: a stream's message is rejected, whose consumer does not say that it is one."""
+    """540: a stream's message is rejected; greenconsume itself acknowledges it instead."""
     name = f"{queue}-stream"
+
+    def reject(message: Any) -> None:
+        _write(channel, (1, struct.pack(">HHQB", 60, 90, message.delivery_tag, 1)))
+
     channel.queue_declare(
         name, durable=True, auto_delete=False, arguments={"x-queue-type": "stream"}
     )
     channel.basic_qos(0, 10, False)
-    channel.basic_consume(name, callback=lambda m: channel.basic_reject(m.delivery_tag, True))
+    channel.basic_consume(name, callback=reject)
     channel.basic_publish(amqp.Message("x"), routing_key=name)
 
 
