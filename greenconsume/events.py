@@ -103,8 +103,7 @@ class ConsumerChanged(Event):
 class ConsumerRefused(Event):
     """The broker refuses what a consumer asks for, or closed its channel; it asks again in `delay` seconds.
 
-    `stands_by`: another consumer has what this one wants, and it takes over when that is gone. `told`: the
-    log need not tell it: it is raised to somebody, or a stand-by heard the same before.
+    `stands_by`: it takes over when another consumer is gone. `told`: the log need not tell it again.
     """
 
     consumer: str
@@ -205,7 +204,7 @@ class PrefetchTooSmall(Event):
 class MessageRenewed(Event):
     """A message that no handler settled was written to its queue again, before that would drop it.
 
-    It is the `count`th time; or it was put into the queue `buried_in`, as it came back too often.
+    It is the `count`th time; or it was put into `buried_in`, as it came back too often.
     """
 
     consumer: str
@@ -246,14 +245,21 @@ class UnsettledTooLong(Event):
 class HubBlocked(Event):
     """For `seconds` no greenlet has had a turn, because this code runs without ever waiting.
 
-    `consumer` is empty where it is no handler. Emitted in a thread of its own, as the hub is blocked: a hook
-    must not switch, and be as thread-safe as one is.
+    `consumer` is empty where it is no handler. Emitted in a native thread: a hook must not switch.
     """
 
     consumer: str
     delivery_tag: Any
     seconds: float
     stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeChanged(Event):
+    """Consumers take another `share` of their prefetch, as the hub is `lag` seconds late."""
+
+    share: float
+    lag: float
 
 
 @dataclass(frozen=True, slots=True)

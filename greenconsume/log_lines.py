@@ -34,6 +34,7 @@ from greenconsume.events import (
     HandlerFailed,
     HandlerInterrupted,
     HubBlocked,
+    IntakeChanged,
     KillSwitchReset,
     KillSwitchTripped,
     LinkBlocked,
@@ -216,6 +217,18 @@ def _(event: HubBlocked) -> Line:
     if event.consumer:
         who = f"consumer {event.consumer}, message {event.delivery_tag}"
     return Line("runtime", logging.WARNING, text, (event.seconds, who), stack=event.stack)
+
+
+@describe.register
+def _(event: IntakeChanged) -> Line:
+    if event.share < 1.0:
+        text = (
+            "the hub is %.2f s late, as handlers compute: consumers take %.3g %% of their prefetch"
+        )
+        return Line("runtime", logging.WARNING, text, (event.lag, 100 * event.share))
+    return Line(
+        "runtime", logging.INFO, "the hub is in time: consumers take all of their prefetch", ()
+    )
 
 
 @describe.register

@@ -1,10 +1,12 @@
 """Owns the measure of how late the hub is: a timer that is due now and then, and when it has its turn.
 
-It runs only while somebody looks, and must never keep a hub alive. Called by whoever makes a status.
+It runs only while somebody looks, or consumers are to take less while the hub is late; it must never keep a
+hub alive. Called by `control`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -20,12 +22,16 @@ INTERVAL = 0.25
 class LagWatch:
     """Measures the hub of the greenlet that makes it, until it is closed.
 
+    Args:
+        on_lag: Called with each measure, in the hub: it must not switch.
+
     Attributes:
         timings: How late it was, each time.
         last: How late it was last, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_lag: Callable[[float], object] | None = None) -> None:
+        self._on_lag = on_lag
         self.timings = Timings()
         self.last = 0.0
         self._due = monotonic() + INTERVAL
@@ -37,6 +43,8 @@ class LagWatch:
         self.last = max(0.0, now - self._due)
         self._due = now + INTERVAL
         self.timings.note(now, self.last)
+        if self._on_lag is not None:
+            self._on_lag(self.last)
 
     def status(self) -> LagStatus:
         """Return how late the hub was in the last minute. Never switches."""

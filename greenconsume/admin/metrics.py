@@ -177,6 +177,8 @@ def _process_families(status: ProcessStatus) -> Iterator[Family]:
     timings = status.lag.timings
     lag: list[tuple[Labels, Timings]] = [((), timings)] if timings is not None else []
     yield Family("greenconsume_hub_lag_seconds", "histogram", "How late the hub was", timings=lag)
+    intake = "The part of their prefetch that consumers take"
+    yield Family("greenconsume_intake_ratio", "gauge", intake, [((), status.intake)])
     yield Family("greenconsume_greenlets", "gauge", "Greenlets", [((), status.greenlets)])
     info: Labels = (("version", status.version), ("state", status.state))
     yield Family("greenconsume_process", "gauge", "The process, by its state", [(info, 1)])

@@ -127,6 +127,7 @@ class ProcessStatus:
         state: `starting`, `running`, `draining` or `stopped`.
         started: When it started, in seconds since the epoch.
         uptime: For how many seconds it has been running.
+        intake: The part of their prefetch that its consumers take; below 1.0 while its hub lags behind.
     """
 
     name: str
@@ -138,6 +139,7 @@ class ProcessStatus:
     consumers: tuple[ConsumerStatus, ...] = ()
     links: tuple[LinkStatus, ...] = ()
     lag: LagStatus = LagStatus()
+    intake: float = 1.0
     greenlets: int = 0
     published: tuple[PublishTally, ...] = ()
 

@@ -13,11 +13,18 @@ import click
 
 from greenconsume.handling.declaring import Count, Declaration, Seconds, YesOrNo
 from greenconsume.handling.options import OPTIONS
+from greenconsume.handling.pace import rate_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ONE_OR_MORE = click.IntRange(min=1)
 _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+
+
+def _rate(value: str) -> str:
+    if rate_of(value) is None:
+        raise click.BadParameter(f"{value!r} is no rate such as 100/s, 90/m or '100/s burst 20'")
+    return value
 
 
 def flag(name: str, **details: Any) -> Callable[[_Function], _Function]:
@@ -101,6 +108,18 @@ _LAST = (
         type=_ABOVE_ZERO,
         metavar="SECONDS",
         help="Warn of a handler that keeps all others waiting for so long, with its stack.",
+    ),
+    flag(
+        "--runtime-rate",
+        type=_rate,
+        metavar="RATE",
+        help="How many messages all consumers together begin with in a time: 100/s, 90/m, 100/s burst 20.",
+    ),
+    flag(
+        "--max-hub-lag",
+        type=_ABOVE_ZERO,
+        metavar="SECONDS",
+        help="Have consumers sent less while callbacks compute so much that the process lags behind so far.",
     ),
     flag(
         "--processes",

@@ -178,6 +178,9 @@ def load(target: str, options: dict[str, Any], given: dict[str, Any], jitter: in
     given = dict(given)
     handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
     others = {name: value for name, value in options.items() if name not in OPTIONS}
+    for each in (given, others):  # of all consumers together: `rate` among the options is of each
+        if "runtime_rate" in each:
+            each["rate"] = each.pop("runtime_rate")
     runtime = runtime_of(target, others, given, handled)
     if runtime.max_messages is not None:
         runtime.max_messages += random.randint(0, jitter)

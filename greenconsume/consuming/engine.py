@@ -32,12 +32,13 @@ from greenconsume.consuming.streams import StreamPlaces
 from greenconsume.errors import InvalidConsumerError, LinkClosedError, StoppedError
 from greenconsume.events import ConsumerState, Outcome
 from greenconsume.handling.batches import Batching
-from greenconsume.handling.boundary import Handler, Handling
+from greenconsume.handling.boundary import Handling
 from greenconsume.handling.drain import Drain
+from greenconsume.handling.handler import Handler
 from greenconsume.handling.kill_switch import NoSwitch, Switch, fit_switch
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.settings import Settings, settings_of
-from greenconsume.handling.slots import Slots
+from greenconsume.handling.shared import Shared
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
 from greenconsume.links.session import GreenSession, session_of
@@ -67,8 +68,8 @@ class Engine:
     __slots__ = (
         "_around",
         "_consumer",
-        "_places",
         "_refusals",
+        "_shared",
         "_streams",
         "_supervised",
         "_switch",
@@ -93,7 +94,7 @@ class Engine:
         self.session: GreenSession | None = None
         self._consumer = cast(KombuConsumer, consumer)
         self._around: tuple[ConsumerOptions, ...] = ()
-        self._places: Slots | None = None
+        self._shared: Shared | None = None
         self._switch: Switch | None = None
         self._refusals = Refusals(self.life)
         self._streams = StreamPlaces()
@@ -105,15 +106,15 @@ class Engine:
         """Have options hold where the consumer does not say: its spawn's, its runtime's."""
         self._around = tuple(each for each in options if each is not None)
 
-    def join_fleet(self, links: LinkPool, rungs: Rungs, places: Slots | None) -> None:
+    def join_fleet(self, links: LinkPool, rungs: Rungs, shared: Shared) -> None:
         """Share what the consumers of a runtime share.
 
         Args:
             links: Over which it connects.
             rungs: What hurries its drain.
-            places: Where its handlers run, if there is a limit for all.
+            shared: The limits for all of their handlers together.
         """
-        self.links, self.life.rungs, self._places = links, rungs, places
+        self.links, self.life.rungs, self._shared = links, rungs, shared
         self._supervised = True
 
     def settings(self) -> Settings:
@@ -122,7 +123,7 @@ class Engine:
         Raises:
             InvalidConsumerError: What was said does not go together.
         """
-        return settings_of(self.life.name, self._consumer, self._around, self._places)
+        return settings_of(self.life.name, self._consumer, self._around, self._shared)
 
     def serves(self, consumer: object) -> bool:
         """Return whether it is this consumer's, and not that of one which it was copied from."""
@@ -302,9 +303,9 @@ class Engine:
         self.queues = tuple(queues)
         self.fleeting_queues = tuple(name for name, fleeting in queues.items() if fleeting)
         for consumer in guarded:
-            handling.fit_prefetch(consumer)
+            handle = handling.fitted(consumer)
             accept = self._streams.fit(consumer, handling.recoverer)
-            consumer._receive_callback = Handler(consumer, handling, accept)
+            consumer._receive_callback = Handler(consumer, handling, handle, accept)
             fit_switch(consumer, self._switch)
         return guarded
 

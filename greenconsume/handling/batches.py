@@ -18,13 +18,11 @@ import gevent
 from kombu import Consumer, Message
 
 from greenconsume.errors import InvalidConsumerError
-from greenconsume.events import PrefetchTooSmall, emit
 from greenconsume.failures.requeues import is_live, is_settleable
 from greenconsume.handling.boundary import Handling
 from greenconsume.handling.decoding import decode
 from greenconsume.handling.jobs import ALONE, Job
 from greenconsume.handling.kill_switch import Switch
-from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.settings import Settings
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
@@ -193,23 +191,22 @@ class Batching(Handling):
                 yield job
         yield from super().unstarted()
 
-    def fit_prefetch(self, consumer: Consumer) -> None:
-        """Have the broker send enough for each batch that runs, and the next one.
+    def fitted(self, consumer: Consumer) -> Callable[[Any, Any], None]:
+        """Fit the prefetch as for single messages.
 
         Raises:
             InvalidConsumerError: The consumer has `on_message`, which batches do not fit.
         """
-        assert self.pool is not None
         if consumer.on_message:
             raise InvalidConsumerError(
                 f"{self._life.name} has batch_size, but a consumer of it has on_message, which is given one "
                 "message: use callbacks, which are given a Batch"
             )
-        chosen = self.prefetch_of(consumer)
-        if chosen is None:
-            consumer.qos(prefetch_count=min((self.pool.size + 1) * self._size, MAX_PREFETCH))
-        elif 0 < chosen < self.pool.size * self._size:
-            emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size, self._size))
+        return super().fitted(consumer)
+
+    def _default_prefetch(self, counted: bool) -> int:
+        assert self.pool is not None
+        return (self.pool.size + 1) * self._size  # for each batch that runs, and the next one
 
     # -- one batch ------------------------------------------------------------------------------
 

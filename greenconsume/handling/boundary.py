@@ -29,6 +29,7 @@ from greenconsume.failures.streams import is_stream
 from greenconsume.handling.advice import advise
 from greenconsume.handling.alarm import Alarm
 from greenconsume.handling.decoding import receive
+from greenconsume.handling.intake import Fitted, can_be_fitted
 from greenconsume.handling.jobs import ALONE, Job, current_job
 from greenconsume.handling.kill_switch import Switch
 from greenconsume.handling.options import MAX_PREFETCH
@@ -43,45 +44,6 @@ from greenconsume.stopping import FORK, Deadline, wait_open
 
 #: The prefetch of callbacks that run inline, where the queue counts what goes back and none is set.
 _INLINE_PREFETCH = 10
-
-
-class Handler:
-    """The callable that a kombu `Consumer` has in the place of its own `_receive_callback`.
-
-    Args:
-        consumer: The `kombu.Consumer` whose callbacks are run.
-        handling: Where and how they run.
-        accept: What sees each message first; by default, what its failure policies need.
-    """
-
-    __slots__ = ("_accept", "_again", "_consumer", "_handle", "_tally")
-
-    #: A green channel hands over its deliveries as they came.
-    takes_deliveries = True
-
-    def __init__(
-        self,
-        consumer: Consumer,
-        handling: Handling,
-        accept: Callable[[Any, Any, Any], bool] | None = None,
-    ) -> None:
-        self._consumer = consumer
-        self._handle = handling.paced(handling.handle if handling.pool is None else handling.submit)
-        self._again = handling.handle_again
-        self._accept = accept or handling.recoverer.accept
-        self._tally = handling.tally
-
-    def __call__(self, raw: Any) -> None:
-        """Handle one delivery. Switches: inline as the user's callback does, else while the pool is full."""
-        to_python = getattr(self._consumer.channel, "message_to_python", None)
-        message = to_python(raw) if to_python is not None else raw
-        self._tally.received += 1
-        if not self._accept(self._consumer, message, raw):
-            return
-        if message.delivery_info.get("redelivered"):
-            self._again(self._consumer, message, self._handle)
-        else:
-            self._handle(self._consumer, message)
 
 
 class Handling:
@@ -111,7 +73,7 @@ class Handling:
         "_life",
         "_links",
         "_owned",
-        "_pace",
+        "_paces",
         "_receive_wrapped",
         "_switch",
         "cancelled",
@@ -141,7 +103,9 @@ class Handling:
             settings.on_error, life, links, self.requeues, settings.settle_deadline
         )
         self._life, self._switch, self._owned, self._links = life, switch, owned, links
-        self._pace = None if settings.rate is None else Pace(settings.rate)
+        own = () if settings.rate is None else (Pace(settings.rate),)
+        both = settings.shared.pace
+        self._paces = own if both is None else (*own, both)
         self._inline: dict[Job, None] = {}  # an empty set takes 216 bytes
         self._receive_wrapped = wrapped(self._receive, settings.around)
         if settings.concurrency is None:
@@ -149,7 +113,7 @@ class Handling:
             self.idle.set()
         else:
             self.pool = HandlerPool(
-                life.name, settings.concurrency, self._work_unless_stopped, settings.slots
+                life.name, settings.concurrency, self._work_unless_stopped, settings.shared.slots
             )
             self.idle = self.pool.idle
 
@@ -206,35 +170,52 @@ class Handling:
         else:
             handle(consumer, message)
 
-    def paced(self, handle: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        """Return `handle` at the consumer's rate; itself, where there is none."""
-        pace, life = self._pace, self._life
-        if pace is None:
+    def _paced(self) -> Callable[[Any, Any], None]:
+        """Return what handles a message, at the consumer's rate and its runtime's, if there is one."""
+        handle = self.handle if self.pool is None else self.submit
+        paces, leave = self._paces, self._life.leave
+        if not paces:
             return handle
 
         def handle_in_time(consumer: Consumer, message: Message) -> None:
-            if pace.wait(life.leave):
+            if all(pace.wait(leave) for pace in paces):
                 handle(consumer, message)
             else:
                 self.give_back(message)
 
         return handle_in_time
 
-    def fit_prefetch(self, consumer: Consumer) -> None:
-        """Have the broker send enough to keep the pool busy, where the consumer sets no prefetch itself."""
+    def fitted(self, consumer: Consumer) -> Callable[[Any, Any], None]:
+        """Have the broker send enough to keep the pool busy, and no more than a rate, or a late hub, allows.
+
+        Returns:
+            What handles each message, at the rate, and fits the prefetch again where that changes.
+
+        Switches: yes, if the prefetch is not the consumer's own.
+        """
         chosen = self.prefetch_of(consumer)
         queues = consumer.queues if isinstance(consumer, kombu.Consumer) else ()
-        counted = any(map(counts_returns, queues))
-        needed = counted or any(map(is_stream, queues))  # a stream lets nobody consume without
-        rate = self.settings.rate
-        if rate is not None and not 0 < (chosen or 0) <= rate.most_unsettled:
-            consumer.qos(prefetch_count=min(rate.most_unsettled, MAX_PREFETCH))
-        elif chosen is None and (self.pool is not None or needed):
-            consumer.qos(prefetch_count=min(self._prefetch_for(counted), MAX_PREFETCH))
-        elif chosen and self.pool is not None and chosen < self.pool.size:
-            emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size))
+        wanted, size = self._prefetch_for(chosen, queues), self.settings.batch_size
+        if wanted != chosen:
+            consumer.qos(prefetch_count=wanted)
+        elif chosen and self.pool is not None and chosen < self.pool.size * (size or 1):
+            emit(PrefetchTooSmall(self._life.name, chosen, self.pool.size, size))
+        intake = self.settings.shared.intake
+        if intake is None or not can_be_fitted(consumer):
+            return self._paced()
+        return Fitted(consumer, wanted, intake).handler(self._paced())
 
-    def _prefetch_for(self, counted: bool) -> int:
+    def _prefetch_for(self, chosen: int | None, queues: Sequence[Any]) -> int | None:
+        if self._paces:
+            most = min(pace.rate.most_unsettled for pace in self._paces)
+            return chosen if 0 < (chosen or 0) <= most else min(most, MAX_PREFETCH)
+        counted = any(map(counts_returns, queues))
+        # A stream lets nobody consume without.
+        if chosen is None and (self.pool is not None or counted or any(map(is_stream, queues))):
+            return min(self._default_prefetch(counted), MAX_PREFETCH)
+        return chosen
+
+    def _default_prefetch(self, counted: bool) -> int:
         if self.pool is None:
             return _INLINE_PREFETCH
         # As much again as runs, so that the next message is at hand when a handler ends; but where each

@@ -1,4 +1,4 @@
-"""Owns the rate of a consumer: how many messages its handlers begin with, and the wait for the next.
+"""Owns the rate of a consumer or a runtime: how many messages handlers begin with, and the wait for the next.
 
 The consumer itself waits, so that no message is taken from the broker that is not to be begun within a second
 or so. Called by `boundary`, before a message is handled.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
-
-from kombu.utils.limits import TokenBucket
+from time import monotonic
 
 from greenconsume.stopping import StopSignal
 
@@ -47,24 +45,33 @@ def rate_of(words: str) -> Rate | None:
 
 
 class Pace:
-    """Lets messages through at a rate.
+    """Lets messages through at a rate, in the order in which they ask.
+
+    Each is told when it may begin, so those that wait wake once. One that leaves before keeps its turn.
 
     Args:
         rate: The rate.
+
+    Attributes:
+        rate: As given.
     """
 
-    __slots__ = ("_bucket",)
+    __slots__ = ("_ahead", "_due", "_interval", "rate")
 
     def __init__(self, rate: Rate) -> None:
-        self._bucket: Any = TokenBucket(rate.a_second, capacity=rate.burst)
+        self.rate = rate
+        self._interval = 1.0 / rate.a_second
+        self._ahead = (rate.burst - 1) * self._interval  # what a quiet time saves up
+        self._due = 0.0
 
     def wait(self, leave: StopSignal) -> bool:
         """Wait until the next message may begin; return False if `leave` is set by then.
 
         Switches: only if it is too early.
         """
-        while not leave.is_set():
-            if self._bucket.can_consume(1):
-                return True
-            leave.wait(self._bucket.expected_time(1))
-        return False
+        if leave.is_set():
+            return False
+        now = monotonic()
+        due = max(self._due, now - self._ahead)
+        self._due = due + self._interval
+        return due <= now or not leave.wait(due - now)

@@ -18,7 +18,7 @@ from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.options import APART, OPTIONS, ConsumerOptions, options_of
 from greenconsume.handling.pace import Rate, rate_of
-from greenconsume.handling.slots import Slots
+from greenconsume.handling.shared import NOTHING_SHARED, Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Settings:
 
     Attributes:
         partition: The key of a message, or None where it waits for no other.
-        slots: The places that a runtime's consumers share, if it has `max_handlers`.
+        shared: What a runtime's consumers share.
     """
 
     on_error: FailurePolicy
@@ -43,7 +43,7 @@ class Settings:
     kill_switch: KillSwitch | None = OPTIONS["kill_switch"].default
     rate: Rate | None = None
     around: tuple[Around, ...] = ()
-    slots: Slots | None = None
+    shared: Shared = NOTHING_SHARED
 
 
 #: What was said last, and the settings that it came to.
@@ -54,17 +54,17 @@ def settings_of(
     name: str,
     consumer: object,
     around: Sequence[ConsumerOptions] = (),
-    slots: Slots | None = None,
+    shared: Shared | None = None,
 ) -> Settings:
     """Return what `resolve` does: the same object for all consumers of whom the same was said.
 
     It is asked for three times in each start, of thousands alike one after the other.
     """
     global _last
-    said = (options_of(consumer), *around, slots)
+    said = (options_of(consumer), *around, shared)
     if len(said) == len(_last[0]) and all(map(is_, said, _last[0])):
         return _last[1]
-    settings = resolve(name, consumer, around, slots)
+    settings = resolve(name, consumer, around, shared)
     if settings.partition is None:  # else it may be bound to this consumer
         _last = (said, settings)
     return settings
@@ -74,7 +74,7 @@ def resolve(
     name: str,
     consumer: object,
     around: Sequence[ConsumerOptions] = (),
-    slots: Slots | None = None,
+    shared: Shared | None = None,
 ) -> Settings:
     """Return the settings of a consumer.
 
@@ -82,7 +82,7 @@ def resolve(
         name: The consumer's.
         consumer: Whose `options` go before all others, if it has some.
         around: What its `spawn` and its runtime said, in this order.
-        slots: As in `Settings`.
+        shared: As in `Settings`.
 
     Raises:
         InvalidConsumerError: What was said does not go together.
@@ -103,7 +103,7 @@ def resolve(
     said["around"] = _around(levels)
     said["rate"] = rate_of(said["rate"]) if said["rate"] is not None else None
     said["settle_deadline"] = said["settle_deadline"] or None
-    return Settings(partition=_partition(by, consumer), slots=slots, **said)
+    return Settings(partition=_partition(by, consumer), shared=shared or NOTHING_SHARED, **said)
 
 
 def _first(levels: Sequence[ConsumerOptions], option: str) -> Any:

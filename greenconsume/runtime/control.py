@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from time import monotonic, time
 from typing import Protocol
 
+import gevent
+
 from greenconsume.admin import run_folder
 from greenconsume.admin.greenlets import GreenletCount
 from greenconsume.admin.lag import LagWatch
@@ -20,6 +22,7 @@ from greenconsume.admin.status import LagStatus, ProcessStatus, RunningHandler
 from greenconsume.consuming.engine import ensure_engine
 from greenconsume.errors import ControlError, UnknownConsumerError
 from greenconsume.events import ConsumersScaled, Event, StaleSettle, emit, subscribe
+from greenconsume.handling.intake import Intake
 from greenconsume.handling.wrapping import current_handler
 from greenconsume.links.pool import all_pools
 from greenconsume.runtime import observing
@@ -63,14 +66,27 @@ class Control:
     ) -> None:
         self._groups, self._run, self._stop, self._title = groups, run, stop, title
         self._unsubscribe: Callable[[], None] | None = None
+        self._intake: Intake | None = None
         self._lag: LagWatch | None = None
         self._greenlets: GreenletCount | None = None
         self._started, self._began = time(), monotonic()
 
-    def begin(self) -> None:
-        """Count what nobody but an observer can tell whose it is, until `close`. Never switches."""
+    def begin(self, intake: Intake | None = None) -> None:
+        """Count what nobody but an observer can tell whose it is, until `close`. Never switches.
+
+        Args:
+            intake: Is told how late the hub is, if there is one.
+        """
         if self._unsubscribe is None:
             self._unsubscribe = subscribe(self._observe)
+        self._intake = intake
+        if intake is not None:
+            self._lag = LagWatch(self._adapt)
+
+    def _adapt(self, lag: float) -> None:
+        changed = self._intake.note(lag) if self._intake is not None else None
+        if changed is not None:
+            gevent.spawn(emit, changed)  # not in the hub, where nobody may wait
 
     def _observe(self, event: Event, /) -> None:
         # A channel that is gone has no consumer any more; the handler that settles on it has.
@@ -96,6 +112,7 @@ class Control:
             consumers=tuple(observing.status_of(each, now) for each in self._groups.children),
             links=observing.links_of(all_pools()),
             lag=self._lag.status() if self._lag is not None else LagStatus(),
+            intake=self._intake.share if self._intake is not None else 1.0,
             greenlets=self._greenlets.alive if self._greenlets is not None else 0,
             published=all_published(),
         )
@@ -103,7 +120,9 @@ class Control:
     def watch(self) -> None:
         """Keep times from now on, until the runtime ends: somebody looks. Idempotent; never switches."""
         if self._lag is None:
-            self._lag, self._greenlets = LagWatch(), GreenletCount()
+            self._lag = LagWatch()
+        if self._greenlets is None:
+            self._greenlets = GreenletCount()
         for child in self._groups.children:
             child.tally.watch()
         for published in all_published():

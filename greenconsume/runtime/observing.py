@@ -95,11 +95,12 @@ def _work_of(engine: Engine, now: float) -> dict[str, Any]:
         return known
     settings, jobs = handling.settings, handling.running()
     free = (settings.concurrency or 1) - len(jobs)
-    if settings.slots is not None:
-        free = min(free, settings.slots.free)
+    shared = settings.shared
+    if shared.slots is not None:
+        free = min(free, shared.slots.free)
     known.update(
         concurrency=settings.concurrency,
-        held=settings.rate is not None,
+        held=bool(settings.rate or shared.pace or (shared.intake and shared.intake.halvings)),
         in_progress=len(jobs),
         idle=max(0, free) if engine.life.state is ConsumerState.CONSUMING else 0,
         running=tuple(_running(job, now) for job in nsmallest(SHOWN_HANDLERS, jobs, key=_began)),

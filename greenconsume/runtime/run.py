@@ -15,7 +15,7 @@ from greenconsume import hub
 from greenconsume.errors import RestartLimitError
 from greenconsume.events import DrainFinished, emit
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.slots import Slots
+from greenconsume.handling.shared import Shared
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.bound import DrainBound, hurried
 from greenconsume.runtime.child import Child
@@ -34,11 +34,12 @@ class Run:
         restart: By which its consumers are started again.
         link_count: How many links to each broker they share.
         options: What holds for consumers that do not say otherwise.
-        slots: The places that all their handlers share, if there is a limit.
+        shared: The limits for all of their handlers together.
         block_warning: As `Runtime` has it.
 
     Attributes:
         rungs: What hurries its drain.
+        shared: As given.
         supervisor: What restarts its consumers.
         abandoned: Whether its drain cancelled or killed something.
     """
@@ -49,10 +50,11 @@ class Run:
         restart: RestartPolicy,
         link_count: int,
         options: ConsumerOptions,
-        slots: Slots | None,
+        shared: Shared,
         block_warning: float | None,
     ) -> None:
         self.rungs = Rungs()
+        self.shared = shared
         self.abandoned = False
         self._stop = stop
         self._restart = restart
@@ -63,7 +65,7 @@ class Run:
         self._pid = os.getpid()
         self._links = LinkPool(link_count, self._on_refused)
         self.supervisor = Supervisor(
-            restart, stop, self._links, self.rungs, options, slots, self._on_consumer_refused
+            restart, stop, self._links, self.rungs, options, shared, self._on_consumer_refused
         )
         self._starting: Starting | None = Starting(self.supervisor)
         self._greenlet = gevent.Greenlet(self._serve)

@@ -16,7 +16,10 @@ import kombu
 
 from greenconsume.around import Around
 from greenconsume.errors import AlreadyRunningError, ForkedError, RestartLimitError
+from greenconsume.handling.intake import Intake
 from greenconsume.handling.options import ConsumerOptions
+from greenconsume.handling.pace import Pace, rate_of
+from greenconsume.handling.shared import Shared
 from greenconsume.handling.slots import Slots
 from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
@@ -67,6 +70,10 @@ class Runtime:
         freeze_gc: Once all consume, exempt what exists from garbage collection: full collections, which
             hold up every greenlet for 50 to 200 ms with hundreds of consumers, no longer look at it.
             What is part of a cycle by then is never freed, such as consumers that are replaced later.
+        rate: How many messages all consumers together begin with in a time, such as `"100/s"` or
+            `"100/s burst 20"`; None: no limit. Each takes no more than a second's ahead.
+        max_hub_lag: Seconds that the hub may be late, because callbacks compute, before consumers are sent
+            less: their prefetch is halved, step by step, and grows again. None: never.
         max_messages: How many messages are handled until the runtime stops, or soon after; None: no end.
 
     Attributes:
@@ -97,8 +104,12 @@ class Runtime:
         stall_after: float | None = 300.0,
         freeze_gc: bool = False,
         max_messages: int | None = None,
+        rate: str | None = None,
+        max_hub_lag: float | None = None,
     ) -> None:
-        _check(links, block_warning, max_handlers=max_handlers, max_messages=max_messages)
+        _check_counts(links=links, max_handlers=max_handlers, max_messages=max_messages)
+        _check_seconds(block_warning=block_warning, max_hub_lag=max_hub_lag)
+        ConsumerOptions(rate=rate)  # to say now what is wrong with it
         self.connection = connection_to(broker)
         self._groups = Groups()
         self.children = self._groups.children
@@ -106,9 +117,9 @@ class Runtime:
         self.restart = restart or RestartPolicy()
         self.options = _with_around(options or ConsumerOptions(), around)
         self.max_handlers = max_handlers
-        self.block_warning = block_warning
-        self.freeze_gc = freeze_gc
+        self.block_warning, self.freeze_gc = block_warning, freeze_gc
         self.max_messages = max_messages
+        self.rate, self.max_hub_lag = rate, max_hub_lag
         self._stop = StopSignal()
         self._run: Run | None = None
         self.title = ""
@@ -310,9 +321,13 @@ class Runtime:
                 raise
 
     def _new_run(self) -> Run:
-        limit = self.max_handlers
-        slots = None if limit is None else Slots(limit)
-        return Run(self._stop, self.restart, self.links, self.options, slots, self.block_warning)
+        rate = None if self.rate is None else rate_of(self.rate)
+        shared = Shared(
+            None if self.max_handlers is None else Slots(self.max_handlers),
+            None if rate is None else Pace(rate),
+            None if self.max_hub_lag is None else Intake(self.max_hub_lag),
+        )
+        return Run(self._stop, self.restart, self.links, self.options, shared, self.block_warning)
 
     def _make_admin(self) -> Server | None:
         if self.admin in (None, "none"):
@@ -331,7 +346,7 @@ class Runtime:
         except BaseException:  # a kill too: it does not run then
             self._run = None
             raise
-        self.control.begin()
+        self.control.begin(run.shared.intake)
         run.on_end(self.control.close)
 
     def _finish(self, run: Run, timeout: float | None) -> bool:
@@ -362,13 +377,15 @@ def _with_around(options: ConsumerOptions, around: Sequence[Around]) -> Consumer
     return replace(options, around=(*around, *options.value_of("around")))
 
 
-def _check(links: int, block_warning: float | None, **counts: int | None) -> None:
+def _check_counts(links: int, **counts: int | None) -> None:
     if not links >= 1:
         raise ValueError(f"links must be 1 or more, not {links!r}")
     for name, count in counts.items():
         if count is not None and not count >= 1:
             raise ValueError(f"{name} must be 1 or more, or None, not {count!r}")
-    if block_warning is not None and not block_warning > 0:
-        raise ValueError(
-            f"block_warning must be more than 0 seconds, or None, not {block_warning!r}"
-        )
+
+
+def _check_seconds(**times: float | None) -> None:
+    for name, seconds in times.items():
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name} must be more than 0 seconds, or None, not {seconds!r}")

@@ -36,7 +36,7 @@ from greenconsume.events import (
 )
 from greenconsume.handling.drain import LAST
 from greenconsume.handling.options import ConsumerOptions
-from greenconsume.handling.slots import Slots
+from greenconsume.handling.shared import Shared
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.child import Child, Wanted
 from greenconsume.runtime.greenlet import ConsumerGreenlet
@@ -72,7 +72,7 @@ class Supervisor:
         links: LinkPool,
         rungs: Rungs | None = None,
         options: ConsumerOptions | None = None,
-        slots: Slots | None = None,
+        shared: Shared | None = None,
         on_refused: Callable[[str, BaseException, str], bool] | None = None,
     ) -> None:
         self.failed: list[Child] = []
@@ -83,7 +83,7 @@ class Supervisor:
         self._stop = stop
         self._links = links
         self._rungs = rungs or Rungs()
-        self._options, self._slots = options, slots
+        self._options, self._shared = options, shared or Shared()
         self._on_refused = on_refused
         self._live: set[Child] = set()
         self._drained: tuple[Child, ...] = ()
@@ -278,7 +278,7 @@ class Supervisor:
     def _launch(self, child: Child) -> None:
         greenlet = child.make()
         engine = ensure_engine(greenlet.consumer)
-        engine.join_fleet(self._links, self._rungs, self._slots)
+        engine.join_fleet(self._links, self._rungs, self._shared)
         engine.surround(child.options, self._options)
         engine.life.on_enter = self.changed.set
         if self._on_refused is not None:

@@ -45,6 +45,8 @@ LINES = [
     (events.UnsettledTooLong("C-1", 7, 1440.0, 1800.0), "handling", "WARNING"),
     (events.HubBlocked("C-1", 7, 2.5, "  File"), "runtime", "WARNING"),
     (events.HubBlocked("", None, 2.5, "  File"), "runtime", "WARNING"),
+    (events.IntakeChanged(0.25, 0.7), "runtime", "WARNING"),
+    (events.IntakeChanged(1.0, 0.0), "runtime", "INFO"),
     (events.MessageRenewed("C-1", "orders", 1, ""), "handling", "DEBUG"),
     (events.MessageRenewed("C-1", "orders", 10, "orders.dead"), "handling", "ERROR"),
     (events.PublishFailed(URI, 3, ERROR), "publishing", "ERROR"),

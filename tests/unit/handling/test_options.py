@@ -15,6 +15,7 @@ from greenconsume.handling import settings
 from greenconsume.handling.declaring import UNSET
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
 from greenconsume.handling.settings import Settings, resolve
+from greenconsume.handling.shared import Shared
 from greenconsume.handling.slots import Slots
 from greenconsume.links.pool import LinkPool
 from greenconsume.mixins import ConsumerMixin
@@ -43,12 +44,12 @@ def test_the_defaults_are_kombus_where_kombu_has_them():
 
 
 def test_a_consumer_goes_before_its_runtime_and_that_before_the_defaults():
-    slots = Slots(5)
+    shared = Shared(slots=Slots(5))
     made = consumer({"concurrency": 10, "drain_timeout": 1.0, "on_error": Reject()}, concurrency=3)
-    ensure_engine(made).join_fleet(LinkPool(), Rungs(), slots)
+    ensure_engine(made).join_fleet(LinkPool(), Rungs(), shared)
     found = settings_of(made)
     assert (found.concurrency, found.drain_timeout, found.cancel_timeout) == (3, 1.0, 5.0)
-    assert (found.on_error, found.slots) == (Reject(), slots)
+    assert (found.on_error, found.shared) == (Reject(), shared)
 
 
 def test_a_spawn_goes_before_its_runtime_and_after_the_class():

@@ -89,3 +89,50 @@ def test_a_consumer_begins_with_messages_at_its_rate_and_stops_at_once(queue_nam
     assert (len(begun) - 1) / (begun[-1] - begun[0]) < 120
     with Connection("memory://") as connection:
         assert connection.SimpleQueue(queue_name).qsize() == 500 - len(begun)
+
+
+def test_the_consumers_of_a_runtime_share_its_rate_in_turn():
+    begun = []
+
+    def consumer_of(name):
+        class Orders(ConsumerMixin):
+            def __init__(self, connection):
+                self.connection = connection
+
+            def get_consumers(self, Consumer, channel):
+                return [Consumer([Queue(name)], callbacks=[self.on_order])]
+
+            def on_order(self, body, message):
+                begun.append((name, monotonic()))
+                message.ack()
+
+        return Orders
+
+    names = [f"shared-{number}" for number in range(4)]
+    with Connection("memory://") as connection:
+        for name in names:
+            queue = connection.SimpleQueue(name)
+            for number in range(100):
+                queue.put(number)
+    runtime = Runtime(rate="200/s burst 1")
+    for name in names:
+        runtime.spawn(consumer_of(name))
+    runtime.start()
+    wait_until(lambda: len(begun) >= 80)
+    since = monotonic()
+    runtime.stop()
+    runtime.join()
+    assert monotonic() - since < 5.0
+    assert (len(begun) - 1) / (begun[-1][1] - begun[0][1]) < 240
+    counts = [sum(each == name for each, _ in begun) for name in names]
+    assert max(counts) - min(counts) <= 2
+    with Connection("memory://") as connection:
+        left = sum(connection.SimpleQueue(name).qsize() for name in names)
+    assert left == 400 - len(begun)
+
+
+def test_a_runtime_refuses_what_is_no_rate():
+    with pytest.raises(InvalidOptionsError, match="100/s burst 20"):
+        Runtime(rate="fast")
+    with pytest.raises(ValueError, match="max_hub_lag must be more than 0 seconds"):
+        Runtime(max_hub_lag=0)
