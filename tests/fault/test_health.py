@@ -94,18 +94,21 @@ def test_a_handler_that_blocks_the_hub_leaves_every_probe_without_an_answer(
     serve, amqp_url, queue_name, tmp_path
 ):
     said = [tmp_path / what for what in ("live", "ready", "stalled")]
-    asking = []
+    blocked, asking = tmp_path / "blocked", []
+    wait = f"while [ ! -e {blocked} ]; do sleep 0.01; done; "
 
     def block(body):
-        for path in said:
-            check = [sys.executable, "-m", "greenconsume", "check", path.name, "--timeout", "0.5"]
+        for path in (
+            said
+        ):  # starting a process gives the hub a turn: they ask only when none comes any more
+            check = f"exec {sys.executable} -m greenconsume check {path.name} --timeout 0.5"
             with path.open("w") as output:
-                asking.append(subprocess.Popen([*check, "--admin", probes.address], stdout=output))
-        until = (
-            monotonic() + 60
-        )  # without a turn for the hub, until all of them have said something
+                command = f"{wait}{check} --admin {probes.address}"
+                asking.append(subprocess.Popen(["/bin/sh", "-c", command], stdout=output))
+        blocked.touch()
+        until = monotonic() + 60
         while monotonic() < until and not all(path.stat().st_size for path in said):
-            pass
+            pass  # without a turn for the hub, until all of them have said something
 
     probes = serve(consumer_of(queue_name, block), amqp_url)
     publish(amqp_url, queue_name, 1)
