@@ -24,6 +24,7 @@ _losses = count(1)
 _NO_METHOD = (0, 0)
 #: What RabbitMQ says of `immediate`, and of nothing else that is published.
 _NOT_IMPLEMENTED = 540
+_NO_ACCUSATIONS = (amqp.ConnectionForced, amqp.ConsumerCancelled)
 
 
 class LinkLostError(amqp.RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
@@ -83,8 +84,9 @@ _S = TypeVar("_S", bound=Suspect)
 
 def is_accusation(error: BaseException) -> bool:
     """Return whether a broker closed a connection for what one of its users did. Never switches."""
-    # A broker that is stopped, or whose operator closes the connection, accuses nobody.
-    if not isinstance(error, amqp.AMQPError) or isinstance(error, amqp.ConnectionForced):
+    # A broker that is stopped, or whose operator closes the connection, accuses nobody; nor does one that
+    # cancels a consumer, as its queue was deleted: the connection lives.
+    if not isinstance(error, amqp.AMQPError) or isinstance(error, _NO_ACCUSATIONS):
         return False
     # What is raised here, and not by the broker, names no method.
     return getattr(error, "method_sig", None) is not None
