@@ -97,7 +97,9 @@ class Gunicorn:
     def journal(self) -> list[Entry]:
         """What the handlers have noted."""
         found = []
-        for line in self._journal.read_text().splitlines():
+        for line in (
+            self._journal.read_text().rpartition("\n")[0].splitlines()
+        ):  # the last may be half written
             at, pid, kind, body, *more = line.split(" ", 4)
             found.append(Entry(float(at), int(pid), kind, body, more[0] if more else ""))
         return found
