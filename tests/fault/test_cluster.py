@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("GREENCONSUME_TEST_KILLS", "2"))
 QUORUM = {"x-queue-type": "quorum"}
 SINGLE = {"x_queue_type": "quorum", "x_single_active_consumer": True}
 
-pytestmark = [pytest.mark.slow, pytest.mark.rabbitmq, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.rabbitmq, pytest.mark.timeout(300 + 60 * KILLS)]
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +229,11 @@ def test_a_node_that_is_parted_from_the_others_is_left_for_the_majority(cluster,
         wait_until(lambda: len(handled) > 50)
         node = on_node(cluster, runtime)
         cluster.part(node)
-        back = one_more(handled, 20.0)
-        wait_until(lambda: on_node(cluster, runtime) not in (None, node), 60.0)
-        cluster.join(node)
+        try:
+            back = one_more(handled, 40.0)
+            wait_until(lambda: on_node(cluster, runtime) not in (None, node), 60.0)
+        finally:
+            cluster.join(node)
         cluster.wait_queue_whole(queue_name)
         load.stop()
         all_handled(cluster, load, handled, queue_name)
