@@ -318,6 +318,8 @@ class Forking(ConsumerMixin):
         return [Consumer([Queue(name)], callbacks=[self.on_message], prefetch_count=5)]
 
     def on_message(self, body, message):
+        if body == "fork":
+            confirmed.wait()  # else the child has a copy of a publish that waits, and ends with it
         message.ack()  # it is still to be written when the process forks
         if body == "fork":
             publisher.publish_nowait("of the parent", name)  # and so is this
@@ -346,7 +348,7 @@ def use_everything():
             print(type(exc).__name__, flush=True)
     gevent.sleep(1.3)  # longer than between two heartbeats
 
-done = Event()
+confirmed, done = Event(), Event()
 connection = Connection(broker, heartbeat=2)
 runtime = Runtime(connection)
 runtime.spawn(Forking)
@@ -356,6 +358,7 @@ with publisher, runtime:
     single.ready.wait()
     publisher.publish("first", name)
     publisher.publish("fork", name)
+    confirmed.set()
     done.wait()
     single.stop()
     single.join()
