@@ -42,6 +42,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "_owes_its_end",
         "_part",
         "_turn_began",
         "channels",
@@ -58,6 +59,7 @@ class Session:
         self.channels: dict[int, Channel] = {}
         self.is_closing = False
         self._part = Part()
+        self._owes_its_end = False
         self.inbox = Inbox()
         self.waits = Waits(link)
         self._turn_began = monotonic()
@@ -107,6 +109,14 @@ class Session:
         """True if the session is open and its link lives."""
         return not self.is_closing and self.link.connected
 
+    @property
+    def is_current(self) -> bool:
+        """True while no other may take its place: also of a lost link, until its drainer is told.
+
+        kombu opens a new connection, without those consumers and without a word, in place of one that is not.
+        """
+        return self.connected or (self._owes_its_end and not self.is_closing)
+
     def channel(
         self, channel_id: int | None = None, callback: Callable[[Channel], object] | None = None
     ) -> Channel:
@@ -118,7 +128,7 @@ class Session:
 
         Switches: yes, for a new channel.
         """
-        self._check_open()
+        self._tell_its_end()
         if channel_id in self.channels:
             return self.channels[channel_id]
         channel = Channel(self, channel_id, on_open=callback)
@@ -204,7 +214,7 @@ class Session:
                     inbox.resume()
                 callback(item)
                 return
-            self._check_open()
+            self._tell_its_end()
             if inbox.paused:  # what paused them went without being handed out
                 inbox.resume()
             deadline = deadline or Deadline(timeout)
@@ -267,6 +277,7 @@ class Session:
     def on_link_lost(self, part: Part) -> None:
         """Wake everything that waits; what was not dispatched is the broker's again."""
         self._part = part
+        self._owes_its_end = self.has_consumers
         own = self.link.failure if part.verdict is Verdict.GUILTY else None
         for channel in list(self.channels.values()):
             channel.core.on_link_lost(partial(self.link.lost, part), own)
@@ -315,6 +326,11 @@ class Session:
     def _leave(self) -> None:
         self.link.sessions.discard(self)
         self.inbox.clear()
+
+    def _tell_its_end(self) -> None:
+        if self.link.failure is not None:
+            self._owes_its_end = False
+        self._check_open()
 
     def _check_open(self) -> None:
         failure = self.link.failure

@@ -114,6 +114,10 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         link.uri = client.as_uri()
         return link
 
+    def verify_connection(self, connection: Session) -> bool:
+        """Return whether kombu is to go on with it: see `Session.is_current`. Never switches."""
+        return connection.is_current
+
     def drain_events(
         self, connection: Session, timeout: float | None = None, stop: StopSignal | None = None
     ) -> None:

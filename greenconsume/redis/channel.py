@@ -325,6 +325,11 @@ class Channel(Topology):
     def oldest_unsettled(self) -> None:
         """None: this server never loses its patience with a message that is looked after."""
 
+    @property
+    def has_consumers(self) -> bool:
+        """True while a consumer of it runs."""
+        return bool(self._consumers)
+
     # -- closing --------------------------------------------------------------------------------------
 
     def on_link_lost(self) -> None:

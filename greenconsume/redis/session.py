@@ -47,6 +47,7 @@ class Session:
         self.waits = Waits(link)
         self.given_back_count = 0
         self.is_closing = False
+        self._owes_its_end = False
         self._inbox: deque[Waiting] = deque()
         self._errors: deque[BaseException] = deque()
         self._arrival = Event()
@@ -58,6 +59,14 @@ class Session:
     def connected(self) -> bool:
         """True while it is open and its link lives."""
         return not self.is_closing and self.link.connected
+
+    @property
+    def is_current(self) -> bool:
+        """True while no other may take its place: also of a lost link, until its drainer is told.
+
+        kombu opens a new connection, without those consumers and without a word, in place of one that is not.
+        """
+        return self.connected or (self._owes_its_end and not self.is_closing)
 
     # -- its phases -----------------------------------------------------------------------------------
 
@@ -156,13 +165,23 @@ class Session:
                 channel, subscription, field, raw = self._inbox.popleft()
                 channel.dispatch(subscription, field, raw)
                 return
-            self._check()
+            self.tell_its_end()
             deadline = deadline or Deadline(timeout)
             if deadline.expired:
                 raise socket.timeout("timed out")
             self._arrival.clear()
             wait(self._arrival, deadline, stop)
             self._turn_began = monotonic()
+
+    def tell_its_end(self) -> None:
+        """Raise what there is to tell to who uses it; another may take its place then. Never switches.
+
+        Raises:
+            LinkLostError: The link is gone.
+        """
+        if self.link.failure is not None:
+            self._owes_its_end = False
+        self._check()
 
     def _check(self) -> None:
         if self._errors:
@@ -181,6 +200,7 @@ class Session:
 
     def on_link_lost(self) -> None:
         """Wake everything that waits; what was not started goes back over the next link. Never switches."""
+        self._owes_its_end = any(channel.has_consumers for channel in self.channels.values())
         for channel in list(self.channels.values()):
             channel.on_link_lost()
         self._arrival.set()

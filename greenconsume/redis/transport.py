@@ -137,13 +137,19 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
         return dialler_of(self.client, self.client.transport_options)
 
     def verify_connection(self, connection: Session) -> bool:
-        """Return whether it is connected."""
-        return connection.connected
+        """Return whether kombu is to go on with it: see `Session.is_current`. Never switches."""
+        return connection.is_current
 
     # -- channels -------------------------------------------------------------------------------------
 
     def create_channel(self, connection: Session) -> channels.Channel:
-        """Open a channel. Never switches."""
+        """Open a channel. Never switches.
+
+        Raises:
+            LinkLostError: The link is gone, and its consumers were not told yet.
+        """
+        if not connection.connected:
+            connection.tell_its_end()
         channel = channels.Channel(self)
         self.channels.append(channel)
         connection.channels[channel.channel_id] = channel

@@ -2,7 +2,7 @@
 
 python celery_worker.py URL QUEUE green|stock [OPTION ...]
 
-It prints the body of each task that it did, late acknowledged.
+It prints the body of each task that it did, late acknowledged; a task `rest` takes 0.2 s.
 """
 
 # ruff: noqa: E402  # nothing may be imported before the patching
@@ -17,6 +17,8 @@ if sys.argv[3] == "green":
     import greenconsume
 
     greenconsume.patch_all()
+
+import time
 
 from celery import Celery
 from kombu import Exchange, Queue
@@ -33,6 +35,12 @@ app.conf.update(
 
 @app.task(name="tell")
 def tell(body: object) -> None:
+    print("did", body, file=sys.__stdout__, flush=True)
+
+
+@app.task(name="rest")
+def rest(body: object) -> None:
+    time.sleep(0.2)
     print("did", body, file=sys.__stdout__, flush=True)
 
 

@@ -26,8 +26,8 @@ from tests.waiting import wait_until
 WORKER = Path(__file__).with_name("celery_worker.py")
 
 
-def send_tasks(url: str, queue: str, count: int) -> None:
-    """Put tasks as Celery's protocol has them, `tell` with a number each."""
+def send_tasks(url: str, queue: str, count: int, task: str = "tell") -> None:
+    """Put tasks as Celery's protocol has them, with a number each."""
     with channel(url) as chan:
         for number in range(count):
             name = str(uuid4())
@@ -36,7 +36,7 @@ def send_tasks(url: str, queue: str, count: int) -> None:
                 content_type="application/json",
                 content_encoding="utf-8",
                 correlation_id=name,
-                application_headers={"lang": "py", "task": "tell", "id": name, "root_id": name},
+                application_headers={"lang": "py", "task": task, "id": name, "root_id": name},
                 delivery_mode=2,
             )
             chan.basic_publish(message, routing_key=queue)
@@ -87,10 +87,31 @@ def test_a_worker_with_heartbeats_does_its_tasks_and_leaves_none(
     assert sorted(map(int, run.done)) == list(range(200))
 
 
-@pytest.mark.parametrize("kind", ["amqp", "memory"])
-def test_kombus_asynchronous_hub_is_refused_in_words(amqp_url: str, kind: str) -> None:
+def test_a_worker_whose_connections_the_broker_closes_comes_back(
+    rabbitmq: RabbitMQ, amqp_url: str, queue_name: str, tmp_path: Path
+) -> None:
+    """Whatever it was about then: it is told once it drains, and does what is left."""
+    declare(amqp_url, queue_name)
+    send_tasks(amqp_url, queue_name, 40, "rest")
+    options = ("--task-events", "--concurrency", "4")
+    with worker(tmp_path, amqp_url, queue_name, *options) as run:
+        for count in (5, 15, 25):
+            wait_until(lambda count=count: len(set(run.done)) >= count, SOON)
+            rabbitmq.close_connections(amqp_url)
+        wait_until(lambda: len(set(run.done)) == 40, SOON)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(SOON) == 0
+    counts = rabbitmq.queue_counts(amqp_url, queue_name)
+    assert (counts.ready, counts.unacked) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["amqp", "redis", "memory"])
+def test_kombus_asynchronous_hub_is_refused_in_words(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
     registry.register()
-    with Connection(amqp_url if kind == "amqp" else "memory://") as connection:
+    url = "memory://" if kind == "memory" else request.getfixturevalue(f"{kind}_url")
+    with Connection(url) as connection:
         with pytest.raises(EventLoopError, match="-P gevent"):
             connection.register_with_event_loop(Hub())
         assert not connection.transport.implements.asynchronous

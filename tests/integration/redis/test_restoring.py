@@ -13,6 +13,7 @@ import pytest
 from gevent.event import Event
 from kombu import Connection, Consumer, Producer, Queue
 
+from greenconsume.amqp.link import LinkLostError
 from greenconsume.redis import keeper
 from greenconsume.redis.keyspace import Keyspace
 from tests.integration.consumers import Inbox, Recorder, consuming, green_connection
@@ -228,6 +229,24 @@ def test_a_handler_that_runs_keeps_its_message_when_the_link_is_lost(proxied, se
         consumer.wait_for(5)
         wait_until(lambda: held_count(server) == 0)
     assert sorted(consumer.bodies) == list(range(5))
+
+
+def test_a_link_lost_between_two_drains_is_told_before_kombu_opens_another(proxied, queue_name):
+    """Else the next one would wait on a connection that consumes nothing, for ever."""
+    connection = green(proxied.url)
+    with Consumer(connection, [Queue(queue_name)], callbacks=[print]):
+        session = connection.connection
+        proxied.cut()
+        wait_until(lambda: not session.connected)
+        with pytest.raises(LinkLostError):
+            connection.drain_events(timeout=1)
+        assert not connection.connected
+    inbox = Inbox(connection)
+    with Consumer(connection, [Queue(queue_name)], callbacks=[inbox]):
+        Producer(connection).publish("x", routing_key=queue_name)
+        inbox.drain(1)
+    assert inbox.bodies == ["x"]
+    connection.close()
 
 
 def test_acks_that_were_not_confirmed_are_said_again(proxied, server, queue_name):

@@ -556,9 +556,9 @@ def test_settling_never_switches(connect, peer):
 def test_a_settle_after_the_link_was_lost_is_counted_and_does_nothing(connect, peer, settle):
     """HAZARDS.md row 13."""
     connection, (message,) = delivered(connect, peer)
-    channel = message.channel
+    channel, session = message.channel, connection.connection
     peer.hang_up()
-    wait_until(lambda: not connection.connected)
+    wait_until(lambda: not session.connected)
     with recording() as events:
         getattr(message, settle)()
     assert events == [StaleSettle(1, 1)]

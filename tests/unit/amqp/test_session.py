@@ -571,6 +571,34 @@ def test_what_was_delivered_without_acks_is_handed_out_though_the_link_was_lost(
         session.drain_events(timeout=1)
 
 
+def test_a_link_lost_between_two_drains_is_told_before_kombu_opens_another(connect, peer):
+    """Else the next one would wait on a connection that consumes nothing, for ever."""
+    connection = connect(peer)
+    consuming(connection, print)
+    session = connection.connection
+    peer.send(frames.connection_close(320, "CONNECTION_FORCED - the broker goes down"))
+    wait_until(lambda: not session.connected)
+    with pytest.raises(LinkLostError, match="the broker goes down"):
+        connection.drain_events(timeout=1)
+    assert not connection.connected
+    assert connection.channel().queue_declare("q").queue == "q"
+    assert peer.connection_count == 2
+
+
+def test_what_came_without_acks_before_the_link_was_lost_is_drained_by_kombu(connect, peer):
+    connection, got = connect(peer), []
+    consuming(connection, got.append, no_ack=True)
+    peer.send(frames.deliver(1, TAG, 1))
+    session = connection.connection
+    wait_until(lambda: session.backlog == 1)
+    peer.hang_up()
+    wait_until(lambda: not session.connected)
+    connection.drain_events(timeout=1)
+    assert [message.delivery_tag for message in got] == [1]
+    with pytest.raises(LinkLostError):
+        connection.drain_events(timeout=1)
+
+
 def test_a_channel_error_reaches_no_other_channel_and_no_other_session(connect, peer, share):
     connection = connect(peer)
     other = share(connection)
