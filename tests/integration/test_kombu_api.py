@@ -267,6 +267,23 @@ def test_a_cancelled_consumer_leaves_its_channel_to_the_others(
     assert inbox.bodies == list(range(len(inbox.bodies)))
 
 
+def test_what_a_cancelled_consumer_has_not_dispatched_goes_back_while_its_channel_lives(
+    rabbitmq, amqp_url, connection, channel, queue_name
+):
+    """py-amqp keeps it until the channel closes."""
+    publish(amqp_url, queue_name, 10)
+    inbox = Inbox(connection, ack=False)
+    consumer = Consumer(channel, [Queue(queue_name)], callbacks=[inbox], prefetch_count=8)
+    consumer.consume()
+    inbox.drain(1)
+    wait_until(lambda: connection.connection.backlog == 7)
+    consumer.cancel()
+    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (9, 1))
+    assert inbox.bodies == [0]
+    inbox.messages[0].ack()
+    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (9, 0))
+
+
 def test_prefetch_bounds_what_is_unacked(connection, channel, queue, queue_name):
     inbox = Inbox(connection, ack=False)
     for number in range(5):
