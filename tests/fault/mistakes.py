@@ -69,7 +69,7 @@ def stream_rejected(channel: Any, queue: str) -> None:
         name, durable=True, auto_delete=False, arguments={"x-queue-type": "stream"}
     )
     channel.basic_qos(0, 10, False)
-    channel.basic_consume(name, callback=reject)
+    channel.basic_consume(name, callback=reject, arguments={"x-stream-offset": "first"})
     channel.basic_publish(amqp.Message("x"), routing_key=name)
 
 
