@@ -16,12 +16,14 @@ from uuid import uuid4
 import pytest
 from gevent import monkey
 
+from greenconsume.links import backoff
 from tests.brokers import RELEASE_VARIABLE, RabbitMQ, chosen_release, fresh_vhost, vhost_of
 from tests.leaks import LeakWatch
 from tests.peer import Peer
 from tests.proxy import Proxy
 from tests.redis_server import INSTALLED, PROGRAMS, RedisServer, RedisServers
 from tests.servers import HOST, MissingServerError, missing, need_patched
+from tests.waiting import NEVER
 
 AMQP_URL_VARIABLE = "GREENCONSUME_TEST_AMQP_URL"
 
@@ -48,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("rabbitmq")
         if "redis_servers" in names:
             item.add_marker("redis")
+
+
+@pytest.fixture
+def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait longer after a failed attempt to connect than any test lives."""
+    monkeypatch.setattr(backoff, "FIRST_DELAY", NEVER)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,10 @@ import gevent
 T = TypeVar("T")
 
 POLL_SECONDS = 0.002
+#: Seconds in which that which happens at once has happened, also on a machine that is busy for a moment.
+AT_ONCE = 10.0
+#: Seconds of a deadline that no test lives to see: what ends by it has not ended `AT_ONCE`.
+NEVER = 60.0
 
 
 def wait_until(predicate: Callable[[], T | None], within: float = 30.0, message: str = "") -> T:

@@ -74,7 +74,7 @@ def test_the_modules_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_check_costs_nothing_once_it_has_passed() -> None:
     require_patched()
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(10_000):
         require_patched()
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 1.0  # a whole check each time takes far more than that

@@ -32,7 +32,7 @@ from tests import frames
 from tests.peer import REFUSES_PASSWORD, REFUSES_VHOST
 from tests.servers import HOST
 from tests.unit.fakes import of_type, recording
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, NEVER, wait_until
 
 BRING_UP = ["connection.start-ok", "connection.tune-ok", "connection.open"]
 # What a peer sends until a link is up: Start, Tune and OpenOk.
@@ -127,7 +127,7 @@ def test_connecting_is_bounded_where_a_peer_accepts_and_says_nothing(make_link):
         begun = monotonic()
         with pytest.raises(TimeoutError, match="does not speak AMQP"):
             make_link(port, connect_timeout=0.05).connect()
-        assert monotonic() - begun < 0.5
+        assert monotonic() - begun < AT_ONCE
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -136,7 +136,7 @@ def test_connecting_is_bounded_where_a_peer_stops_answering(make_link, make_peer
     begun = monotonic()
     with pytest.raises(TimeoutError):
         make_link(peer.port, connect_timeout=0.05).connect()
-    assert monotonic() - begun < 0.5
+    assert monotonic() - begun < AT_ONCE
     wait_until(lambda: peer.open_count == 0)
 
 
@@ -148,8 +148,8 @@ def test_a_refusal_is_raised_at_once_and_closes_the_socket(make_link, make_peer,
     peer = make_peer(answers=answers)
     begun = monotonic()
     with pytest.raises(error):
-        make_link(peer.port).connect()
-    assert monotonic() - begun < 0.5
+        make_link(peer.port, connect_timeout=NEVER).connect()
+    assert monotonic() - begun < AT_ONCE
     peer.wait_for("connection.close-ok")
     wait_until(lambda: peer.open_count == 0)
 
@@ -315,7 +315,7 @@ def test_close_is_bounded_where_the_peer_never_answers(dial, make_peer):
     link = dial(peer, close_timeout=0.05)
     begun = monotonic()
     link.close()
-    assert 0.04 < monotonic() - begun < 0.5
+    assert 0.04 < monotonic() - begun < AT_ONCE
     wait_until(lambda: peer.open_count == 0)
 
 
@@ -324,7 +324,7 @@ def test_close_is_bounded_by_the_deadline_it_is_given(dial, make_peer):
     link = dial(peer, close_timeout=60)
     begun = monotonic()
     link.close(deadline=Deadline(0.02))
-    assert monotonic() - begun < 0.5
+    assert monotonic() - begun < AT_ONCE
 
 
 def test_closing_twice_at_once_or_afterwards_is_one_close(dial, peer):

@@ -16,7 +16,7 @@ from greenconsume.amqp.secret import SecretSource, end_of
 from greenconsume.events import SecretUpdated
 from greenconsume.transports import registry
 from tests.unit.fakes import of_type, recording
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, wait_until
 
 
 def token(life, **claims):
@@ -53,8 +53,8 @@ def test_a_token_is_replaced_before_its_end(connect, peer):
     asked = iter(tokens)
     began = time.monotonic()
     connection = connect(lambda: next(asked))
-    wait_until(lambda: updates(peer) == tokens[1:], within=2)
-    assert time.monotonic() - began < 2.0
+    wait_until(lambda: updates(peer) == tokens[1:])
+    assert time.monotonic() - began < AT_ONCE
     assert connection.connected
     assert peer.connection_count == 1
     # A token says when it ends: a text and a flag of the second kind do not.
@@ -64,7 +64,7 @@ def test_a_token_is_replaced_before_its_end(connect, peer):
 def test_a_secret_that_does_not_say_its_end_is_replaced_by_the_users_interval(connect, peer):
     numbers = count()
     connect(lambda: f"secret-{next(numbers)}", secret_interval=0.02)
-    wait_until(lambda: updates(peer)[:2] == ["secret-1", "secret-2"], within=2)
+    wait_until(lambda: updates(peer)[:2] == ["secret-1", "secret-2"])
 
 
 def test_a_provider_is_asked_as_well(connect, peer):
@@ -75,7 +75,7 @@ def test_a_provider_is_asked_as_well(connect, peer):
             return "guest", f"secret-{next(self.numbers)}"
 
     connect(provider=Provider(), secret_interval=0.02)
-    wait_until(lambda: "secret-2" in updates(peer), within=2)
+    wait_until(lambda: "secret-2" in updates(peer))
 
 
 def test_a_link_that_is_closed_waits_for_no_answer_to_its_secret(connect, peer):
@@ -113,8 +113,8 @@ def test_a_provider_that_fails_is_asked_again_and_told(connect, peer, monkeypatc
 
     with recording() as events:
         connection = connect(ask)
-        wait_until(lambda: updates(peer) == [last], within=2)
-        wait_until(lambda: len(of_type(events, SecretUpdated)) == 3, within=2)
+        wait_until(lambda: updates(peer) == [last])
+        wait_until(lambda: len(of_type(events, SecretUpdated)) == 3)
     assert [bool(event.error) for event in of_type(events, SecretUpdated)] == [True, True, False]
     assert connection.connected
 
@@ -124,7 +124,7 @@ def test_a_provider_that_keeps_its_token_is_asked_again(connect, peer, monkeypat
     first, last = token(0.01), token(3600)
     answers = chain([first] * 3, repeat(last))
     connect(lambda: next(answers))
-    wait_until(lambda: updates(peer), within=2)
+    wait_until(lambda: updates(peer))
     assert updates(peer) == [last]
 
 
@@ -133,17 +133,17 @@ def test_a_broker_that_does_not_answer_to_a_secret_loses_the_link(connect, peer)
     numbers = count()
     connection = connect(lambda: str(next(numbers)), secret_interval=0.01, call_timeout=0.05)
     link = connection.connection.link
-    wait_until(lambda: not link.connected, within=2)
+    wait_until(lambda: not link.connected)
     assert "new secret" in str(link.failure)
 
 
 def test_a_link_that_is_closed_asks_for_no_more(connect, peer):
     numbers = count()
     connection = connect(lambda: str(next(numbers)), secret_interval=0.02)
-    wait_until(lambda: updates(peer), within=2)
+    wait_until(lambda: updates(peer))
     connection.release()
     asked = next(numbers)
-    wait_until(lambda: peer.open_count == 0, within=2)
+    wait_until(lambda: peer.open_count == 0)
     assert next(numbers) == asked + 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from time import monotonic
+from time import monotonic, process_time
 
 import amqp
 import gevent
@@ -22,7 +22,7 @@ from greenconsume.stopping import StopSignal
 from greenconsume.transports import registry
 from tests import frames
 from tests.unit.fakes import of_type, recording
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, NEVER, wait_until
 
 TAG = "t"
 
@@ -113,7 +113,7 @@ def test_a_drain_times_out_when_nothing_comes(connect, peer):
     begun = monotonic()
     with pytest.raises(socket.timeout):
         connection.drain_events(timeout=0.03)
-    assert 0.025 < monotonic() - begun < 0.5
+    assert 0.025 < monotonic() - begun < AT_ONCE
 
 
 def test_heartbeats_and_part_frames_do_not_extend_a_drain(connect, peer):
@@ -121,10 +121,10 @@ def test_heartbeats_and_part_frames_do_not_extend_a_drain(connect, peer):
     connection = connect(peer)
     consuming(connection, lambda message: None)
     without_delay(peer)
-    slow = frames.deliver(1, TAG, 1, bytes(200))
+    slow = frames.deliver(1, TAG, 1, bytes(40_000))  # comes in more than a minute
 
     def trickle():
-        for n in range(0, 200, 2):
+        for n in range(0, len(slow), 2):
             peer.send(frames.heartbeat() if n < 20 else slow[n - 20 : n - 18])
             Event().wait(0.004)
 
@@ -132,7 +132,7 @@ def test_heartbeats_and_part_frames_do_not_extend_a_drain(connect, peer):
     begun = monotonic()
     with pytest.raises(socket.timeout):
         connection.drain_events(timeout=0.06)
-    assert monotonic() - begun < 0.35
+    assert monotonic() - begun < AT_ONCE
     trickling.kill()
 
 
@@ -179,10 +179,10 @@ def test_a_busy_session_lets_the_hub_breathe(connect, peer):
             last = monotonic()
 
     ticking = gevent.spawn(tick)
-    begun = monotonic()
+    begun = process_time()  # not what the machine spends on others
     for _ in range(3000):
         connection.drain_events(timeout=2)
-    seconds = monotonic() - begun
+    seconds = process_time() - begun
     over.set()
     ticking.get()
     assert len(gaps) > seconds / 0.02  # every 2 ms, on a machine that is much slower than that
@@ -236,7 +236,7 @@ def test_a_stop_wakes_a_drain_at_once(connect, peer):
     stop.set("enough")
     with pytest.raises(StoppedError, match="enough"):
         drainer.get(timeout=30)
-    assert monotonic() - begun < 0.5
+    assert monotonic() - begun < AT_ONCE
 
 
 def test_a_stop_from_a_foreign_thread_wakes_a_drain(connect, peer):
@@ -340,7 +340,7 @@ class Stoppable:
 def stop_at(connect, peer, data, cut, rest_comes=True, **options):
     """Send a delivery up to a byte, stop, send the rest; return the consumer and its settles."""
     del peer.received[:]
-    connection = connect(peer, **options)
+    connection = connect(peer, **{"close_timeout": NEVER, **options})
     consumer, link = Stoppable(connection), connection.connection.link
     without_delay(peer)
     sent_at = monotonic()
@@ -353,7 +353,7 @@ def stop_at(connect, peer, data, cut, rest_comes=True, **options):
         peer.send(data[cut:])
     begun = monotonic()
     consumer.greenlet.get(timeout=30)
-    assert monotonic() - begun < 0.5
+    assert monotonic() - begun < AT_ONCE
     wait_until(lambda: peer.open_count == 0)
     return consumer, settled(peer)
 
@@ -835,12 +835,12 @@ def test_close_is_bounded_where_no_channel_is_answered_and_the_link_lives_on(
     peer = make_peer(silent={"channel.close"})
     connection = connect(peer, close_timeout=0.2)
     other = share(connection)
-    for _ in range(5):
+    for _ in range(100):
         connection.channel()
     begun = monotonic()
     connection.close()
-    assert monotonic() - begun < 0.7  # one deadline, not five
-    assert len(peer.frames("channel.close")) == 5
+    assert monotonic() - begun < AT_ONCE  # one deadline, not a hundred: 20 s
+    assert len(peer.frames("channel.close")) == 100
     assert other.channel().queue_declare("q").queue == "q"
 
 
@@ -889,7 +889,7 @@ def test_collect_lets_go_at_once_and_tells_nobody(connect, make_peer, share):
         assert socket.getdefaulttimeout() == before
         assert other.connected
         other.collect()
-    assert monotonic() - begun < 0.5
+    assert monotonic() - begun < AT_ONCE
     assert of_type(events, LinkDown) == []
     wait_until(lambda: peer.open_count == 0)
 

@@ -32,7 +32,7 @@ def test_however_it_is_settled_it_is_acked(peer, reading, how):
     peer.deliver(1, consumer._active_tags["s"], 1)
     connection.drain_events(timeout=2)
     getattr(got[0], how)()
-    wait_until(lambda: settles(peer) == [("basic.ack", 1)], within=2)
+    wait_until(lambda: settles(peer) == [("basic.ack", 1)])
 
 
 def test_what_nobody_has_started_is_acked_when_its_consumer_ends(peer, reading):
@@ -40,10 +40,10 @@ def test_what_nobody_has_started_is_acked_when_its_consumer_ends(peer, reading):
     tag = consumer._active_tags["s"]
     peer.deliver(1, tag, 1)
     peer.deliver(1, tag, 2)
-    wait_until(lambda: consumer.channel.unsettled_count == 2, within=2)
+    wait_until(lambda: consumer.channel.unsettled_count == 2)
     consumer.cancel()
     peer.deliver(1, tag, 3)  # it was under way
-    wait_until(lambda: settles(peer)[-1:] == [("basic.ack", 3)], within=2)
+    wait_until(lambda: settles(peer)[-1:] == [("basic.ack", 3)])
     assert {name for name, _ in settles(peer)} == {"basic.ack"}
 
 
@@ -53,4 +53,4 @@ def test_another_consumers_message_is_settled_as_ever(peer, reading):
         peer.deliver(1, other._active_tags["q"], 1)
         connection.drain_events(timeout=2)
         got[0].reject()
-        wait_until(lambda: settles(peer) == [("basic.reject", 1)], within=2)
+        wait_until(lambda: settles(peer) == [("basic.reject", 1)])
