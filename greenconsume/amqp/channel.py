@@ -356,23 +356,32 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         immediate: bool = False,
         timeout: float | None = None,
         confirm_timeout: float | None = None,
+        *,
+        confirmed: bool = False,
     ) -> None:
-        """Publish; wait only while the broker blocks, or `HIGH_WATER` is unsent."""
-        self.publisher.publish(msg, exchange, routing_key, mandatory, immediate, timeout)
+        """Publish; wait only while the broker blocks, or `HIGH_WATER` is unsent.
+
+        Args:
+            msg: An `amqp.Message`.
+            exchange: Its exchange, by name.
+            routing_key: Its routing key.
+            mandatory: Have the broker return it where no queue is bound for it.
+            immediate: As AMQP 0-9-1; RabbitMQ refuses it.
+            timeout: Seconds to wait at the most; None: for as long as the broker blocks.
+            confirm_timeout: Seconds to wait for a confirm; None: `timeout`.
+            confirmed: Wait for its confirm, as `basic_publish_confirm` does.
+        """
+        address = exchange, routing_key, mandatory, immediate
+        if confirmed:
+            confirm = Confirm(msg, *address)
+            self.publisher.publish_confirmed(confirm, timeout, confirm_timeout or timeout)
+        else:
+            self.publisher.publish(msg, address, timeout)
 
     basic_publish = _basic_publish
 
-    def basic_publish_confirm(
-        self,
-        msg: amqp.Message,
-        exchange: str = "",
-        routing_key: str = "",
-        mandatory: bool = False,
-        immediate: bool = False,
-        timeout: float | None = None,
-        confirm_timeout: float | None = None,
-    ) -> None:
-        """Publish, and wait for the confirm of this very message, by its delivery tag.
+    def basic_publish_confirm(self, *args: Any, **kwargs: Any) -> None:
+        """Publish as `basic_publish`, and wait for the confirm of this very message, by its delivery tag.
 
         Raises:
             MessageNacked: The broker could not take it.
@@ -381,12 +390,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
         Switches: yes. Any number of greenlets at once.
         """
-        confirm, publisher = (
-            Confirm(msg, exchange, routing_key, mandatory, immediate),
-            self.publisher,
-        )
-        tag = publisher.publish_nowait(confirm, timeout)
-        publisher.await_confirm(tag, confirm, confirm_timeout or timeout)
+        self._basic_publish(*args, confirmed=True, **kwargs)
 
     def confirm_select(self, nowait: bool = False) -> Any:
         """Put the channel into confirm mode; its publishes are counted from here."""

@@ -16,7 +16,7 @@ from amqp.serialization import dumps
 from greenconsume.amqp.calls import Calls
 from greenconsume.amqp.confirms import Confirm, Confirms
 from greenconsume.amqp.deliveries import Deliveries
-from greenconsume.amqp.frames import encode_publish
+from greenconsume.amqp.frames import Address, encode_publish
 from greenconsume.amqp.waits import Waits
 from greenconsume.stopping import Deadline, StopSignal
 
@@ -55,25 +55,38 @@ class ChannelPublisher:
         """Wait while the broker blocks publishers, or too much is unsent; see `Link.wait_publishable`."""
         self._calls.link.wait_publishable(deadline, stop, self._calls.channel_id)
 
-    def publish(
-        self,
-        message: amqp.Message,
-        exchange: str,
-        routing_key: str,
-        mandatory: bool,
-        immediate: bool,
-        timeout: float | None,
-    ) -> None:
+    def publish(self, message: amqp.Message, address: Address, timeout: float | None) -> None:
         """Publish without waiting for a confirm; see `Channel.basic_publish`."""
         self._wait_publishable(timeout)
-        self._write(message, exchange, routing_key, mandatory, immediate)
+        self._write(message, address)
         if self.confirms is not None:
             self.confirms.count()
 
-    def publish_nowait(self, confirm: Confirm, timeout: float | None) -> int:
-        """Publish the message of `confirm`; return its delivery tag. See `Channel.publish_nowait`."""
+    def publish_confirmed(
+        self, confirm: Confirm, timeout: float | None, confirm_timeout: float | None
+    ) -> None:
+        """Publish the message of `confirm`, wait for the answer, and raise it if it is an error.
+
+        Args:
+            confirm: The message, and where it goes.
+            timeout: Seconds to wait until it may be published; None: for as long as the broker blocks.
+            confirm_timeout: Seconds to wait for the answer; None: for the link's `call_timeout`.
+
+        Raises:
+            Exception: As `Channel.basic_publish_confirm`.
+
+        Switches: yes.
+        """
         self._wait_publishable(timeout)
-        return self.publish_confirm(confirm)
+        tag = self.publish_confirm(confirm)
+        try:
+            if not self._waits.wait_for_confirm(confirm.event, confirm_timeout):
+                raise self._calls.no_reply()
+        finally:
+            if self.confirms is not None:
+                self.confirms.abandon(tag, confirm)
+        if confirm.error is not None:
+            raise confirm.error
 
     def publish_confirm(self, confirm: Confirm) -> int:
         """Write the message of `confirm` now, and have it answered. Never switches.
@@ -87,26 +100,9 @@ class ChannelPublisher:
         """
         if self.confirms is None:
             self.select(nowait=True)  # what is published after it is confirmed
-        self._write(
-            confirm.message,
-            confirm.exchange,
-            confirm.routing_key,
-            confirm.mandatory,
-            confirm.immediate,
-        )
+        self._write(confirm.message, confirm.address)
         assert self.confirms is not None
         return self.confirms.put(confirm)
-
-    def await_confirm(self, tag: int, confirm: Confirm, timeout: float | None) -> None:
-        """Wait for one confirm, and raise what came instead; see `Channel.basic_publish_confirm`."""
-        try:
-            if not self._waits.wait_for_confirm(confirm.event, timeout):
-                raise self._calls.no_reply()
-        finally:
-            if self.confirms is not None:
-                self.confirms.abandon(tag, confirm)
-        if confirm.error is not None:
-            raise confirm.error
 
     def select(self, nowait: bool) -> None:
         """Put the channel into confirm mode, by `Confirm.Select`; its publishes are counted from here."""
@@ -120,14 +116,12 @@ class ChannelPublisher:
             raise RecoverableConnectionError("basic_publish: connection closed")
         self.wait_publishable(Deadline(timeout), self._waits.publishing)
 
-    def _write(
-        self, message: amqp.Message, exchange: str, key: str, mandatory: bool, immediate: bool
-    ) -> None:
+    def _write(self, message: amqp.Message, address: Address) -> None:
         calls = self._calls
         calls.begin()
         if self._deliveries.has_settles:
             self._deliveries.flush()
-        link, address = calls.link, (exchange, key, mandatory, immediate)
+        link = calls.link
         link.write(encode_publish(calls.channel_id, address, message, link.frame_max))
 
     def end(self, error: Callable[[], BaseException]) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import amqp
 from gevent.event import Event
 
+from greenconsume.amqp.frames import Address
+
 #: Where a message went, and its id: what the broker repeats when it returns one.
 _Key = tuple[str, str, object]
 
@@ -22,7 +24,7 @@ class Confirm:
 
     Attributes:
         message: The `amqp.Message`, and where it went: `exchange`, `routing_key`, `mandatory`, `immediate`.
-        ready: Whether there is an answer.
+        ready: True once there is an answer.
         error: The answer, if the message was not confirmed.
         returned: Why the broker returned it; its confirm still follows.
     """
@@ -56,6 +58,11 @@ class Confirm:
         self.error: BaseException | None = None
         self.returned: BaseException | None = None
         self._event: Event | None = None
+
+    @property
+    def address(self) -> Address:
+        """The exchange, the routing key, whether it is mandatory, and whether it is immediate."""
+        return self.exchange, self.routing_key, self.mandatory, self.immediate
 
     @property
     def event(self) -> Event:

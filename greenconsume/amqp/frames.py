@@ -24,6 +24,9 @@ Delivery = tuple[str, int, bool, str, str, Any, Any]
 #: A method: its class and method id.
 Sig = tuple[int, int]
 
+#: Where a message is published: the exchange, the routing key, whether it is mandatory, and immediate.
+Address = tuple[str, str, bool, bool]
+
 #: type, channel, and a payload; or a whole delivery
 Frame = tuple[int, int, Any]
 
@@ -233,13 +236,13 @@ def encode_method(channel: int, sig: Sig, args: bytes) -> bytes:
 
 
 def encode_publish(
-    channel: int, address: tuple[str, str, bool, bool], message: amqp.Message, max_size: int
+    channel: int, address: Address, message: amqp.Message, max_size: int
 ) -> list[bytes]:
     """Return the frames of `Basic.Publish`, byte for byte those of py-amqp; see `encode_content`.
 
     Args:
         channel: The channel's id.
-        address: Exchange, routing key, whether it is mandatory, whether it is immediate.
+        address: Where it is published.
         message: An `amqp.Message`.
         max_size: The largest frame that was agreed; 0 for any.
     """

@@ -33,8 +33,7 @@ class Inbox:
     """The items of one session, in the order they came, each with what takes it.
 
     Attributes:
-        entries: The owner of each item, the item, and the callback that takes it. The session pops them
-            itself, and then looks at `paused`: a call for each message would be felt.
+        entries: The owner of each item, the item, and the callback that takes it; to be read only.
         paused: The owner and tag of each paused consumer, and what resumes it.
         given_back_count: How many deliveries went back to their queue because no callback took them.
         screen: Sees what is delivered again before it is queued, and returns whether it takes it over; it
@@ -62,6 +61,19 @@ class Inbox:
     def have_screened(self, screen: Callable[[Delivery], bool] | None) -> None:
         """Have `screen` see what is delivered again before it is queued. Never switches."""
         self.screen = screen
+
+    def hand_out(self) -> bool:
+        """Give the oldest item to its callback, in this greenlet; return False if nothing waits.
+
+        Switches: as the callback does.
+        """
+        if not self.entries:
+            return False
+        _, item, callback = self.entries.popleft()
+        if self.paused:
+            self.resume()
+        callback(item)
+        return True
 
     def wait(self, deadline: Deadline, stop: StopSignal | None) -> None:
         """Wait until something was put, or the deadline, the stop signal or `wake`. Switches: yes."""

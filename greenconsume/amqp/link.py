@@ -210,6 +210,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
 
     # -- what the broker says of the connection ---------------------------------------------------
 
+    def note_read(self) -> None:
+        """Note that the reader has just read something: the broker lives. Never switches."""
+        self.last_read = monotonic()
+
     def listen(self, sig: Sig, callback: Callable[[], object]) -> None:
         """Have the reader call `callback`, which must not switch, for each such method of the broker's."""
         self._callbacks[sig] = callback

@@ -6,7 +6,6 @@ It runs in a greenlet of its own, runs no user code and never waits for a reply.
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
 from typing import Any, Protocol
 
 import amqp
@@ -29,8 +28,11 @@ class ReadLink(Protocol):
     failure: BaseException | None
     on_inbound_frame: Callable[[Any], object]
     frame_max: int
-    last_read: float
     transport: Any
+
+    def note_read(self) -> None:
+        """Note that something was read just now."""
+        ...
 
     def fail(self, error: BaseException) -> None:
         """End the link."""
@@ -62,7 +64,7 @@ class LinkReader:
             data = recv(READ_SIZE)
             if not data:
                 raise ConnectionResetError("the broker closed the connection")
-            link.last_read = monotonic()
+            link.note_read()
             parser.max_size, answers = link.frame_max, 0
             for frame in parser.feed(data):
                 if frame[0] == DELIVERY:

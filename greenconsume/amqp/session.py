@@ -135,7 +135,7 @@ class Session:
         try:
             if (
                 self.waits.is_setting_up
-            ):  # nobody waits: its next call is served, or fails, after this one
+            ):  # nobody waits: its next call is served, or fails, after it
                 channel.core.calls.open()
             else:
                 channel.open()
@@ -208,11 +208,7 @@ class Session:
         while True:
             if stop is not None and stop.reason is not None:
                 stop.check()
-            if inbox.entries:
-                _, item, callback = inbox.entries.popleft()
-                if inbox.paused:
-                    inbox.resume()
-                callback(item)
+            if inbox.hand_out():
                 return
             self._tell_its_end()
             if inbox.paused:  # what paused them went without being handed out

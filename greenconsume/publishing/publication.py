@@ -19,7 +19,7 @@ from greenconsume.errors import PublishError, PublishTimeoutError, RefusedError,
 from greenconsume.stopping import Deadline
 
 #: The message, its exchange and routing key, and whether it is mandatory and immediate.
-Address = tuple[amqp.Message, str, str, bool, bool]
+AddressedMessage = tuple[amqp.Message, str, str, bool, bool]
 
 
 class Publication(Confirm):
@@ -55,7 +55,7 @@ class Publication(Confirm):
 
     def __init__(
         self,
-        address: Address,
+        address: AddressedMessage,
         on_answer: Callable[[Publication, BaseException | None], object],
         *,
         message_id: str = "",

@@ -31,7 +31,7 @@ from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
 from greenconsume.patching import require_patched
 from greenconsume.publishing.outbox import Outbox
-from greenconsume.publishing.publication import Address, Publication
+from greenconsume.publishing.publication import AddressedMessage, Publication
 from greenconsume.stopping import Deadline
 
 #: What kombu's `json.dumps` comes to, without an encoder made for each message.
@@ -217,7 +217,7 @@ class Publisher:
                 options |= {"content_type": "application/json", "content_encoding": "utf-8"}
             except Exception:  # whatever a value's own code raises: kombu tells it in its words
                 pass
-        address: Address = self._producer.publish(body, routing_key, **options)
+        address: AddressedMessage = self._producer.publish(body, routing_key, **options)
         return Publication(
             address,
             self._outbox.on_answer,
@@ -325,7 +325,7 @@ class _Taker:
         mandatory: bool = False,
         immediate: bool = False,
         **_timeouts: float | None,
-    ) -> Address:
+    ) -> AddressedMessage:
         return message, exchange, routing_key, mandatory, immediate
 
 

@@ -52,11 +52,14 @@ class InboxMachine(RuleBasedStateMachine):
     def receive(self, count: int) -> None:
         """As `Session.drain_events`: in the order in which they came, each to its own callback."""
         for _ in range(min(count, len(self.waiting))):
-            _, item, callback = self.inbox.entries.popleft()
-            if self.inbox.paused:
-                self.resume()
-            callback(item)
+            assert self.inbox.hand_out()
             assert self.taken.pop() is self.waiting.pop(0)[1]
+            if len(self.waiting) <= RESUME_AT:
+                assert sorted(self.resumed) == sorted(self.paused)
+                self.paused.clear()
+            else:
+                assert self.resumed == []
+            self.resumed.clear()
 
     @rule(owner=OWNER, tag=TAG)
     def take_back(self, owner: str, tag: str) -> None:
