@@ -103,7 +103,7 @@ class ConsumerChanged(Event):
 class ConsumerRefused(Event):
     """The broker refuses what a consumer asks for, or closed its channel; it asks again in `delay` seconds.
 
-    `stands_by`: it takes over when another consumer is gone. `told`: the log need not tell it again.
+    `stands_by`: it takes over when another consumer is gone. `known`: it was told before, or is raised.
     """
 
     consumer: str
@@ -112,7 +112,7 @@ class ConsumerRefused(Event):
     attempt: int
     delay: float
     stands_by: bool = False
-    told: bool = False
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import gevent.hub
 MAX_TURN = 0.002
 
 
-class _Vigil:
+class _KeepAlive:
     """Keeps one hub's loop going while anybody is in its block, with one watcher that never fires."""
 
     def __init__(self, hub: gevent.hub.Hub) -> None:
@@ -34,13 +34,13 @@ class _Vigil:
             self._watcher.stop()
 
 
-_vigils: weakref.WeakKeyDictionary[Any, _Vigil] = weakref.WeakKeyDictionary()  # by hub
+_vigils: weakref.WeakKeyDictionary[Any, _KeepAlive] = weakref.WeakKeyDictionary()  # by hub
 
 
-def kept_waiting() -> _Vigil:
+def kept_waiting() -> _KeepAlive:
     """Return a block, to be entered any number of times, within which this thread's hub does not give up.
 
     Switches: no. From any greenlet.
     """
     hub = gevent.get_hub()
-    return _vigils.get(hub) or _vigils.setdefault(hub, _Vigil(hub))
+    return _vigils.get(hub) or _vigils.setdefault(hub, _KeepAlive(hub))

@@ -21,7 +21,7 @@ class Lifecycle:
     Attributes:
         name: What logs and events call it.
         stop: Ends it, in an orderly way.
-        leave: Ends consuming: the stop signal, or that of a kill switch, which a stop sets as well.
+        consume_stop: Ends consuming: the stop signal, or that of a kill switch, which a stop sets as well.
         state: Where it is.
         ready: Set while it consumes.
         tally: What becomes of its messages; a runtime's consumer has one through all its restarts.
@@ -32,7 +32,7 @@ class Lifecycle:
 
     __slots__ = (
         "_rungs",
-        "leave",
+        "consume_stop",
         "name",
         "on_enter",
         "on_refused",
@@ -44,7 +44,7 @@ class Lifecycle:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.stop = self.leave = StopSignal()
+        self.stop = self.consume_stop = StopSignal()
         self.state = ConsumerState.STARTING
         self.ready = Event()
         self.on_enter: Callable[[], object] | None = None
@@ -52,9 +52,9 @@ class Lifecycle:
         self.tally = Tally()
         self._rungs: Rungs | None = None
 
-    def leave_by(self, signal: StopSignal | None) -> None:
+    def consume_until(self, signal: StopSignal | None) -> None:
         """Have `signal` end consuming; with None, the stop signal again. Never switches."""
-        self.leave = self.stop if signal is None else signal
+        self.consume_stop = self.stop if signal is None else signal
 
     @property
     def rungs(self) -> Rungs:

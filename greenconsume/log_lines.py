@@ -129,7 +129,7 @@ def _(event: ConsumerRefused) -> Line:
     remedy = f": {event.remedy}" if event.remedy else ""
     args = (event.consumer, words(event.error), remedy, event.attempt, event.delay)
     level = logging.INFO if event.stands_by else logging.WARNING
-    return Line("consuming", logging.DEBUG if event.told else level, text, args)
+    return Line("consuming", logging.DEBUG if event.known else level, text, args)
 
 
 @describe.register

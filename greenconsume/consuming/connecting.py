@@ -141,7 +141,7 @@ def bound_close(conn: Connection) -> None:
         session.begin_close()
 
 
-def errors_of(conn: Connection) -> tuple[type[BaseException], ...]:
+def lost_errors(conn: Connection) -> tuple[type[BaseException], ...]:
     """Return what is raised where the connection or one of its channels is lost."""
     if not isinstance(conn, Connection):
         return ()

@@ -23,7 +23,7 @@ from greenconsume.consuming.connecting import (
     Connected,
     bound_close,
     connect_to_publish,
-    errors_of,
+    lost_errors,
 )
 from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
@@ -198,7 +198,7 @@ class Engine:
                     self._refusals.consumes()
                     self.link_pool().quarantine.note_consuming(life.name, True)
                 if isinstance(conn, Connection):
-                    yield from receive(conn, loop, life.leave, self._attend)
+                    yield from receive(conn, loop, life.consume_stop, self._attend)
                 else:
                     yield from receive_from_double(conn, loop)
         except StoppedError:
@@ -245,7 +245,7 @@ class Engine:
     def leaving(self, stopping: StopCheck) -> Callable[[], bool]:
         """Return what tells whether the consumer leaves its loop: it stops, or its switch has tripped."""
         switch, is_set = self._switch, stopping.is_set
-        return is_set if switch is None else lambda: is_set() or switch.leave.is_set()
+        return is_set if switch is None else lambda: is_set() or switch.consume_stop.is_set()
 
     @contextmanager
     def consumers(self) -> Iterator[Context]:
@@ -269,7 +269,7 @@ class Engine:
                 with consumer._consume_from(*consumers) as used:
                     self.session = session
                     try:
-                        with drain.consuming(session, errors_of(conn)):
+                        with drain.consuming(session, lost_errors(conn)):
                             yield conn, channel, used
                     finally:
                         self._leave(conn)
@@ -283,7 +283,7 @@ class Engine:
         These count towards the concurrency, and so keep theirs.
         """
         handling, drain = self.handling, self.drain
-        if handling is None or drain is None or drain.told or not handling.busy:
+        if handling is None or drain is None or drain.is_over or not handling.busy:
             settings = self.settings()
             kind = Handling if settings.batch_size is None else Batching
             handling = kind(self.life, settings, self._switch, self.owned, self.link_pool)

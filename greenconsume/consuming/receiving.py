@@ -42,14 +42,14 @@ class Loop:
 
 
 def receive(
-    conn: Connection, loop: Loop, leave: StopSignal, attend: Callable[[bool], None]
+    conn: Connection, loop: Loop, stop: StopSignal, attend: Callable[[bool], None]
 ) -> Iterator[None]:
     """Receive messages from a kombu connection; yield after each.
 
     Args:
         conn: The connection.
         loop: How long to receive.
-        leave: Ends the wait for a message.
+        stop: Ends the wait for a message.
         attend: Called with whether any consumer runs, before it waits for a message.
 
     Raises:
@@ -67,7 +67,7 @@ def receive(
         if on_iteration is not None:
             on_iteration()
         try:
-            receive_one(_least(tick, idle.remaining) if timeout else tick, leave)
+            receive_one(_least(tick, idle.remaining) if timeout else tick, stop)
         except socket.timeout:
             if not wakes:
                 conn.heartbeat_check()
@@ -86,10 +86,10 @@ def receive(
 def _receiver(conn: Connection, attend: Callable[[bool], None]) -> tuple[Receive, bool]:
     """Return what receives one message, and whether a stop wakes it (or it polls)."""
     if not getattr(conn.transport, "wakes", False):
-        return lambda seconds, _leave: conn.drain_events(timeout=seconds), False
+        return lambda seconds, _stop: conn.drain_events(timeout=seconds), False
     session = session_of(conn)
     if session is None:
-        return lambda seconds, leave: conn.drain_events(timeout=seconds, stop=leave), True
+        return lambda seconds, stop: conn.drain_events(timeout=seconds, stop=stop), True
     session.begin_consuming(attend)
     # Not kombu's: where a link was lost it would connect again, and wait without any consumer.
     return session.drain_events, True

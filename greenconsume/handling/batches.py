@@ -124,7 +124,7 @@ class Batching(Handling):
 
     def submit(self, consumer: Consumer, message: Message) -> None:
         """Add a message to its batch, and hand a full one over. Switches: while the pool is full."""
-        if self._life.leave.is_set():
+        if self._life.consume_stop.is_set():
             self.give_back(message)
             return
         try:
@@ -155,7 +155,9 @@ class Batching(Handling):
         if job.handed_over:  # by whoever was first: its time, its last message, the end
             return
         job.handed_over = True
-        if not self.pool.submit(job, self._life.leave, self._is_wanted) and self._forget(job):
+        if not self.pool.submit(job, self._life.consume_stop, self._is_wanted) and self._forget(
+            job
+        ):
             self.give_back(job.message)
 
     def _is_wanted(self, job: Job) -> bool:

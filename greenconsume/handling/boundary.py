@@ -131,7 +131,7 @@ class Handling:
                 self._failed(job, exc)
                 return
             job.key = ALONE if key is None else key
-        if not self.pool.submit(job, self._life.leave, self._is_wanted):
+        if not self.pool.submit(job, self._life.consume_stop, self._is_wanted):
             self.give_back(message)
 
     def _is_wanted(self, job: Job) -> bool:
@@ -141,7 +141,7 @@ class Handling:
     def handle(self, consumer: Consumer, message: Message) -> None:
         """Handle `message` here and now; one that a polled transport brings after the stop is given back."""
         life = self._life
-        if life.leave.reason is not None and self._is_unsettled(message):
+        if life.consume_stop.reason is not None and self._is_unsettled(message):
             self.give_back(message)
             return
         job = Job(message, consumer, ALONE, life.name)
@@ -165,7 +165,7 @@ class Handling:
             self._failed(Job(message, consumer, ALONE, self._life.name), failure)
         elif not (self.settings.batch_size or current_job()) and quarantine.holds(self._life.name):
             # Of a batch nobody can tell which message it was; who drains in a handler cannot wait for that.
-            wait_open(self.idle, Deadline(None), self._life.leave)
+            wait_open(self.idle, Deadline(None), self._life.consume_stop)
             handle_alone(message, quarantine, lambda: self.handle(consumer, message))
         else:
             handle(consumer, message)
@@ -173,12 +173,12 @@ class Handling:
     def _paced(self) -> Callable[[Any, Any], None]:
         """Return what handles a message, at the consumer's rate and its runtime's, if there is one."""
         handle = self.handle if self.pool is None else self.submit
-        paces, leave = self._paces, self._life.leave
+        paces, stop = self._paces, self._life.consume_stop
         if not paces:
             return handle
 
         def handle_in_time(consumer: Consumer, message: Message) -> None:
-            if all(pace.wait(leave) for pace in paces):
+            if all(pace.wait(stop) for pace in paces):
                 handle(consumer, message)
             else:
                 self.give_back(message)
@@ -237,7 +237,7 @@ class Handling:
 
     def _work_unless_stopped(self, job: Job) -> None:
         # What ends consuming may have come after it was given a greenlet, and before that had its turn.
-        if self._life.leave.reason is not None and self._is_unsettled(job.message):
+        if self._life.consume_stop.reason is not None and self._is_unsettled(job.message):
             self.give_back(job.message)
         elif job.key is ALONE or self._is_wanted(job):  # else its link was lost meanwhile
             self._work(job)

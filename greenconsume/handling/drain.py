@@ -51,7 +51,7 @@ class Drain:
     Attributes:
         finished: How many handlers ended by themselves during the drain.
         killed: How many had to be killed.
-        told: True once it is over, and was told of by `ConsumerDrained`.
+        is_over: True once no handler is waited for any more, and `ConsumerDrained` was emitted.
     """
 
     __slots__ = (
@@ -61,14 +61,14 @@ class Drain:
         "_life",
         "_orderly",
         "finished",
+        "is_over",
         "killed",
-        "told",
     )
 
     def __init__(self, life: Lifecycle, handling: Handling) -> None:
         self._handling = handling
         self.finished = self.killed = 0
-        self.told = False
+        self.is_over = False
         self._life = life
         self._descent: Any = None
         self._is_down = self._orderly = False
@@ -94,7 +94,7 @@ class Drain:
         if self._handling.pool is not None:
             self._handling.pool.open()
         if session is not None:
-            self._life.leave.link(session.announce_stop)
+            self._life.consume_stop.link(session.announce_stop)
             deadline = self._handling.settings.settle_deadline
             if deadline is not None:
                 unsettled_watch.watch(session, self._life.name, deadline)
@@ -133,7 +133,7 @@ class Drain:
         Switches: yes, if one runs.
         """
         try:
-            self._orderly = orderly and not self._life.leave.is_set()
+            self._orderly = orderly and not self._life.consume_stop.is_set()
             if self._orderly:
                 self._handling.complete()
             if self._life.stop.is_set():
@@ -154,12 +154,12 @@ class Drain:
 
         Switches: yes, if one runs.
         """
-        if self.told:
+        if self.is_over:
             return
         began = monotonic()
         if self._handling.busy and not self._is_down:
             self.end()
-        self.told = True
+        self.is_over = True
         found, seconds = self.outcome, monotonic() - began
         if found:
             numbers = (found.finished, found.given_back, found.cancelled, found.killed)
@@ -184,7 +184,7 @@ class Drain:
         self._life.stop.unlink(self._on_stop)
         if session is not None:
             unsettled_watch.unwatch(session)
-            self._life.leave.unlink(session.announce_stop)
+            self._life.consume_stop.unlink(session.announce_stop)
             self._handling.given_back += session.given_back_count
             self._life.tally.given_back += session.given_back_count
         self._handling.retire()

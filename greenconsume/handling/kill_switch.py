@@ -63,7 +63,7 @@ class Switch:
         life: The consumer's lifecycle.
 
     Attributes:
-        leave: Set when the consumer is to leave its loop: for a stop, or because the switch has tripped.
+        consume_stop: Ends consuming: set by a stop, and when the switch trips.
         half_open: Only one message is to be consumed.
     """
 
@@ -75,12 +75,12 @@ class Switch:
         "_outcome",
         "_settings",
         "_since",
+        "consume_stop",
         "half_open",
-        "leave",
     )
 
     def __init__(self, settings: KillSwitch, life: Lifecycle) -> None:
-        self.leave = StopSignal()
+        self.consume_stop = StopSignal()
         self.half_open = False
         self._settings = settings
         self._life = life
@@ -89,13 +89,13 @@ class Switch:
         self._failed = 0
         self._outcome: bool | None = None
         self._since = 0.0
-        life.stop.link(self.leave.set)
-        life.leave_by(self.leave)
+        life.stop.link(self.consume_stop.set)
+        life.consume_until(self.consume_stop)
 
     def close(self) -> None:
         """Let go of the consumer, which has ended. Never switches."""
-        self._life.stop.unlink(self.leave.set)
-        self._life.leave_by(None)
+        self._life.stop.unlink(self.consume_stop.set)
+        self._life.consume_until(None)
 
     def note(self, failed: bool) -> None:
         """Take note of how a message fared. Never switches."""
@@ -111,10 +111,10 @@ class Switch:
             self._trip()
 
     def _trip(self) -> None:
-        if self.leave.is_set():
+        if self.consume_stop.is_set():
             return
         self._since = monotonic()
-        self.leave.set("the kill switch has tripped")
+        self.consume_stop.set("the kill switch has tripped")
         self._tell(self._failed, len(self._last))
 
     def pause(self) -> float | None:
@@ -125,7 +125,7 @@ class Switch:
             return None  # if it is None, there was no message to judge by
         if self.half_open:
             self._tell(1, 1)
-        elif not self.leave.is_set():
+        elif not self.consume_stop.is_set():
             return None
         self.half_open, self._outcome = True, None
         return self._settings.pause * random.uniform(1, 1 + _JITTER)
@@ -133,7 +133,7 @@ class Switch:
     def resume(self) -> None:
         """Have the consumer come back after its wait. Never switches."""
         if not self._life.stop.is_set():
-            self.leave.clear()
+            self.consume_stop.clear()
 
     @property
     def limit(self) -> int | None:

@@ -44,7 +44,7 @@ def raise_after(max_retries: int | None, retries: int, error: BaseException) -> 
         raise OperationalError(str(error)) from error
 
 
-def errors_of(connection: Connection) -> tuple[type[BaseException], ...]:
+def connect_errors(connection: Connection) -> tuple[type[BaseException], ...]:
     """Return the errors of a broker that cannot be connected to; another attempt may succeed."""
     return (
         *connection.connection_errors,

@@ -183,7 +183,7 @@ class Dialer:
         """Dial; return whether that was the last time."""
         try:
             link = connection.transport.dial()
-        except backoff.errors_of(connection) as exc:
+        except backoff.connect_errors(connection) as exc:
             failed.tell(connection, exc, delay)
             self._end_attempts(exc, delay)
             connection.maybe_switch_next()

@@ -31,7 +31,7 @@ def connect_unpooled(
         try:
             _run_until_stopped(lambda: connection.ensure_connection(max_retries=0), stop)
             return
-        except (OperationalError, *backoff.errors_of(connection)) as exc:
+        except (OperationalError, *backoff.connect_errors(connection)) as exc:
             error = exc.__cause__ if isinstance(exc, OperationalError) and exc.__cause__ else exc
         backoff.raise_after(max_retries, retries, error)
         if not connection.completes_cycle(retries):

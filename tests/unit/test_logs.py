@@ -38,7 +38,7 @@ LINES = [
     (events.HandlerClosedChannel("C-1", 7, "orders", ERROR), "handling", "WARNING"),
     (events.ConsumerRefused("C-1", ERROR, "delete it", 1, 1.0), "consuming", "WARNING"),
     (events.ConsumerRefused("C-1", ERROR, "", 1, 1.0, stands_by=True), "consuming", "INFO"),
-    (events.ConsumerRefused("C-1", ERROR, "", 1, 1.0, told=True), "consuming", "DEBUG"),
+    (events.ConsumerRefused("C-1", ERROR, "", 1, 1.0, known=True), "consuming", "DEBUG"),
     (events.KillSwitchTripped("C-1", 11, 20, 30.0), "handling", "WARNING"),
     (events.KillSwitchReset("C-1", 31.5), "handling", "INFO"),
     (events.StaleSettle(7, 1), "handling", "DEBUG"),

@@ -116,7 +116,7 @@ def test_what_no_waiting_mends_is_told_to_who_starts(
     met.tell(OTHERWISE)
     assert told[0][0] is OTHERWISE
     assert caplog.text == ""  # it is raised
-    assert of_type(events, ConsumerRefused)[-1].told
+    assert of_type(events, ConsumerRefused)[-1].known
 
 
 def test_a_mistake_of_a_running_consumer_is_no_refusal_of_its_start(met: Refusals, life: Lifecycle):

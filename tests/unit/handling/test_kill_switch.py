@@ -42,7 +42,7 @@ def note(switch: Switch, outcomes: str) -> None:
 def test_it_trips_when_more_than_its_share_of_the_last_messages_failed(outcomes, trips):
     tried = switch()
     note(tried, outcomes)
-    assert tried.leave.is_set() is trips
+    assert tried.consume_stop.is_set() is trips
 
 
 def test_what_fails_after_it_has_tripped_trips_it_once():
@@ -66,7 +66,7 @@ def test_it_waits_tries_one_waits_again_and_resets():
         pauses = [tried.pause()]
         tried.resume()
         assert tried.half_open
-        assert not tried.leave.is_set()
+        assert not tried.consume_stop.is_set()
         note(tried, "x")
         pauses.append(tried.pause())
         tried.resume()
@@ -89,9 +89,9 @@ def test_after_a_reset_it_judges_by_new_messages_alone():
     note(tried, ".")
     tried.pause()
     note(tried, "xxx")
-    assert not tried.leave.is_set()
+    assert not tried.consume_stop.is_set()
     note(tried, "x")
-    assert tried.leave.is_set()
+    assert tried.consume_stop.is_set()
 
 
 def test_without_a_message_to_judge_by_it_tries_another_one():
@@ -107,9 +107,9 @@ def test_a_stop_ends_the_loop_and_is_not_taken_back():
     life = Lifecycle("orders")
     tried = Switch(KillSwitch(), life)
     life.stop.set()
-    wait_until(tried.leave.is_set)
+    wait_until(tried.consume_stop.is_set)
     tried.resume()
-    assert tried.leave.is_set()
+    assert tried.consume_stop.is_set()
 
 
 def test_half_open_it_has_the_broker_send_one_message():
