@@ -25,7 +25,7 @@ class _KeepAlive:
 
     def __enter__(self) -> None:
         if not self._sleepers:
-            self._watcher.start(int)
+            self._watcher.start(_do_nothing)
         self._sleepers += 1
 
     def __exit__(self, *exc_info: object) -> None:
@@ -34,7 +34,11 @@ class _KeepAlive:
             self._watcher.stop()
 
 
-_vigils: weakref.WeakKeyDictionary[Any, _KeepAlive] = weakref.WeakKeyDictionary()  # by hub
+def _do_nothing() -> None:
+    """Be what the watcher would call; nothing ever sends it."""
+
+
+_by_hub: weakref.WeakKeyDictionary[Any, _KeepAlive] = weakref.WeakKeyDictionary()
 
 
 def kept_waiting() -> _KeepAlive:
@@ -43,4 +47,4 @@ def kept_waiting() -> _KeepAlive:
     Switches: no. From any greenlet.
     """
     hub = gevent.get_hub()
-    return _vigils.get(hub) or _vigils.setdefault(hub, _KeepAlive(hub))
+    return _by_hub.get(hub) or _by_hub.setdefault(hub, _KeepAlive(hub))
