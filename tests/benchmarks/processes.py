@@ -1,19 +1,23 @@
-"""Measures what a second process adds, with 500 handlers of 50 ms each: on a broker of its own.
+"""Measures what a second process adds, with 500 handlers of 50 ms each and with no-ops: on its own broker.
 
-    python tests/patched.py tests.benchmarks.processes [SECONDS]
+    python tests/patched.py tests.benchmarks.processes [SECONDS [ROUNDS]]
 
-It reads how fast the queue gets shorter, and the CPU that the processes and the broker took: where both cores
-are the broker's or somebody else's, a second process adds little.
+One process and two in turn, as often as ROUNDS says. It reads how fast the queue gets shorter, and the CPU
+that the processes and the broker took: where both cores are the broker's or somebody else's, a second process
+adds little.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -22,55 +26,83 @@ import psutil
 from kombu import Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions
-from tests.brokers import RabbitMQ
+from tests.benchmarks import feeder
+from tests.brokers import RabbitMQ, fresh_vhost
 from tests.gunicorns import Gunicorn
-from tests.messages import delete_queue, publish
 
 QUEUE = "scaled"
-COUNT = 100_000
+#: As the feeder names it.
+FED = f"{QUEUE}.0"
+#: Seconds until both processes are at their pace.
+SETTLE = 1.0
+#: By target the most messages a second that two processes could handle: so many wait for each second.
+TARGETS = {"Waiting": 20_000, "NoOp": 60_000}
 
 
-class Work(ConsumerMixin):
-    """What each process runs."""
+class NoOp(ConsumerMixin):
+    """Does nothing with a message."""
 
-    options = ConsumerOptions(concurrency=500, auto_settle=True)
+    options = ConsumerOptions(auto_settle=True)
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-        return [Consumer([Queue(QUEUE)], callbacks=[self.on_message], prefetch_count=1000)]
+        queue = Queue(FED, durable=False)
+        return [Consumer([queue], callbacks=[self.on_message], prefetch_count=1000)]
+
+    def on_message(self, body: Any, message: Any) -> None:
+        """Do nothing."""
+
+
+class Waiting(NoOp):
+    """Waits for 50 ms, with up to 500 messages at once."""
+
+    options = ConsumerOptions(concurrency=500, auto_settle=True)
 
     def on_message(self, body: Any, message: Any) -> None:
         time.sleep(0.05)
 
 
-def measure(broker: RabbitMQ, processes: int, seconds: float) -> str:
-    url = broker.url("/")
-    publish(url, QUEUE, COUNT)
-    target = "tests.benchmarks.processes:Work"
-    command = [sys.executable, "-m", "greenconsume", "run", target, "--broker", url]
-    command += ["--processes", str(processes), "--log-level", "warning", "--freeze-gc"]
-    with tempfile.TemporaryDirectory() as folder:
-        server = Gunicorn(Path(folder), command=command)
+def measure(broker: RabbitMQ, target: str, processes: int, seconds: float) -> tuple[float, str]:
+    """Return the messages a second, and a row with the CPU that they took."""
+    with fresh_vhost(broker) as vhost, tempfile.TemporaryDirectory() as folder:
+        url = broker.url(vhost)
+        fill(url, int(TARGETS[target] * (seconds + SETTLE + 1)))
+        command = [
+            sys.executable,
+            "-m",
+            "greenconsume",
+            "run",
+            f"tests.benchmarks.processes:{target}",
+        ]
+        command += ["--broker", url, "--processes", str(processes), "--log-level", "warning"]
+        server = Gunicorn(Path(folder), command=[*command, "--freeze-gc"])
         try:
-            while broker.queue_counts(url, QUEUE).consumers < processes:
-                gevent.sleep(0.1)
-            gevent.sleep(3)
+            while broker.queue_counts(url, FED).consumers < processes:
+                gevent.sleep(0.05)
+            gevent.sleep(SETTLE)
             used = [psutil.Process(pid) for pid in (*server.workers, broker.pid)]
             before, left, began = [cpu(each) for each in used], depth(broker, url), monotonic()
             gevent.sleep(seconds)
-            passed, done = monotonic() - began, left - depth(broker, url)
+            passed, rest = monotonic() - began, depth(broker, url)
             shares = [(cpu(each) - old) / passed for each, old in zip(used, before, strict=True)]
         finally:
             server.close_quietly()
-    delete_queue(url, QUEUE)
+    assert rest, "the queue was empty before the end"
+    rate = (left - rest) / passed
     ours = " + ".join(f"{share:.0%}" for share in shares[:-1])
-    return f"| {processes} | {done / passed:,.0f}/s | {ours} | {shares[-1]:.0%} |"
+    return rate, f"| {target} | {processes} | {rate:,.0f}/s | {ours} | {shares[-1]:.0%} |"
+
+
+def fill(url: str, count: int) -> None:
+    """Have so many messages wait."""
+    given = json.dumps({"url": url, "queue": QUEUE, "messages": count})
+    subprocess.run([sys.executable, feeder.__file__, given], check=True)
 
 
 def depth(broker: RabbitMQ, url: str) -> int:
-    counts = broker.queue_counts(url, QUEUE)
+    counts = broker.queue_counts(url, FED)
     return counts.ready + counts.unacked
 
 
@@ -80,15 +112,22 @@ def cpu(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if sys.argv[1:] else 10.0
+    seconds = float(sys.argv[1]) if sys.argv[1:] else 5.0
+    rounds = int(sys.argv[2]) if sys.argv[2:] else 3
     with tempfile.TemporaryDirectory() as folder, closing(RabbitMQ(Path(folder))) as broker:
         broker.start()
         print(f"load {os.getloadavg()[0]:.1f} before")
-        print(
-            "| processes | messages | their CPU | the broker's CPU |\n|---|---|---|---|", flush=True
-        )
-        for processes in (1, 2):
-            print(measure(broker, processes, seconds), flush=True)
+        print("| target | processes | messages | their CPU | the broker's CPU |")
+        print("|---|---|---|---|---|", flush=True)
+        for target in TARGETS:
+            rates: dict[int, list[float]] = {1: [], 2: []}
+            for _ in range(rounds):
+                for processes, found in rates.items():
+                    rate, row = measure(broker, target, processes, seconds)
+                    found.append(rate)
+                    print(row, flush=True)
+            times = median(rates[2]) / median(rates[1])
+            print(f"two processes handle {times:.2f} times as much", flush=True)
 
 
 if __name__ == "__main__":
