@@ -56,8 +56,8 @@ def consumers(
         on_failure: What follows when the target cannot be loaded, the broker refuses, or consumers are
             given up. "report": one line in gunicorn's log, and HTTP is served on without them. "exit": the
             worker also ends, in order and not within its first 10 seconds, and gunicorn starts another.
-        **options: What `Runtime` and `ConsumerOptions` take, `broker` and `concurrency` for two, and
-            `replicas`, for a target that is no Runtime.
+        **options: What `Runtime` and `ConsumerOptions` take, `broker` and `concurrency` for two (`rate` is
+            that of each consumer), and `replicas`, for a target that is no Runtime.
 
     Raises:
         TypeError: `target` is no string.
@@ -78,10 +78,14 @@ def consumers(
 
 
 def _check(target: object, only_in: int | None, on_failure: str) -> None:
-    problem = f'the target must be a string such as "myapp:runtime", not {target!r}'
+    problem = (
+        f'consumers takes a string such as "myapp:runtime", not {target!r}: '
+        'post_worker_init = consumers("myapp:runtime")'
+    )
     if not isinstance(target, str):
         raise TypeError(problem)
-    if ":" not in target:
+    module, _, name = target.partition(":")
+    if not (module and name):
         raise ValueError(problem)
     if only_in is not None and not only_in >= 1:
         raise ValueError(f"only_in must be 1 or more, or None, not {only_in!r}")

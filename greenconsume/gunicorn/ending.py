@@ -17,17 +17,23 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gevent.event import Event
+from gunicorn.workers.base import Worker
 from gunicorn.workers.ggevent import GeventWorker
+
+from greenconsume.errors import GreenconsumeError
 
 if TYPE_CHECKING:
     from gunicorn.config import Config
-    from gunicorn.workers.base import Worker
 
 #: Seconds within which a repeated signal is the same one: Ctrl-C reaches the worker and the arbiter, which
 #: sends it another.
 _SAME = 1.0
 #: The longest time between two signs of life to the arbiter, in seconds.
 _BEAT = 1.0
+
+
+class WorkerClassError(GreenconsumeError):
+    """The worker is none of gunicorn's gevent workers; the message names the remedy."""
 
 
 class Stage(enum.Enum):
@@ -75,6 +81,8 @@ class Ending:
         _also(worker.cfg, "worker_int", self._on_quit)
         _also(worker.cfg, "worker_abort", self._on_abort)
         worker.__class__ = _with_ending(type(worker), self)
+        if not vars(worker).get("alive", True):  # it was told while it loaded its application
+            self.alive = False
 
     @property
     def alive(self) -> bool:
@@ -147,9 +155,23 @@ class Ending:
                 pass
 
 
-def is_gevent(worker: Worker) -> bool:
-    """Return whether a worker is one of gunicorn's gevent workers."""
-    return isinstance(worker, GeventWorker)
+def check(worker: object) -> None:
+    """Check that this is one of gunicorn's gevent workers.
+
+    Raises:
+        WorkerClassError: It is not; the message names the remedy.
+    """
+    name = type(worker).__name__
+    if not isinstance(worker, Worker):
+        raise WorkerClassError(
+            f"consumers start in workers, and this is {name}: have them started by post_worker_init, "
+            'post_worker_init = consumers("myapp:runtime")'
+        )
+    if not isinstance(worker, GeventWorker):
+        raise WorkerClassError(
+            f"consumers run in gevent workers, and this is {name}: set "
+            'worker_class = "gevent" or "gevent_pywsgi" in gunicorn.conf.py'
+        )
 
 
 def _with_ending(base: type[Any], ending: Ending) -> type[Any]:

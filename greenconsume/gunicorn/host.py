@@ -20,7 +20,7 @@ from gevent.event import Event
 
 from greenconsume import logs
 from greenconsume.errors import GreenconsumeError
-from greenconsume.gunicorn.ending import Ending, is_gevent
+from greenconsume.gunicorn.ending import Ending, check
 from greenconsume.gunicorn.turns import Turns
 from greenconsume.handling.jobs import note_abort
 from greenconsume.patching import patch_all, require_patched
@@ -52,10 +52,6 @@ class Manner:
     otherwise: str = ""
 
 
-class WorkerClassError(GreenconsumeError):
-    """The worker is none of gunicorn's gevent workers; the message names the remedy."""
-
-
 class Host:
     """A runtime in a worker.
 
@@ -82,11 +78,7 @@ class Host:
         turns: Turns | None,
         manner: Manner,
     ) -> None:
-        if not is_gevent(worker):
-            raise WorkerClassError(
-                f"consumers run in gevent workers, and this is {type(worker).__name__}: set "
-                'worker_class = "gevent" or "gevent_pywsgi" in gunicorn.conf.py'
-            )
+        check(worker)
         self.ended = Event()
         self.failed = False
         self._worker = worker
@@ -106,7 +98,8 @@ class Host:
         patch_all()  # mends what was imported before the worker patched itself
         try:
             require_patched()
-            self._runtime = self._make()
+            if not self._stop.is_set():
+                self._runtime = self._make()
         except Exception as error:  # the user's module may raise whatever it likes
             self._report(error)
         gevent.spawn(self._serve).name = f"consumers of {self._target}"
@@ -138,11 +131,13 @@ class Host:
 
     def _run(self, runtime: Runtime) -> None:
         try:
-            if self._turns is None or self._has_turn(self._turns):
+            if self._has_turn():
                 runtime.start()
                 if not self._stop.is_set():
-                    count = len(runtime.children)
-                    self._info("%d consumers of %s in this worker", count, self._target)
+                    count, broker = len(runtime.children), runtime.connection.as_uri()
+                    self._info(
+                        "%d consumers of %s in this worker, on %s", count, self._target, broker
+                    )
                 runtime.join()
                 if not self._stop.is_set():
                     self._info("all consumers of %s have ended", self._target)
@@ -152,9 +147,11 @@ class Host:
             if self._turns is not None:
                 self._turns.release()
 
-    def _has_turn(self, turns: Turns) -> bool:
-        taken, loop = Event(), gevent.get_hub().loop
-        if not turns.take(lambda: loop.run_callback_threadsafe(taken.set)):
+    def _has_turn(self) -> bool:
+        turns, taken, loop = self._turns, Event(), gevent.get_hub().loop
+        if self._stop.is_set():  # while it was made, so that it was not told
+            return False
+        if turns is not None and not turns.take(lambda: loop.run_callback_threadsafe(taken.set)):
             self._info("the consumers of %s run in another worker: this one waits", self._target)
             wait(taken, Deadline(None), self._stop)
         return not self._stop.is_set()

@@ -5,10 +5,14 @@ Called in each worker, once it has patched itself.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+import click
 import gevent
 from gevent import monkey
 
@@ -36,8 +40,10 @@ def start(
     """Have a worker run consumers beside HTTP; see `consumers`. Switches: as the target's import does."""
 
     def make() -> Runtime:
+        _check_names(options)
         given = dict(options)
-        handled = ConsumerOptions(**{name: given.pop(name) for name in OPTIONS if name in given})
+        said = {name: given.pop(name) for name in OPTIONS if name in given}
+        handled = replace(given.pop("options", ConsumerOptions()), **said)
         defaults = {"replicas": 1, "broker": "memory://"}
         return runtime_of(target, defaults | given, given, handled)
 
@@ -73,6 +79,16 @@ def start_alone(worker: Worker, orders: dict[str, Any], send: Callable[[str], No
         _watch_files(host)
     host.start()
     host.on_end(lambda: send("failed" if host.failed else "abandoned" if abandoned else "clean"))
+
+
+def _check_names(options: Iterable[str]) -> None:
+    known = {*OPTIONS, *inspect.signature(Runtime).parameters, "replicas"}
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise click.UsageError(
+                f"there is no option {name}" + (f": did you mean {near[0]}?" if near else "")
+            )
 
 
 def _watch_files(host: Host) -> None:

@@ -195,7 +195,11 @@ class Supervisor:
             self.start_soon([child])
 
     def drain(
-        self, timeout: float, cancel_timeout: float, announce: bool = True
+        self,
+        timeout: float,
+        cancel_timeout: float,
+        announce: bool = True,
+        within: float | None = None,
     ) -> tuple[int, int]:
         """Stop every consumer; kill those that still run soon after both timeouts, or the kill rung.
 
@@ -206,6 +210,7 @@ class Supervisor:
             timeout: Seconds that handlers have to end by themselves.
             cancel_timeout: Seconds that they have after they were cancelled.
             announce: Emit `DrainStarted`, if a stop was asked for.
+            within: Seconds that it has in all, where somebody hurries it: only to announce them.
 
         Returns:
             How many ended by themselves, and how many were killed.
@@ -222,7 +227,8 @@ class Supervisor:
         running = len(self._live)
         self._drained = tuple(self._live)
         if announce and self._stop.is_set():
-            emit(DrainStarted(running, reason, timeout))
+            announced = timeout if within is None else min(timeout, within)
+            emit(DrainStarted(running, reason, announced))
         for child in self._drained:
             child.stop(reason)
         self._follow_down(timeout, cancel_timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,81 @@ def test_any_other_worker_class_is_refused(start, worker_class):
     server = start(f"worker_class = {worker_class!r}\n", consuming=0)
     assert server.process.wait(30) == 3
     assert 'set worker_class = "gevent" or "gevent_pywsgi" in gunicorn.conf.py' in server.log
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (
+            "post_worker_init = consumers",
+            'GeventWorker object at .*: post_worker_init = consumers\\("myapp:runtime"\\)',
+        ),
+        (
+            "post_worker_init = consumers('tests.webapp:')",
+            "takes a string such as .*, not 'tests.webapp:'",
+        ),
+        (
+            "when_ready = consumers('tests.webapp:runtime')",
+            "consumers start in workers, and this is Arbiter",
+        ),
+    ],
+)
+def test_a_mistake_in_the_configuration_ends_gunicorn_with_the_remedy(start, mistake, said):
+    server = start(f"{mistake}\n", consuming=0)
+    assert server.process.wait(30) in (1, 3)
+    assert re.search(said, server.log)
+
+
+@pytest.mark.parametrize("target", ["tests.webapp:runtime", "tests.webapp:Worker"])
+def test_an_option_that_there_is_not_is_refused_with_the_nearest(start, target):
+    conf = f"post_worker_init = consumers({target!r}, concurency=3)\n"
+    server = start(conf, consuming=0)
+    server.wait_log("there is no option concurency: did you mean concurrency?; HTTP is served on")
+
+
+def test_a_class_is_given_options_as_an_object_and_by_name(amqp_url, queue_name, start):
+    server = start(
+        "from greenconsume.gunicorn import consumers\n"
+        "def post_worker_init(worker):\n"
+        "    from greenconsume import ConsumerOptions\n"
+        "    options = ConsumerOptions(drain_timeout=3.0)\n"
+        f"    consumers('tests.webapp:Worker', broker={amqp_url!r}, options=options, "
+        "cancel_timeout=1.0)(worker)\n"
+    )
+    server.wait_log("1 consumers of tests.webapp:Worker in this worker, on amqp://guest:**@")
+    server.signal(signal.SIGTERM)
+    server.wait_log("stopping 1 consumers within 3.0 s")
+
+
+#: A worker of which the first is told to end by itself, here.
+TELL_ONCE = """import os, signal
+def tell_once(folder):
+    try:
+        os.mkdir(folder + "/told")
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("where", ["before the hook", "while the target is imported"])
+def test_a_worker_that_is_told_to_end_while_it_loads_ends(tmp_path, start, where):
+    """Not only once the arbiter's patience is over; and it consumes nothing in between."""
+    tell = f"tell_once({str(tmp_path)!r})\n"
+    in_hook, in_target = (tell, "") if where == "before the hook" else ("pass\n", tell)
+    (tmp_path / "told_there.py").write_text(
+        f"import builtins; {in_target and 'builtins.' + in_target}from tests.webapp import *\n"
+    )
+    server = start(
+        f"import builtins\n{TELL_ONCE}builtins.tell_once = tell_once\n"
+        f"pythonpath = {str(tmp_path)!r}\nours = consumers('told_there:runtime')\n"
+        "def post_worker_init(worker):\n"
+        f"    {in_hook}"
+        "    ours(worker)\n"
+    )
+    told = server.log.partition("Booting worker with pid: ")[2].split()[0]
+    wait_until(lambda: int(told) not in server.workers, 60)
+    assert {entry.pid for entry in server.journal} == set(server.workers)
 
 
 def test_http_is_served_while_the_broker_is_away_and_consumers_come_with_it(
