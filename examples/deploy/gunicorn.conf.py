@@ -1,4 +1,7 @@
-"""gunicorn with consumers beside HTTP: CONSUMERS=shop:runtime gunicorn -c gunicorn.conf.py shop.web:app."""
+"""gunicorn with consumers beside HTTP: CONSUMERS=shop:runtime gunicorn -c gunicorn.conf.py shop.web:app.
+
+GREENCONSUME_BROKER, where it is set, says from which broker they consume, as for `greenconsume run`.
+"""
 
 import os
 
@@ -15,4 +18,6 @@ timeout = 60
 max_requests = 100_000
 max_requests_jitter = 10_000
 control_socket_disable = True
-post_worker_init = consumers(os.environ.get("CONSUMERS", "shop:runtime"), freeze_gc=True)
+broker = os.environ.get("GREENCONSUME_BROKER")
+options = {"broker": broker} if broker else {}
+post_worker_init = consumers(os.environ.get("CONSUMERS", "shop:runtime"), freeze_gc=True, **options)

@@ -14,7 +14,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from greenconsume.admin import run_folder
 from greenconsume.admin.gate import OPEN
+from greenconsume.cli import check
 from greenconsume.cli.main import cli, run
 from greenconsume.handling.options import OPTIONS
 
@@ -54,7 +56,7 @@ def test_systemd_finds_nothing_wrong_with_a_unit(unit: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_a_unit_starts_a_command_that_there_is_and_leaves_it_time_to_drain(unit: Path) -> None:
     said = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
-    parses(shlex.split(said["ExecStart"].replace("%i", "shop:runtime")))
+    parses(shlex.split(said["ExecStart"].replace("${TARGET}", "shop:runtime")))
     assert said["Type"] == "notify"
     assert int(said["TimeoutStopSec"]) > DRAIN
     assert said["KillMode"] == "mixed"
@@ -64,7 +66,11 @@ def test_a_unit_starts_a_command_that_there_is_and_leaves_it_time_to_drain(unit:
 def test_a_unit_hides_no_failure_and_starts_no_mistake_again(unit: Path) -> None:
     """1 says that something failed; 2 that the call is wrong, as it will be the next time."""
     said = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
-    command = [sys.executable, "-m", *shlex.split(said["ExecStart"].replace("%i", "shop:runtime"))]
+    command = [
+        sys.executable,
+        "-m",
+        *shlex.split(said["ExecStart"].replace("${TARGET}", "shop:runtime")),
+    ]
     command[2] = "greenconsume"
     wrong = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "No module named 'shop'" in wrong.stderr
@@ -72,19 +78,32 @@ def test_a_unit_hides_no_failure_and_starts_no_mistake_again(unit: Path) -> None
     assert "SuccessExitStatus" not in said
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_processes_of_a_unit_are_found_in_its_own_run_folder(unit: Path) -> None:
+    """That in /tmp is private to the unit; one that two instances shared would go with the first."""
+    said = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
+    assert said["Environment"] == f"{run_folder.VARIABLE}=%t/{said['RuntimeDirectory']}"
+    assert said["RuntimeDirectoryMode"] == "0700"
+    assert said["RuntimeDirectory"].endswith("%i") == unit.name.endswith("@.service")
+
+
 def test_the_image_runs_commands_that_there_are() -> None:
     parses(entry_and_command())
-    assert "HEALTHCHECK" in (DEPLOY / "Dockerfile").read_text()
+    probe = listed("HEALTHCHECK")
+    assert probe[:2] == ["greenconsume", "check"]
+    assert check._parse(probe[2:])[0] == "/livez"
 
 
 def entry_and_command() -> list[str]:
-    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
-    listed: dict[str, list[str]] = {
-        line.split()[0]: yaml.safe_load(line[line.index("[") :])
-        for line in lines
-        if line.startswith(("ENTRYPOINT", "CMD"))
-    }
-    return [*listed["ENTRYPOINT"], *listed["CMD"]]
+    return [*listed("ENTRYPOINT"), *listed("CMD")]
+
+
+def listed(instruction: str) -> list[str]:
+    """Return the list of an instruction of the Dockerfile."""
+    for line in (DEPLOY / "Dockerfile").read_text().splitlines():
+        if line.startswith(instruction):
+            return list(yaml.safe_load(line[line.index("[") :]))
+    raise AssertionError(f"there is no {instruction}")
 
 
 def test_the_compose_file_is_one_and_leaves_time_to_drain() -> None:
@@ -96,6 +115,9 @@ def test_the_compose_file_is_one_and_leaves_time_to_drain() -> None:
     assert done.returncode == 0, done.stdout
     services = yaml.safe_load(file.read_text())["services"]
     assert int(services["consumers"]["stop_grace_period"].rstrip("s")) > DRAIN
+    assert (
+        "healthcheck" in services["web"]
+    )  # that of the image asks for what `greenconsume run` runs
     flags = {param.envvar for param in run.params}
     assert "GREENCONSUME_BROKER" in services["consumers"]["environment"].keys() & flags
 
