@@ -33,30 +33,33 @@ class Timings:
 
     Attributes:
         total: The sum of all durations, in seconds.
+        messages: How many messages they were for.
         began: When it was made (`time.monotonic`).
     """
 
-    __slots__ = ("_counts", "_next", "_past", "began", "total")
+    __slots__ = ("_counts", "_next", "_past", "began", "messages", "total")
 
     def __init__(self, now: float | None = None) -> None:
         self.began = monotonic() if now is None else now
         self.total = 0.0
+        self.messages = 0
         self._counts = [0] * (len(BOUNDS) + 1)
         self._next = self.began + _STEP
-        # (when, what had been counted by then), for each step in which something was counted.
-        self._past: deque[tuple[float, list[int]]] = deque(maxlen=int(WINDOW / _STEP) + 2)
-        self._past.append((self.began, self._counts[:]))
+        # (when, what had been counted by then, for how many messages), for each step in which something was.
+        self._past: deque[tuple[float, list[int], int]] = deque(maxlen=int(WINDOW / _STEP) + 2)
+        self._past.append((self.began, self._counts[:], 0))
 
-    def note(self, now: float, seconds: float) -> None:
-        """Count a duration that ended `now`. Never switches."""
+    def note(self, now: float, seconds: float, messages: int = 1) -> None:
+        """Count a duration that ended `now`, and was for one message or a batch of them. Never switches."""
         if now >= self._next:
             self._turn(now)
         self._counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
+        self.messages += messages
 
     def _turn(self, now: float) -> None:
         # No timer moves the window: what was counted until the end of the last step holds until now.
-        self._past.append((self._next, self._counts[:]))
+        self._past.append((self._next, self._counts[:], self.messages))
         self._next = now - (now - self.began) % _STEP + _STEP
 
     @property
@@ -72,15 +75,15 @@ class Timings:
     def last_minute(self, now: float | None = None) -> LastMinute:
         """Return what was counted in the last minute, or since it began."""
         now = monotonic() if now is None else now
-        since, before = self._past[0]
-        for at, counts in self._past:
+        since, before, messages = self._past[0]
+        for at, counts, by_then in self._past:
             if at <= now - WINDOW:
-                since, before = max(at, now - WINDOW - _STEP), counts
+                since, before, messages = max(at, now - WINDOW - _STEP), counts, by_then
         # What was counted until the end of the last step holds from there on.
         if self._next <= now - WINDOW or self._counts == before:
-            return LastMinute([], 1.0)
+            return LastMinute([], 0, 1.0)
         new = [all_ - old for all_, old in zip(self._counts, before, strict=True)]
-        return LastMinute(new, max(now - since, 1e-9))
+        return LastMinute(new, self.messages - messages, max(now - since, 1e-9))
 
 
 class LastMinute:
@@ -88,18 +91,19 @@ class LastMinute:
 
     Attributes:
         count: How many.
+        messages: How many messages they were for.
     """
 
-    __slots__ = ("_counts", "_seconds", "count")
+    __slots__ = ("_counts", "_seconds", "count", "messages")
 
-    def __init__(self, counts: list[int], seconds: float) -> None:
+    def __init__(self, counts: list[int], messages: int, seconds: float) -> None:
         self._counts, self._seconds = counts, seconds
-        self.count = sum(counts)
+        self.count, self.messages = sum(counts), messages
 
     @property
     def rate(self) -> float:
-        """The number a second."""
-        return self.count / self._seconds
+        """The number of messages a second."""
+        return self.messages / self._seconds
 
     def quantile(self, share: float) -> float | None:
         """Return the duration that `share` of all did not exceed, to a quarter; None if there are none."""
@@ -120,20 +124,20 @@ def _inside(index: int, share: float) -> float:
 
 
 class Tally:
-    """Counts what becomes of one consumer's messages.
+    """Counts what becomes of one consumer's messages. A batch counts as its messages, but as one duration.
 
     Attributes:
         received: Messages that reached the consumer's boundary.
-        ok: Handlers that returned.
-        failed: Handlers that raised.
-        timed_out: Handlers that `handler_timeout` ended.
-        cancelled: Handlers that a drain ended by `Shutdown`.
-        killed: Handlers that were killed.
+        ok: Messages whose handler returned.
+        failed: Messages whose handler raised.
+        timed_out: Messages whose handler was ended by `handler_timeout`.
+        cancelled: Messages whose handler a drain ended by `Shutdown`.
+        killed: Messages whose handler was killed.
         given_back: Messages that went back before a handler had started.
         stale_settles: Messages that were settled after their channel was gone.
         retries: Messages that are tried again later.
         dead_letters: Messages that were put where failed ones are kept.
-        errors: Failed handlers by the name of the exception's class.
+        errors: Failed messages by the name of the exception's class.
         timings: How long handlers took; None while nobody watches.
     """
 
@@ -163,16 +167,16 @@ class Tally:
         if self.timings is None:
             self.timings = Timings()
 
-    def count_failure(self, error: BaseException, timed_out: bool) -> None:
-        """Count a handler that failed, by the class of its error."""
+    def count_failure(self, error: BaseException, timed_out: bool, count: int = 1) -> None:
+        """Count a message whose handler failed, or so many of a batch, by the class of the error."""
         if timed_out:
-            self.timed_out += 1
+            self.timed_out += count
         else:
-            self.failed += 1
+            self.failed += count
         name = type(error).__name__
         if name not in self.errors and len(self.errors) >= MAX_ERRORS:
             name = OTHER_ERRORS
-        self.errors[name] = self.errors.get(name, 0) + 1
+        self.errors[name] = self.errors.get(name, 0) + count
 
     def count_copy(self, retry: bool) -> None:
         """Count a failed message that was put away: to be tried again, or for good."""
@@ -183,7 +187,7 @@ class Tally:
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """The number of handlers that ended in each way."""
+        """The number of messages whose handlers ended in each way."""
         return {
             "ok": self.ok,
             "failed": self.failed,

@@ -112,7 +112,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
     yield Family(
         "greenconsume_received_processed_messages",
         "counter",
-        "Handlers that ended, by how",
+        "Messages that were handled, by how",
         [
             ((*labels, ("status", how)), number)
             for labels, each in labelled
@@ -122,7 +122,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
     yield Family(
         "greenconsume_received_processed_messages_exceptions",
         "counter",
-        "Handlers that failed, by the exception's class",
+        "Messages that failed, by the exception's class",
         [
             ((*labels, ("exception_type", error)), number)
             for labels, each in labelled
@@ -132,7 +132,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
     yield Family(
         "greenconsume_received_processed_messages_duration_seconds",
         "histogram",
-        "Seconds that handlers took",
+        "Seconds that handlers took, a batch as one",
         timings=[(labels, each.timings) for labels, each in labelled if each.timings is not None],
     )
 

@@ -36,12 +36,12 @@ class ConsumerStatus:
         prefetch: What the broker may send ahead; 0: without a limit.
         in_progress: How many handlers run.
         idle: How many more could start now: 0 also where a bound that it shares with others is used up.
-        waiting: Deliveries that wait in its inbox.
+        waiting: Deliveries that wait in its inbox; 0 where the transport has none (`memory://`, polled ones).
         unsettled: Deliveries that are not settled.
         oldest_unsettled: The age of the oldest of these, in seconds.
         received: Messages that reached it, since the process began, as all that follow.
-        outcomes: How many of its handlers ended in which way.
-        errors: How many failed, by the name of the exception's class.
+        outcomes: How many messages' handlers ended in which way; a batch counts as its messages.
+        errors: How many messages failed, by the name of the exception's class.
         given_back: Messages that went back before a handler had started.
         stale_settles: Messages that were settled after their channel was gone.
         retries: Messages that are tried again later.

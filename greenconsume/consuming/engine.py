@@ -40,8 +40,9 @@ from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.settings import Settings, settings_of
 from greenconsume.handling.shared import Shared
 from greenconsume.lifecycle import Lifecycle
+from greenconsume.links.holding import Holding, holding_of
 from greenconsume.links.pool import LinkPool
-from greenconsume.links.session import GreenSession, session_of
+from greenconsume.links.session import session_of
 from greenconsume.stopping import Rungs, StopCheck
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Engine:
         drain: How they end.
         queues: The names of the queues that it consumes from, or did last.
         fleeting_queues: Those of them that go, with their messages, when nobody consumes from them.
-        session: Its share of an AMQP link, while it consumes.
+        holding: What its connection holds, while it consumes.
     """
 
     __slots__ = (
@@ -76,11 +77,11 @@ class Engine:
         "drain",
         "fleeting_queues",
         "handling",
+        "holding",
         "life",
         "links",
         "owned",
         "queues",
-        "session",
     )
 
     def __init__(self, consumer: object) -> None:
@@ -91,7 +92,7 @@ class Engine:
         self.drain: Drain | None = None
         self.queues: tuple[str, ...] = ()
         self.fleeting_queues: tuple[str, ...] = ()
-        self.session: GreenSession | None = None
+        self.holding: Holding | None = None
         self._consumer = cast(KombuConsumer, consumer)
         self._around: tuple[ConsumerOptions, ...] = ()
         self._shared: Shared | None = None
@@ -267,7 +268,7 @@ class Engine:
             consumers = self._guarded(consumer.get_consumers(make, channel), handling)
             with handling.recoverer.prepared(conn, consumers):
                 with consumer._consume_from(*consumers) as used:
-                    self.session = session
+                    self.holding = holding_of(conn)
                     try:
                         with drain.consuming(session, lost_errors(conn)):
                             yield conn, channel, used
@@ -311,7 +312,7 @@ class Engine:
 
     def _leave(self, conn: Connection) -> None:
         """Give every wait for the broker one deadline, once the handlers were drained."""
-        self.session = None
+        self.holding = None
         stopped = self.life.stop.is_set()
         self.life.enter(ConsumerState.DRAINING if stopped else ConsumerState.CONNECTING)
         bound_close(conn)

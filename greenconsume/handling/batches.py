@@ -260,6 +260,11 @@ class _Gathering(Job):
         self.waiter: Any = None
         self.handed_over = False
 
+    @property
+    def size(self) -> int:
+        """The number of messages in it."""
+        return len(self.pairs)
+
     def cancel_timer(self) -> None:
         """Stop the timer, if it was not stopped before."""
         timer, self.timer = self.timer, None

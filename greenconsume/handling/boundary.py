@@ -256,7 +256,7 @@ class Handling:
                 raise job.interrupted  # it was swallowed, and the work is not done
             if self.settings.auto_settle and self._is_unsettled(job.message):
                 job.message.ack()
-            self.tally.ok += 1
+            self.tally.ok += job.size
             if self._switch is not None:
                 self._switch.note(failed=False)
         except BaseException as exc:  # the boundary: what the user's code raises ends here
@@ -266,7 +266,7 @@ class Handling:
         finally:
             if timings is not None:
                 now = monotonic()
-                timings.note(now, now - job.began)
+                timings.note(now, now - job.began, job.size)
 
     def _is_unsettled(self, message: Message) -> bool:
         return is_settleable(message)
@@ -276,11 +276,11 @@ class Handling:
         if self._is_foreign(job, exc):
             return False
         if job.killed:
-            self.tally.killed += 1
+            self.tally.killed += job.size
             return True  # the message is the broker's: the channel closes
         if self._is_cancelled(job, exc):
             self.cancelled += 1
-            self.tally.cancelled += 1
+            self.tally.cancelled += job.size
             self.give_back(job.message, started=True)
         elif isinstance(job.interrupted, HandlerHung):
             if not isinstance(job.message, Sequence):
@@ -312,12 +312,12 @@ class Handling:
 
     def _failed(self, job: Job, exc: BaseException) -> None:
         message = job.message
-        self.tally.count_failure(exc, timed_out=isinstance(exc, HandlerTimeout))
+        self.tally.count_failure(exc, isinstance(exc, HandlerTimeout), job.size)
         outcome = self._outcome_of(message, exc)
         routing_key = str(message.delivery_info.get("routing_key", ""))
-        count = len(message) if isinstance(message, Sequence) else 1
-        emit(HandlerFailed(self._life.name, message.delivery_tag, routing_key, exc, outcome, count))
-        advise(self._life.name, message, exc)
+        name, tag = self._life.name, message.delivery_tag
+        emit(HandlerFailed(name, tag, routing_key, exc, outcome, job.size))
+        advise(name, message, exc)
         if self._switch is not None:
             self._switch.note(failed=True)
 

@@ -92,6 +92,11 @@ class Job:
         self.outer: tuple[Job, ...] = ()
         self._pending: BaseException | None = None
 
+    @property
+    def size(self) -> int:
+        """The number of messages that the handler is given."""
+        return 1
+
     def run(self, work: Callable[[Job], None]) -> None:
         """Call `work` with this job, in this greenlet and in the job's own context."""
         current = self.greenlet = gevent.getcurrent()

@@ -15,8 +15,8 @@ from greenconsume.consuming.engine import Engine, ensure_engine
 from greenconsume.events import ConsumerState
 from greenconsume.handling.jobs import Job
 from greenconsume.links.dialer import Dialer
+from greenconsume.links.holding import Holding
 from greenconsume.links.pool import LinkPool
-from greenconsume.links.session import GreenSession
 from greenconsume.logs import redact
 from greenconsume.runtime.child import Child
 
@@ -105,18 +105,18 @@ def _work_of(engine: Engine, now: float) -> dict[str, Any]:
         idle=max(0, free) if engine.life.state is ConsumerState.CONSUMING else 0,
         running=tuple(_running(job, now) for job in nsmallest(SHOWN_HANDLERS, jobs, key=_began)),
     )
-    if engine.session is not None:
-        known.update(_inbox_of(engine.session, now))
+    if engine.holding is not None:
+        known.update(_held_by(engine.holding, now))
     return known
 
 
-def _inbox_of(session: GreenSession, now: float) -> dict[str, Any]:
-    oldest = session.oldest_unsettled_at
+def _held_by(holding: Holding, now: float) -> dict[str, Any]:
+    oldest = holding.oldest_unsettled_at
     return {
-        "waiting": session.backlog,
-        "unsettled": session.unsettled_count,
+        "waiting": holding.backlog,
+        "unsettled": holding.unsettled_count,
         "oldest_unsettled": None if oldest is None else _rounded(now - oldest),
-        "prefetch": session.prefetch_count,
+        "prefetch": holding.prefetch_count,
     }
 
 

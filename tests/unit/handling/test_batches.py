@@ -960,3 +960,52 @@ def test_a_batch_whose_link_is_lost_while_it_waits_for_a_place_is_not_started(
     assert peer.wait_for("basic.ack").args == [1, False]
     assert len(of_type(events, StaleSettle)) == 3  # of the one that ran
     assert ensure_engine(consumer).handling.given_back == 0
+
+
+# -- as they are counted ------------------------------------------------------------------------------
+
+
+def test_a_batch_counts_as_its_messages_and_its_time_once(started, put):
+    consumer = Gatherer(on_error={KeyError: Reject(), Exception: Requeue(0.01)})
+    tally = ensure_lifecycle(consumer).tally
+    tally.watch()
+    started(consumer)
+    put(consumer, 1, 2, 3, 4, 5, 6)
+    wait_until(lambda: tally.ok == 6)
+    assert tally.received == 6
+    assert (tally.timings.count, tally.timings.messages) == (2, 6)
+    minute = tally.timings.last_minute()
+    assert (minute.count, minute.messages) == (2, 6)
+
+    def fail(batch):
+        raise KeyError("no such order")
+
+    consumer.handle = fail
+    put(consumer, 7, 8, 9)
+    wait_until(lambda: tally.failed == 3)
+    assert tally.errors == {"KeyError": 3}
+    assert tally.outcomes["ok"] == 6
+
+
+def test_a_batch_that_times_out_or_is_cancelled_counts_as_its_messages(started, put):
+    began = Event()
+
+    def hang(batch):
+        began.set()
+        Event().wait()
+
+    consumer = Gatherer(hang, handler_timeout=0.01, on_error=Reject())
+    tally = ensure_lifecycle(consumer).tally
+    started(consumer)
+    put(consumer, 1, 2, 3)
+    wait_until(lambda: tally.timed_out == 3)
+
+    began.clear()
+    consumer = Gatherer(hang, drain_timeout=0.0, cancel_timeout=10.0)
+    tally = ensure_lifecycle(consumer).tally
+    greenlet = started(consumer)
+    put(consumer, 1, 2, 3)
+    assert began.wait(30)
+    greenlet.stop()
+    assert greenlet.join(30)
+    assert tally.cancelled == 3
