@@ -6,8 +6,7 @@ a class, of its `spawn` and of its runtime mean together, `settings` works out.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -171,5 +170,14 @@ def options_of(consumer: object) -> ConsumerOptions | None:
 
     Nothing of the consumer's is run: a property of that name is no options.
     """
-    found = inspect.getattr_static(consumer, "options", None)
+    try:
+        places = (object.__getattribute__(consumer, "__dict__"), *_dicts_of(type(consumer)))
+    except AttributeError:  # it has slots alone
+        places = _dicts_of(type(consumer))
+    found = next((each["options"] for each in places if "options" in each), None)
     return found if isinstance(found, ConsumerOptions) else None
+
+
+def _dicts_of(kind: type) -> tuple[Mapping[str, Any], ...]:
+    """Return where a class and its bases keep their attributes, in the order in which these are looked up."""
+    return tuple(each.__dict__ for each in kind.__mro__)
