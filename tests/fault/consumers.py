@@ -21,12 +21,10 @@ from greenconsume import ConsumerMixin, events
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.brokers import RabbitMQ
 from tests.options import say
-from tests.waiting import wait_until
+from tests.waiting import NEVER, wait_until
 
 #: A close may take this long in tests that measure how fast a stop is.
 CLOSE_TIMEOUT = 0.2
-#: What "at once" means for a stop, in seconds, the bounded close apart.
-AT_ONCE = 0.1
 
 
 class Collector(ConsumerMixin):
@@ -66,6 +64,12 @@ class Collector(ConsumerMixin):
 def connection_to(url: str, **options: Any) -> Connection:
     """A connection whose close is bounded by `CLOSE_TIMEOUT`; `options` are transport options."""
     return Connection(url, transport_options={"close_timeout": CLOSE_TIMEOUT, **options})
+
+
+def patient_connection_to(url: str, close_timeout: float = NEVER, **options: Any) -> Connection:
+    """A connection whose deadlines no test lives to see: what ends at once does not end by one of them."""
+    options = {"close_timeout": close_timeout, **options}
+    return Connection(url, connect_timeout=NEVER, transport_options=options)
 
 
 def everything(handled: Counter[Any], count: int) -> Callable[[], bool]:

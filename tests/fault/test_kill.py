@@ -20,19 +20,18 @@ from greenconsume.events import ConsumerRestarting, HandlerFailed, LinkDown, Lin
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.fault.consumers import (
-    AT_ONCE,
-    CLOSE_TIMEOUT,
     Collector,
     connection_to,
     consuming,
     everything,
     freeze,
     observing,
+    patient_connection_to,
     running,
 )
 from tests.messages import channel, declare, publish, queue_depth
 from tests.options import say
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, NEVER, wait_until
 
 OWN_GREENLET = pytest.mark.parametrize("start", [spawn, lambda c: gevent.spawn(c.run)])
 
@@ -40,7 +39,7 @@ OWN_GREENLET = pytest.mark.parametrize("start", [spawn, lambda c: gevent.spawn(c
 def kill(greenlet: gevent.Greenlet, **options: Any) -> float:
     """Kill and wait; returns the seconds that it took to die."""
     began = monotonic()
-    greenlet.kill(timeout=5.0, **options)
+    greenlet.kill(timeout=30.0, **options)
     assert greenlet.dead, f"{greenlet} survived"
     return monotonic() - began
 
@@ -54,7 +53,7 @@ def test_a_kill_of_an_idle_consumer_closes_its_link(rabbitmq, amqp_url, queue_na
     """HAZARDS row 1: a kill on a draining greenlet wedges the connection."""
     greenlet = start(consumer := Collector(connection_to(amqp_url), queue_name))
     ready(consumer)
-    assert kill(greenlet) < CLOSE_TIMEOUT + AT_ONCE
+    assert kill(greenlet) < AT_ONCE
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
 
 
@@ -66,7 +65,7 @@ def test_a_kill_of_a_consumer_whose_broker_is_frozen_is_bounded(
     greenlet = start(consumer := Collector(connection_to(amqp_url), queue_name))
     ready(consumer)
     freeze(rabbitmq_fault)
-    assert kill(greenlet) < CLOSE_TIMEOUT + AT_ONCE
+    assert kill(greenlet) < AT_ONCE
 
 
 @pytest.mark.parametrize("concurrency", [None, 3])
@@ -87,7 +86,7 @@ def test_a_kill_within_a_handler_gives_its_message_back(
         say(consumer, concurrency=concurrency)
         greenlet = start(consumer)
         assert begun.wait(30)
-        assert kill(greenlet) < CLOSE_TIMEOUT + AT_ONCE
+        assert kill(greenlet) < AT_ONCE
     assert failures == []
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
     assert rabbitmq.queue_counts(amqp_url, queue_name) == (1, 0, 0)
@@ -96,7 +95,7 @@ def test_a_kill_within_a_handler_gives_its_message_back(
 @OWN_GREENLET
 def test_a_kill_while_connecting_leaves_no_socket(black_hole_url, queue_name, start):
     """HAZARDS row 1; the leak check looks for the socket."""
-    greenlet = start(Collector(connection_to(black_hole_url), queue_name))
+    greenlet = start(Collector(patient_connection_to(black_hole_url), queue_name))
     gevent.sleep(0.05)
     assert kill(greenlet) < AT_ONCE
 
@@ -120,12 +119,13 @@ def test_a_kill_closes_the_producers_connection_too(
     greenlet = start(relay)
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 2)
     gevent.sleep(0.05)
-    assert kill(greenlet) < 2 * CLOSE_TIMEOUT + AT_ONCE
+    assert kill(greenlet) < AT_ONCE
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
 
 
+@pytest.mark.usefixtures("long_backoff")
 def test_a_kill_between_two_attempts_to_connect_ends_the_dialer(peer, queue_name):
-    greenlet = spawn(Collector(connection_to(peer.url), queue_name))
+    greenlet = spawn(Collector(patient_connection_to(peer.url), queue_name))
     consuming([greenlet])
     peer.close()
     wait_until(lambda: not greenlet.ready.is_set())
@@ -139,7 +139,7 @@ def test_a_kill_within_a_call_is_bounded(make_peer, queue_name, silent):
     peer = make_peer(silent={silent})
     greenlet = spawn(Collector(connection_to(peer.url), queue_name))
     peer.wait_for(silent)
-    assert kill(greenlet) < CLOSE_TIMEOUT + AT_ONCE
+    assert kill(greenlet) < AT_ONCE
     wait_until(lambda: peer.open_count == 0)
 
 
@@ -175,7 +175,7 @@ def test_kills_at_random_moments_under_load_disturb_no_neighbour(
         wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name) == (0, 0, 5))
         assert [type(each) for each in links] == [LinkUp]
     print(f"\n{len(seconds)} kills, the slowest took {max(seconds) * 1000:.0f} ms")
-    assert sorted(seconds)[-10] < CLOSE_TIMEOUT + AT_ONCE  # the machine has other things to do
+    assert max(seconds) < AT_ONCE
     assert sum(handled.values()) - sent <= 5 * len(seconds)
 
 
@@ -192,7 +192,7 @@ def test_a_timeout_around_consume_ends_it_and_leaves_nothing(rabbitmq, amqp_url,
             for _ in consumer.consume():
                 pass
             raise AssertionError("nothing else ends it")
-        assert monotonic() - began < 0.04 + CLOSE_TIMEOUT + AT_ONCE
+        assert monotonic() - began < AT_ONCE
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
     with running(consumer):
         wait_until(everything(handled, 40))
@@ -248,7 +248,7 @@ def test_timeouts_around_publishing_leave_the_connection_whole(amqp_url, queue_n
 
         gevent.joinall([gevent.spawn(work) for _ in range(10)], raise_error=True)
         last = next(bodies)
-        producer.publish([last, body], routing_key=queue_name, timeout=5.0)
+        producer.publish([last, body], routing_key=queue_name, timeout=30.0)
         confirmed.append(last)
         assert connection.connected
     arrived = set()
@@ -272,19 +272,21 @@ def test_kills_of_publishing_greenlets_leave_the_connection_whole(amqp_url, queu
             )
             gevent.sleep(0 if number % 2 else 0.001)
             publisher.kill()
-        producer.publish("last", routing_key=queue_name, timeout=5.0)
+        producer.publish("last", routing_key=queue_name, timeout=30.0)
         assert connection.connected
     assert 1 <= queue_depth(amqp_url, queue_name) <= 101
 
 
-def test_killall_and_joinall_end_many_consumers_together(rabbitmq, amqp_url, queue_name):
-    """HAZARDS row 17: 50 links closed at once, not one after the other."""
-    consumers = [Collector(connection_to(amqp_url), queue_name) for _ in range(50)]
+def test_killall_and_joinall_end_many_consumers_together(rabbitmq, proxy, amqp_url, queue_name):
+    """HAZARDS row 17: 50 links closed at once, not one after the other, which takes 15 s here."""
+    connections = [connection_to(proxy.url, close_timeout=NEVER) for _ in range(50)]
+    consumers = [Collector(connection, queue_name) for connection in connections]
     greenlets = [spawn(consumer) for consumer in consumers]
     consuming(greenlets)
+    proxy.latency(0.05)
     began = monotonic()
-    gevent.killall(greenlets, timeout=5.0)
-    assert monotonic() - began < 1.0
+    gevent.killall(greenlets, timeout=30.0)
+    assert monotonic() - began < AT_ONCE
     assert len(gevent.joinall(greenlets, timeout=30)) == 50
     assert all(greenlet.successful() for greenlet in greenlets)
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
@@ -296,7 +298,7 @@ def test_a_group_kills_its_consumers(amqp_url, queue_name):
     for greenlet in greenlets:
         group.start(greenlet)
     consuming(greenlets)
-    group.kill(timeout=5.0)
+    group.kill(timeout=30.0)
     assert len(group) == 0
     assert [str(greenlet.state) for greenlet in greenlets] == ["stopped"] * 5
 
@@ -304,7 +306,7 @@ def test_a_group_kills_its_consumers(amqp_url, queue_name):
 def test_a_kill_that_comes_twice_does_not_hang(make_peer, queue_name):
     """A second kill cuts the orderly close of the first one short."""
     peer = make_peer(silent={"basic.cancel", "channel.close", "connection.close"})
-    greenlet = spawn(Collector(connection_to(peer.url, close_timeout=30.0), queue_name))
+    greenlet = spawn(Collector(connection_to(peer.url, close_timeout=NEVER), queue_name))
     consuming([greenlet])
     greenlet.kill(block=False)
     gevent.sleep(0.05)
@@ -314,7 +316,7 @@ def test_a_kill_that_comes_twice_does_not_hang(make_peer, queue_name):
         greenlet.kill(block=False)
         gevent.sleep(0.01)
     assert greenlet.join(30)
-    assert monotonic() - began < 0.5
+    assert monotonic() - began < AT_ONCE
     wait_until(lambda: peer.open_count == 0)
 
 
@@ -324,13 +326,13 @@ def test_a_kill_before_the_greenlet_began_ends_it(amqp_url, queue_name):
     wait_until(lambda: str(greenlet.state) == "stopped")
     again = spawn(greenlet.consumer)
     consuming([again])
-    assert kill(again) < CLOSE_TIMEOUT + AT_ONCE
+    assert kill(again) < AT_ONCE
 
 
 def test_an_error_thrown_into_an_idle_consumer_fails_it(rabbitmq, amqp_url, queue_name):
     greenlet = spawn(Collector(connection_to(amqp_url), queue_name))
     consuming([greenlet])
-    assert kill(greenlet, exception=ValueError("thrown")) < CLOSE_TIMEOUT + AT_ONCE
+    assert kill(greenlet, exception=ValueError("thrown")) < AT_ONCE
     assert isinstance(greenlet.exception, ValueError)
     assert str(greenlet.state) == "failed"
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
@@ -343,7 +345,7 @@ def test_a_killed_consumer_of_a_runtime_leaves_the_others_alone(amqp_url, queue_
             runtime.spawn(lambda c: Collector(c, queue_name), replicas=10)
             wait_until(lambda: all(child.started for child in runtime.children))
             victim, *others = runtime.children
-            assert kill(victim.greenlet) < CLOSE_TIMEOUT + AT_ONCE
+            assert kill(victim.greenlet) < AT_ONCE
             publish(amqp_url, queue_name, 50)
             wait_until(lambda: queue_depth(amqp_url, queue_name) == 0)
             assert all(other.greenlet.ready.is_set() for other in others)
