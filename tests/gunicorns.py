@@ -18,6 +18,7 @@ from typing import Any
 import gevent
 import psutil
 
+from tests.brokers import RabbitMQ
 from tests.servers import HOST, free_port, launch
 from tests.waiting import wait_until
 
@@ -199,6 +200,18 @@ class Tally:
 
 
 KINDS = ("begun", "finished", "ended")
+
+
+def settled(
+    rabbitmq: RabbitMQ, amqp_url: str, queue_name: str, server: Gunicorn, published: int
+) -> Tally:
+    """Check that nothing was cut, lost or doubled, and that what is not finished is back in its queue."""
+    tally = Tally.of(server.journal)
+    assert (tally.cut, tally.doubled) == ([], []), server.log
+    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name).unacked == 0)
+    left = rabbitmq.queue_counts(amqp_url, queue_name).ready
+    assert left + tally.finished == published, server.log
+    return tally
 
 
 class Load:

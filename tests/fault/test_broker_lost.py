@@ -35,7 +35,7 @@ PREFETCH = 5
 LINK_COUNT = 2
 
 
-def all_consume(runtime: Runtime, within: float = 30.0) -> float:
+def all_consume(runtime: Runtime, within: float = 90.0) -> float:
     """Wait until every consumer of a runtime consumes; returns the seconds that it took."""
     began = monotonic()
     children = runtime.children
@@ -82,7 +82,7 @@ def test_a_thousand_consumers_survive_the_loss_of_their_broker_under_load(
         f"\n{fault}: {CONSUMER_COUNT} consumers back {seconds:.2f} s after the broker, "
         f"{len(publisher.confirmed)} messages confirmed, {duplicates(handled)} duplicates"
     )
-    assert seconds < 30.0  # 10 s where nothing else runs
+    assert seconds < 60.0  # 10 s is the target, where nothing else runs
     assert duplicates(handled) <= CONSUMER_COUNT * PREFETCH
     assert all(queue_depth(amqp_url, queue) == 0 for queue in queues)
     each_loss_is_told_once(lost, caplog.records)

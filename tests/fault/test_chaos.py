@@ -17,8 +17,6 @@ from greenconsume.handling.options import ConsumerOptions
 from greenconsume.links.pool import LinkPool
 from greenconsume.runtime.greenlet import ConsumerGreenlet
 from tests.fault.consumers import (
-    AT_ONCE,
-    CLOSE_TIMEOUT,
     Collector,
     ConfirmedPublisher,
     Unlimited,
@@ -31,19 +29,22 @@ from tests.fault.consumers import (
 )
 from tests.messages import declare, publish
 from tests.options import say
-from tests.waiting import wait_until
+from tests.rounds import rounds
+from tests.waiting import AT_ONCE, wait_until
+
+pytestmark = pytest.mark.any_release
 
 
 @pytest.mark.parametrize("concurrency", [None, 4])
 def test_orderly_stops_at_random_moments_under_load_lose_and_repeat_nothing(
     rabbitmq, amqp_url, queue_name, concurrency
 ):
-    """HAZARDS rows 12 and 17: a hundred stops, and every message is handled once."""
+    """HAZARDS rows 12 and 17: many stops, and every message is handled once."""
     rng = random.Random(4)
     declare(amqp_url, queue_name)
     handled: Counter[Any] = Counter()
     pool, sent, seconds = LinkPool(links=1), 0, []
-    for _ in range(100):
+    for _ in range(rounds(40)):
         gevent.spawn(publish, amqp_url, queue_name, range(sent, sent + 30))
         sent += 30
         consumer = Collector(connection_to(amqp_url), queue_name, handled, prefetch=8)
@@ -55,11 +56,11 @@ def test_orderly_stops_at_random_moments_under_load_lose_and_repeat_nothing(
         gevent.sleep(rng.uniform(0, 0.03))
         seconds.append(stop_and_join(greenlet))
         assert greenlet.successful()
-    print(f"\nthe slowest of 100 stops under load took {max(seconds) * 1000:.0f} ms")
+    print(f"\nthe slowest of {len(seconds)} stops under load took {max(seconds) * 1000:.0f} ms")
     with running(Collector(connection_to(amqp_url), queue_name, handled)):
         wait_until(everything(handled, sent))
     assert duplicates(handled) == 0
-    assert sorted(seconds)[-5] < CLOSE_TIMEOUT + AT_ONCE  # the machine has other things to do
+    assert max(seconds) < AT_ONCE
     assert rabbitmq.queue_counts(amqp_url, queue_name) == (0, 0, 0)
 
 
@@ -149,7 +150,8 @@ def test_whatever_happens_every_confirmed_message_is_handled(
     with observing(ConsumerRestarting) as restarts, runtime:
         with ConfirmedPublisher(proxy.url, [queue_name], heartbeat=1) as publisher:
             publisher.start(5)
-            faults.run(seconds=8.0)
+            faults.run(seconds=6.0)
+            wait_until(lambda: len(publisher.confirmed) > 1000)
             publisher.stop()
         wait_until(lambda: publisher.confirmed <= handled.keys())
         wait_until(lambda: all(child.started for child in runtime.children))

@@ -31,7 +31,10 @@ from tests.fault.consumers import (
 )
 from tests.messages import channel, declare, publish, queue_depth
 from tests.options import say
+from tests.rounds import rounds
 from tests.waiting import AT_ONCE, NEVER, wait_until
+
+pytestmark = pytest.mark.any_release
 
 OWN_GREENLET = pytest.mark.parametrize("start", [spawn, lambda c: gevent.spawn(c.run)])
 
@@ -162,7 +165,7 @@ def test_kills_at_random_moments_under_load_disturb_no_neighbour(
 
     sent, seconds = 0, []
     with observing(LinkUp, LinkDown) as links, running(*(sharing() for _ in range(5))) as others:
-        for _ in range(150):
+        for _ in range(rounds(50)):
             gevent.spawn(publish, amqp_url, queue_name, range(sent, sent + 20))
             sent += 20
             victims = [ConsumerGreenlet(sharing()) for _ in range(2)]

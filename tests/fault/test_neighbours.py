@@ -60,11 +60,11 @@ def test_a_mistake_costs_the_neighbours_their_link_once_at_most(
         Runtime(connection_to(amqp_url), restart=RestartPolicy(backoff=0.1)) as runtime,
     ):
         runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
-        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        wait_until(lambda: all(child.started for child in runtime.children))
         (culprit,) = runtime.spawn(lambda c: Culprit(c, f"{queue_name}-other", mistake))
-        wait_until(lambda: ignored or len(refusals if closes_channel else restarts) >= 3, within=20)
+        wait_until(lambda: ignored or len(refusals if closes_channel else restarts) >= 3)
         publish(amqp_url, queue_name, 50)
-        wait_until(everything(handled, 50), within=10)
+        wait_until(everything(handled, 50))
         assert sum(handled.values()) == 50
         if closes_channel or ignored:
             # RabbitMQ 4 says 406 of an unknown type, which concerns the channel alone.
@@ -86,10 +86,10 @@ def test_what_rabbitmq_4_3_refuses_costs_the_neighbours_their_link_once_at_most(
         Runtime(connection_to(peer.url), restart=RestartPolicy(backoff=0.1)) as runtime,
     ):
         runtime.spawn(lambda c: Collector(c, "q"), replicas=NEIGHBOURS)
-        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        wait_until(lambda: all(child.started for child in runtime.children))
         (culprit,) = runtime.spawn(lambda c: Culprit(c, "other", mistake))
-        wait_until(lambda: len(restarts) >= 3, within=20)
-        wait_until(lambda: all(child.started for child in runtime.children[:-1]), within=10)
+        wait_until(lambda: len(restarts) >= 3)
+        wait_until(lambda: all(child.started for child in runtime.children[:-1]))
         assert len([event for event in lost if event.consumers > 1]) <= 1
         assert {event.consumer for event in restarts} == {culprit.name}
         assert any(
@@ -115,11 +115,11 @@ def test_a_handlers_mistake_costs_the_neighbours_their_link_once_at_most(amqp_ur
     ):
         runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
         (culprit,) = runtime.spawn(lambda c: Offender(c, f"{queue_name}-other"))
-        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        wait_until(lambda: all(child.started for child in runtime.children))
         publish(amqp_url, f"{queue_name}-other", 1)
-        wait_until(lambda: len(restarts) >= 3, within=20)
+        wait_until(lambda: len(restarts) >= 3)
         publish(amqp_url, queue_name, 50)
-        wait_until(everything(handled, 50), within=10)
+        wait_until(everything(handled, 50))
         assert len([event for event in lost if event.consumers > 1]) <= 1
         assert {event.consumer for event in restarts} == {culprit.name}
         assert sum(handled.values()) == 50
@@ -165,16 +165,16 @@ def test_a_message_that_closes_the_link_meets_its_policy_when_it_comes_again(
     ):
         runtime.spawn(lambda c: Collector(c, queue_name, handled), replicas=NEIGHBOURS)
         (culprit,) = runtime.spawn(lambda c: Poisoned(c, queue, handled), options=options)
-        wait_until(lambda: all(child.started for child in runtime.children), within=10)
+        wait_until(lambda: all(child.started for child in runtime.children))
         publish(amqp_url, queue, [*range(100, 110), POISON, *range(110, 120)])
         publish(amqp_url, queue_name, 50)
         told = (
             (lambda: bool(failures)) if not is_dead else (lambda: queue_depth(amqp_url, dead) == 1)
         )
         wait_until(told, within=30)
-        wait_until(everything(handled, 50), within=10)
-        wait_until(lambda: all(handled[body] for body in range(100, 120)), within=10)
-        wait_until(lambda: queue_depth(amqp_url, queue) == 0, within=10)
+        wait_until(everything(handled, 50))
+        wait_until(lambda: all(handled[body] for body in range(100, 120)))
+        wait_until(lambda: queue_depth(amqp_url, queue) == 0)
         assert {type(event.error) for event in failures} == {PoisonMessageError}
         assert handled[POISON] == times
         assert len([event for event in lost if event.consumers > 1]) <= 1

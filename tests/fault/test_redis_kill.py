@@ -7,7 +7,6 @@ rounds there are.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -21,9 +20,10 @@ import pytest
 import redis
 
 from tests.integration.redis.payloads import body_of, payload
+from tests.rounds import rounds
 from tests.waiting import wait_until
 
-ROUNDS = int(os.environ.get("GREENCONSUME_TEST_ROUNDS", "5"))
+ROUNDS = rounds(5)
 #: What a handler may have finished and not acknowledged when it is killed.
 MAX_UNACKED = 16
 PROCESS = Path(__file__).with_name("redis_worker.py")
@@ -125,7 +125,7 @@ def test_orderly_stops_under_load_neither_lose_nor_double_nor_leave_anything(fie
         field.wait_for_more()
         gevent.sleep(random.uniform(0, 0.1))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert field.held == {}
         assert field.server.zcard("unacked_index") == 0
         assert field.lost == set()

@@ -14,7 +14,7 @@ from tests.brokers import INSTALLED, QueueCounts, chosen_release, client_tls, vh
 from tests.erlang import ErlangError
 from tests.messages import declare, delete_queue, publish, queue_depth, stock_connection
 from tests.servers import HOST
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, wait_until
 
 
 def test_each_test_has_a_virtual_host_of_its_own(rabbitmq, amqp_url, queue_name):
@@ -43,7 +43,7 @@ def test_unacked_messages_and_consumers_are_seen(rabbitmq, amqp_url, queue_name)
         channel.basic_qos(0, 2, False)
         channel.basic_consume(queue_name, callback=got.append)
         while len(got) < 2:
-            connection.drain_events(timeout=2)
+            connection.drain_events(timeout=30)
         assert rabbitmq.queue_counts(amqp_url, queue_name) == QueueCounts(1, 2, 1)
         assert rabbitmq.connection_count(amqp_url) == 1
     assert [message.body for message in got] == ['"a"', '"b"']
@@ -72,7 +72,7 @@ def test_the_server_closes_connections_when_told(rabbitmq, amqp_url):
     connection.connect()
     rabbitmq.close_connections(amqp_url, "told so")
     with pytest.raises(amqp.ConnectionForced, match="told so"):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     connection.collect()
 
 
@@ -87,16 +87,17 @@ def test_an_alarm_blocks_publishers_until_it_is_cleared(rabbitmq_fault, amqp_url
         channel.queue_declare(queue_name)
         rabbitmq_fault.block()
         channel.basic_publish(amqp.Message("{}"), routing_key=queue_name)
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
         rabbitmq_fault.unblock()
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     assert seen == ["blocked", "unblocked"]
 
 
 def test_eval_is_quick_and_tells_errors(rabbitmq):
+    """A tenth of a second is usual; a program of its own for each would take a second."""
     start = monotonic()
     assert [rabbitmq.eval(f"{n} + 1.") for n in range(20)] == [str(n + 1) for n in range(20)]
-    assert monotonic() - start < 1.0
+    assert monotonic() - start < AT_ONCE
     with pytest.raises(ErlangError, match="badarith"):
         rabbitmq.eval("1 / 0")
     with pytest.raises(ErlangError, match="syntax error"):
@@ -125,7 +126,7 @@ def test_a_stopped_broker_tells_its_clients_and_comes_back(rabbitmq_fault, amqp_
     connection.connect()
     rabbitmq_fault.stop()
     with pytest.raises((amqp.ConnectionForced, OSError)):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     connection.collect()
     rabbitmq_fault.start()
     assert queue_depth(amqp_url, queue_name) == 5
@@ -137,7 +138,7 @@ def test_a_paused_broker_accepts_and_does_not_answer(rabbitmq_fault, amqp_url):
     with pytest.raises(TimeoutError):
         stock_connection(amqp_url, connect_timeout=0.2).transport.establish_connection()
     rabbitmq_fault.resume()
-    rabbitmq_fault.wait_ready(within=5)
+    rabbitmq_fault.wait_ready()
     with stock_connection(amqp_url) as connection:
         connection.connect()
         assert connection.connected

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.integration.consumers import (
     pause_for,
 )
 from tests.messages import delete_queue, publish, queue_depth
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, NEVER, wait_until
 
 # -- limits and timeouts --------------------------------------------------------------------------
 
@@ -54,13 +55,13 @@ def test_timeout_is_idle_time_that_is_not_rounded_up(amqp_url, queue_name):
     """HAZARDS row 25."""
     consumer = Recorder(amqp_url, queue_name)
     publish(amqp_url, queue_name, 2)
-    handled = consumer.consume(timeout=0.3)
+    handled = consumer.consume(timeout=0.3, safety_interval=NEVER)
     next(handled)
     next(handled)
     began = monotonic()
     with pytest.raises(socket.timeout):
         next(handled)
-    assert 0.3 <= monotonic() - began < 0.6
+    assert 0.3 <= monotonic() - began < AT_ONCE
     assert consumer.bodies == [0, 1]
 
 
@@ -69,9 +70,9 @@ def test_heartbeats_do_not_put_a_timeout_off(amqp_url, queue_name):
     consumer = Recorder(green_connection(amqp_url, heartbeat=1), queue_name)
     began = monotonic()
     with pytest.raises(socket.timeout):
-        for _ in consumer.consume(timeout=1.3, safety_interval=60):
+        for _ in consumer.consume(timeout=1.3, safety_interval=NEVER):
             pass
-    assert 1.3 <= monotonic() - began < 1.8
+    assert 1.3 <= monotonic() - began < AT_ONCE
 
 
 def test_messages_that_keep_coming_put_a_timeout_off(amqp_url, queue_name):
@@ -229,9 +230,10 @@ def test_a_message_that_arrives_with_its_consume_ok_is_handled(amqp_url, queue_n
 def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name, options):
     """Its backlog stays bounded, it gets all of its messages, and its neighbour does not notice.
 
-    What the broker had sent before it heard of the pause comes on top of the bound.
+    What the broker had sent before it heard of the pause comes on top of the bound, a few megabytes.
     """
-    publish(amqp_url, queue_name, 50_000)
+    count, padding = 6000, "x" * 500
+    publish(amqp_url, queue_name, [[number, padding] for number in range(count)])
     backlogs: list[int] = []
 
     class Slow(Recorder):
@@ -241,7 +243,7 @@ def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name,
         def on_task(self, body: Any, message: Any) -> None:
             super().on_task(body, message)
             backlogs.append(self.session.backlog)
-            if body % 50 == 0:
+            if body[0] % 10 == 0:
                 pause_for(0.001)
 
     queue = Queue(queue_name)
@@ -252,13 +254,14 @@ def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name,
     with runtime:
         publish(amqp_url, neighbour, 500)
         began = monotonic()
-        other.consumer.wait_for(500)
+        other.consumer.wait_for(500, within=60)
         took = monotonic() - began
-        assert len(slow.consumer.bodies) < 50_000
-        slow.consumer.wait_for(50_000, within=90)
-    assert slow.consumer.bodies == list(range(50_000))
-    assert max(backlogs) < 35_000
-    assert took < 15.0
+        assert len(slow.consumer.bodies) < count
+        slow.consumer.wait_for(count, within=90)
+    assert [number for number, _ in slow.consumer.bodies] == list(range(count))
+    print(f"{options}: a backlog of {max(backlogs)} at the most")
+    assert max(backlogs) < 4500
+    assert took < 30.0
 
 
 def test_a_paused_consumers_queue_does_not_expire(rabbitmq, amqp_url, queue_name):
@@ -345,13 +348,19 @@ def test_further_channels_live_and_die_with_the_consumer(rabbitmq, amqp_url, que
 
 
 def test_a_kombu_mixin_is_spawned_and_stops_at_once(amqp_url, queue_name):
-    consumer = Plain(green_connection(amqp_url), queue_name)
-    publish(amqp_url, queue_name, 3)
-    with consuming(consumer) as [greenlet]:
-        wait_until(lambda: consumer.bodies == [0, 1, 2])
-        consumer.should_stop = True
-        assert greenlet.join(0.5)
-    assert isinstance(consumer, Plain)
+    """kombu looks once a second."""
+    times = []
+    for _ in range(10):
+        consumer = Plain(green_connection(amqp_url), queue_name)
+        publish(amqp_url, queue_name, 3)
+        with consuming(consumer) as [greenlet]:
+            wait_until(lambda consumer=consumer: consumer.bodies == [0, 1, 2])
+            began = monotonic()
+            consumer.should_stop = True
+            assert greenlet.join(SOON)
+            times.append(monotonic() - began)
+        assert isinstance(consumer, Plain)
+    assert median(times) < 0.25
 
 
 def test_kombu_mixins_share_the_links_of_a_runtime(rabbitmq, amqp_url, queue_name):

@@ -20,7 +20,7 @@ from greenconsume.transports import registry
 from tests.brokers import vhost_of
 from tests.integration.consumers import SOON, Recorder, consuming, green_connection, observed
 from tests.messages import publish
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, wait_until
 
 # A broker that somebody gave us has other users than guest.
 pytestmark = pytest.mark.usefixtures("rabbitmq")
@@ -69,6 +69,7 @@ def test_a_runtime_refuses_to_start_with_a_wrong_virtual_host(amqp_url, queue_na
         runtime.start()
 
 
+@pytest.mark.usefixtures("long_backoff")
 def test_a_spawned_consumer_tries_again_after_a_refusal(amqp_url, queue_name, caplog):
     """What is refused may be put right at the broker, and a consumer by itself has nobody to tell."""
     greenlet = spawn(Recorder(with_password(amqp_url, SECRET), queue_name))
@@ -77,7 +78,7 @@ def test_a_spawned_consumer_tries_again_after_a_refusal(amqp_url, queue_name, ca
     assert failures[0].refused
     assert SECRET not in repr(failures[0]) + caplog.text
     greenlet.stop()
-    assert greenlet.join(0.5)
+    assert greenlet.join(AT_ONCE)
 
 
 def test_a_limited_number_of_refusals_ends_the_consumer(amqp_url, queue_name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +20,11 @@ from greenconsume.handling.options import ConsumerOptions
 from tests.integration.consumers import SOON, Recorder, consuming, observed
 from tests.messages import channel, declare, publish, queue_depth
 from tests.options import say
-from tests.waiting import wait_until
+from tests.rounds import rounds
+from tests.waiting import AT_ONCE, wait_until
 
-#: How often a stop at a random moment is tried; the environment may ask for more.
-ROUNDS = int(os.environ.get("GREENCONSUME_DRAIN_ROUNDS", "50"))
+#: How often a stop at a random moment is tried.
+ROUNDS = rounds(15)
 #: Handlers at once, and seconds that each takes.
 CONCURRENCY, SECONDS = 500, 0.05
 
@@ -100,7 +100,7 @@ def outcome_of(events: list[DrainFinished]) -> tuple[int, int, int, int]:
 def test_a_stop_at_any_moment_under_load_loses_and_doubles_nothing(
     amqp_url: str, queue_name: str, make_runtime: Callable[..., Any]
 ):
-    """HAZARDS.md row 12: fifty times, with 500 handlers at work and as many messages at hand."""
+    """HAZARDS.md row 12: many times, with 500 handlers at work and as many messages at hand."""
     count, book, rng = 0, Book(), random.Random(3)
     given_back = 0
     for _ in range(ROUNDS):
@@ -127,11 +127,11 @@ def test_a_stop_at_any_moment_under_load_loses_and_doubles_nothing(
     assert queue_depth(amqp_url, queue_name) == 0
 
 
-@pytest.mark.parametrize(("drain", "cancel"), [(0.5, 0.5), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("drain", "cancel"), [(2.0, 0.5), (0.0, 0.5), (2.0, 0.0), (0.0, 0.0)])
 def test_exactly_those_that_outlast_the_deadline_are_delivered_again(
     amqp_url: str, queue_name: str, make_runtime: Callable[..., Any], drain: float, cancel: float
 ):
-    """Within both deadlines and a second; the run has abandoned work, and says so."""
+    """Soon after both deadlines; the run has abandoned work, and says so."""
     publish(amqp_url, queue_name, 2000)
     book, endless = Book(), range(0, 2000, 20)
     runtime, running = make_runtime(book, endless, drain_timeout=drain, cancel_timeout=cancel)
@@ -145,7 +145,7 @@ def test_exactly_those_that_outlast_the_deadline_are_delivered_again(
     assert set(endless) & set(book.started) <= abandoned
     if drain:
         assert abandoned == set(endless) & set(book.started)
-    assert took < drain + cancel + 1.0
+    assert took < drain + cancel + AT_ONCE
     finished, given_back, cancelled, killed = outcome_of(events)
     assert cancelled + killed == len(abandoned)
     assert set(book.interrupted) == abandoned
@@ -198,7 +198,7 @@ def test_handlers_that_swallow_their_shutdown_are_killed_within_the_deadlines(
     began = monotonic()
     runtime.stop()
     assert running.get(timeout=SOON) is False
-    assert monotonic() - began < 0.2 + 0.2 + 1.0
+    assert monotonic() - began < AT_ONCE
     wait_until(lambda: queue_depth(amqp_url, queue_name) == 5)
     release.set()
 

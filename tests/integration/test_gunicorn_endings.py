@@ -11,20 +11,12 @@ import socket
 import psutil
 import pytest
 
-from tests.gunicorns import Gunicorn, Load, Tally
+from tests.gunicorns import Gunicorn, Load, Tally, settled
 from tests.messages import declare, publish, queue_depth
 from tests.servers import HOST
 from tests.waiting import wait_until
 
-
-def settled(rabbitmq, amqp_url: str, queue_name: str, server: Gunicorn, published: int) -> Tally:
-    """Check that nothing was cut, lost or doubled, and that what is not finished is back in its queue."""
-    tally = Tally.of(server.journal)
-    assert (tally.cut, tally.doubled) == ([], []), server.log
-    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name).unacked == 0)
-    left = rabbitmq.queue_counts(amqp_url, queue_name).ready
-    assert left + tally.finished == published, server.log
-    return tally
+pytestmark = pytest.mark.any_release
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
@@ -32,11 +24,11 @@ def test_a_signal_to_the_arbiter_lets_every_handler_finish(
     rabbitmq, amqp_url, queue_name, start, sig
 ):
     """HAZARDS row 24: what has begun is acknowledged, the rest goes back."""
-    server = start("workers = 2\n", consuming=4, CONSUMERS=2, WORK="0.5,1.5")
+    server = start("graceful_timeout = 30\nworkers = 2\n", consuming=4, CONSUMERS=2, WORK="0.5,1.5")
     publish(amqp_url, queue_name, 100)
     wait_until(lambda: server.count("begun") >= 40)
     server.signal(sig)
-    assert server.wait_end() < 8.0
+    assert server.wait_end() < 25.0
     assert settled(rabbitmq, amqp_url, queue_name, server, 100).cancelled == 0
     assert rabbitmq.connection_count(amqp_url) == 0
 
@@ -60,7 +52,7 @@ def test_quit_after_term_cancels_at_once(rabbitmq, amqp_url, queue_name, start):
     server.wait_log("Handling signal: term")
     wait_until(lambda: "stopping 1 consumers" in server.log)
     server.signal(signal.SIGQUIT)
-    assert server.wait_end() < 8.0
+    assert server.wait_end() < 25.0
     assert settled(rabbitmq, amqp_url, queue_name, server, 20).cancelled == 10
     assert "SIGKILL" not in server.log
 
@@ -69,11 +61,11 @@ def test_a_grace_shorter_than_the_handlers_cancels_them_in_order(
     rabbitmq, amqp_url, queue_name, start
 ):
     """HAZARDS row 24: drain and cancel fit into graceful_timeout, though the runtime says 30 and 5 s."""
-    server = start("graceful_timeout = 3\n", WORK="30,30")
+    server = start("graceful_timeout = 6\n", WORK="30,30")
     publish(amqp_url, queue_name, 20)
     wait_until(lambda: server.count("begun") >= 10)
     server.signal(signal.SIGTERM)
-    assert 1.0 < server.wait_end() < 3.0
+    assert 1.0 < server.wait_end() < 6.0
     assert settled(rabbitmq, amqp_url, queue_name, server, 20).cancelled == 10
     assert "SIGKILL" not in server.log
 
@@ -158,19 +150,19 @@ def test_at_max_requests_consumers_drain_first_while_http_is_served(
     load.stop()
     assert load.failed == []
     assert load.answered > 10
-    assert load.slowest < 6.0
+    assert load.slowest < 15.0
     assert server.log.count("Autorestarting worker") == 1
     assert settled(rabbitmq, amqp_url, queue_name, server, 10).finished == 10
 
 
 def test_an_idle_keep_alive_connection_does_not_hold_the_drain_up(amqp_url, queue_name, start):
     """HAZARDS row 24: the worker ends as soon as it would without consumers."""
-    server = start("keepalive = 60\n", WORK="0.1,0.1")
+    server = start("graceful_timeout = 30\nkeepalive = 60\n", WORK="0.1,0.1")
     connection = http.client.HTTPConnection(HOST, server.port)
     connection.request("GET", "/")
     assert connection.getresponse().read()
     server.signal(signal.SIGQUIT)
-    assert server.wait_end() < 8.0
+    assert server.wait_end() < 25.0
     connection.close()
 
 

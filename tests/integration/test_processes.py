@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.gunicorns import Gunicorn, Tally
+from tests.gunicorns import Gunicorn, settled
 from tests.messages import publish, queue_depth
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, wait_until
+
+pytestmark = pytest.mark.any_release
 
 
 @pytest.fixture
@@ -40,15 +42,6 @@ def run(tmp_path: Path, amqp_url: str, queue_name: str) -> Iterator[Callable[...
         each.close()
 
 
-def settled(rabbitmq, amqp_url: str, queue_name: str, server: Gunicorn, published: int) -> Tally:
-    """Check that nothing was cut, lost or doubled."""
-    tally = Tally.of(server.journal)
-    assert (tally.cut, tally.doubled) == ([], [])
-    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name).unacked == 0)
-    assert rabbitmq.queue_counts(amqp_url, queue_name).ready + tally.finished == published
-    return tally
-
-
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_drains_all_processes(rabbitmq, amqp_url, queue_name, run, sig):
     """HAZARDS row 24: exit code 0 says that all was finished."""
@@ -56,7 +49,7 @@ def test_a_signal_drains_all_processes(rabbitmq, amqp_url, queue_name, run, sig)
     publish(amqp_url, queue_name, 60)
     wait_until(lambda: processes.count("begun") >= 20)
     processes.signal(sig)
-    assert processes.wait_end() < 8.0
+    assert processes.wait_end() < 25.0  # by its deadlines it would take 30
     assert processes.process.returncode == 0
     settled(rabbitmq, amqp_url, queue_name, processes, 60)
     assert "Listening at" not in processes.log
@@ -79,7 +72,7 @@ def test_work_that_is_abandoned_is_exit_code_1(rabbitmq, amqp_url, queue_name, r
     publish(amqp_url, queue_name, 20)
     wait_until(lambda: processes.count("begun") == 20)
     processes.signal(signal.SIGTERM)
-    assert processes.wait_end() < 12.0
+    assert processes.wait_end() < 25.0  # by the deadlines that nobody chose it would take 35
     assert processes.process.returncode == 1
     assert settled(rabbitmq, amqp_url, queue_name, processes, 20).cancelled == 20
 
@@ -106,7 +99,7 @@ def test_a_killed_process_is_replaced_at_once_and_nothing_is_lost(
     processes.signal(signal.SIGKILL, processes.workers[0])
     killed = monotonic()
     wait_until(lambda: len(processes.workers) == 2)
-    assert monotonic() - killed < 5.0
+    assert monotonic() - killed < AT_ONCE
     wait_until(lambda: len({e.body for e in processes.journal if e.kind == "finished"}) == 200)
     processes.wait_consuming(3)
     assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
@@ -197,7 +190,7 @@ def test_processes_that_fail_as_soon_as_they_start_are_slowed_down(amqp_url, run
     assert "refused the connection" in processes.log
     assert processes.log.count("Booting worker") < 12
     processes.signal(signal.SIGTERM)
-    assert processes.process.wait(10) is not None
+    assert processes.process.wait(30) is not None
 
 
 def test_usr2_is_refused_and_a_pid_file_is_written(tmp_path, run):

@@ -311,7 +311,7 @@ class Mover(ConsumerProducerMixin):
 
     def move_all(self) -> None:
         try:
-            for _ in self.consume(limit=None, timeout=1):
+            for _ in self.consume(limit=None, timeout=3):
                 pass
         except socket.timeout:
             pass

@@ -38,7 +38,7 @@ from tests.integration.consumers import (
     observed,
 )
 from tests.messages import channel, declare, queue_depth
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, wait_until
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> gevent.Greenlet[..., Any]:
@@ -326,7 +326,7 @@ def test_publishing_waits_while_the_broker_blocks(rabbitmq_fault, amqp_url, queu
         began = monotonic()
         with pytest.raises(BlockedError):
             publisher.publish("late", queue_name, timeout=0.2)
-        assert 0.2 <= monotonic() - began < 2.0
+        assert 0.2 <= monotonic() - began < AT_ONCE
         waiting = [call(publisher.publish, n, queue_name) for n in range(2, 22)]
         gevent.joinall(waiting, timeout=0.05)
         assert not any(each.ready() for each in waiting)
@@ -368,12 +368,10 @@ def test_a_large_body_does_not_hold_up_the_links_other_channels(proxy, amqp_url,
             large.publish(0, queue_name)
             small.publish(0, queue_name)
             proxy.latency(0.0125)  # for each 64 KB
-            began = monotonic()
             big = large.publish_nowait(bytes(16_000_000), queue_name, serializer="raw")
             small.publish(1, queue_name)
-            took = monotonic() - began
+            assert not big.ready
             big.wait()
-            assert took < (monotonic() - began) / 2
         assert links.open_count == 1
     assert queue_depth(amqp_url, queue_name) == 4
 
@@ -419,7 +417,7 @@ def test_stopping_ends_at_once_what_waits_for_a_broker_that_froze(
     publisher.stop()
     assert kinds(outcomes(waiting)) == [UnconfirmedError] * 10
     publisher.close()
-    assert monotonic() - began < 2.0
+    assert monotonic() - began < AT_ONCE
 
 
 def test_over_tls_it_is_the_same(amqps_url, amqp_url, queue_name, rabbitmq):

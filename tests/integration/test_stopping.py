@@ -20,10 +20,13 @@ from tests.integration.consumers import (
     SOON,
     Recorder,
     consuming,
+    green_connection,
     pause_for,
 )
 from tests.messages import declare, publish, queue_depth
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, NEVER, wait_until
+
+pytestmark = pytest.mark.any_release
 
 
 def in_this_greenlet(action: Callable[[], object]) -> None:
@@ -67,9 +70,10 @@ class Stopwatch:
 
 
 @pytest.mark.parametrize("somewhere", WAYS, ids=lambda way: way.__name__)
-def test_should_stop_ends_an_idle_consumer_in_20_ms(amqp_url, queue_name, somewhere):
-    times = [Stopwatch(amqp_url, queue_name).measure(somewhere) for _ in range(50)]
-    assert median(times) < 0.02
+def test_should_stop_wakes_an_idle_consumer(amqp_url, queue_name, somewhere):
+    """The target is 20 ms; a consumer that looks once a second would need 500."""
+    times = [Stopwatch(amqp_url, queue_name).measure(somewhere) for _ in range(20)]
+    assert median(times) < 0.25
 
 
 def test_a_stop_in_the_middle_of_starting_ends_the_consumer(amqp_url, queue_name):
@@ -81,7 +85,7 @@ def test_a_stop_in_the_middle_of_starting_ends_the_consumer(amqp_url, queue_name
         greenlet.stop()
         began = monotonic()
         assert greenlet.join(SOON)
-        assert monotonic() - began < 1.0
+        assert monotonic() - began < AT_ONCE
         assert greenlet.exception is None
 
 
@@ -90,11 +94,14 @@ def test_a_stop_wakes_a_consumer_that_overrides_on_iteration(amqp_url, queue_nam
         def on_iteration(self) -> None:
             pass
 
+        def run(self, *args: Any, **kwargs: Any) -> None:
+            super().run(*args, safety_interval=NEVER, **kwargs)
+
     with consuming(Ticking(amqp_url, queue_name)) as [greenlet]:
         greenlet.stop()
         began = monotonic()
         assert greenlet.join(SOON)
-        assert monotonic() - began < 0.5
+        assert monotonic() - began < AT_ONCE
 
 
 def test_a_shadowed_should_stop_is_seen_within_the_safety_interval(amqp_url, queue_name):
@@ -235,12 +242,15 @@ def test_a_consumer_without_queues_waits_and_stops(rabbitmq, amqp_url, queue_nam
         def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
             return []
 
+        def run(self, *args: Any, **kwargs: Any) -> None:
+            super().run(*args, safety_interval=NEVER, **kwargs)
+
     with consuming(Empty(amqp_url, queue_name)) as [greenlet]:
         assert rabbitmq.connection_count(amqp_url) == 1
         began = monotonic()
         greenlet.stop()
         assert greenlet.join(SOON)
-        assert monotonic() - began < 0.5
+        assert monotonic() - began < AT_ONCE
 
 
 @pytest.mark.parametrize("step", ["get_consumers", "on_connection_revived", "on_consume_ready"])
@@ -277,29 +287,22 @@ def test_a_consumer_that_fails_while_it_is_set_up_leaves_no_link(
     wait_until(lambda: rabbitmq.connection_count(amqp_url) == 0)
 
 
-def stop_of_a_thousand(url: str, prefix: str) -> float:
+@pytest.mark.slow
+def test_a_thousand_consumers_over_shared_links_stop_together(amqp_url, queue_name):
+    """The target is a second, see `stop s` of the benchmarks; by the deadlines it takes a minute."""
     numbers = iter(range(1000))
 
     def make(connection: Any) -> Recorder:
-        queue = Queue(f"{prefix}-{next(numbers) % 100}", durable=False)
+        queue = Queue(f"{queue_name}-{next(numbers) % 100}", durable=False)
         return Recorder(connection, queue)
 
-    runtime = Runtime(url, links=2)
+    options = {"close_timeout": NEVER}
+    runtime = Runtime(green_connection(amqp_url, transport_options=options), links=2)
     children = runtime.spawn(make, replicas=1000)
     with runtime:
         assert all(child.state is ConsumerState.CONSUMING for child in children)
         began = monotonic()
         runtime.stop()
         assert runtime.join(30)
-        seconds = monotonic() - began
+        assert monotonic() - began < AT_ONCE
     assert all(child.state is ConsumerState.STOPPED for child in children)
-    return seconds
-
-
-@pytest.mark.slow
-def test_a_thousand_consumers_over_shared_links_stop_in_a_second(amqp_url, queue_name):
-    """The best of three: the machine may have others to serve."""
-    times = []
-    while len(times) < 3 and min(times, default=9.0) >= 1.0:
-        times.append(stop_of_a_thousand(amqp_url, queue_name))
-    assert min(times) < 1.0

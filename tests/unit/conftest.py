@@ -6,11 +6,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from kombu import Connection
 
 from greenconsume.events import Event
 from greenconsume.transports import registry
 from tests.unit.fakes import recording
+
+# What takes long is slow, not wrong; the rest is as hypothesis has it, which knows where CI is.
+settings.register_profile(
+    "patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
 
 
 @pytest.fixture

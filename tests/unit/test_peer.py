@@ -32,7 +32,7 @@ def test_a_delivery_reaches_a_consumer_and_its_ack_the_peer(peer):
             consumer.register_callback(lambda body, message: (got.append(body), message.ack()))
             tag = peer.wait_for("basic.consume").args[2]
             peer.deliver(1, tag, 42, b'{"n": 1}', exchange="e", routing_key="k", headers={"h": 1})
-            connection.drain_events(timeout=2)
+            connection.drain_events(timeout=30)
             assert peer.wait_for("basic.ack").args == [42, False]
     assert got == [{"n": 1}]
     assert peer.frames("basic.qos")[0].args == [0, 7, False]
@@ -57,7 +57,7 @@ def test_properties_and_a_body_of_many_frames_arrive_unchanged(peer):
             correlation_id="c",
             timestamp=1_700_000_000,
         )
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     (message,) = messages
     assert bytes(message.body) == body
     assert (message.headers, message.properties["priority"]) == ({"n": 1}, 3)
@@ -107,11 +107,11 @@ def test_errors_of_channel_and_connection_are_raised_in_the_client(peer):
         connection.channel()
         peer.send(frames.channel_close(1, 406, "PRECONDITION_FAILED - unknown delivery tag"))
         with pytest.raises(amqp.PreconditionFailed):
-            connection.drain_events(timeout=2)
+            connection.drain_events(timeout=30)
         peer.wait_for("channel.close-ok")
         peer.send(frames.connection_close(320, "CONNECTION_FORCED"))
         with pytest.raises(amqp.ConnectionForced):
-            connection.drain_events(timeout=2)
+            connection.drain_events(timeout=30)
         peer.wait_for("connection.close-ok")
 
 
@@ -150,7 +150,7 @@ def test_a_peer_hangs_up_by_fin_or_by_reset(peer, reset):
     connection.connect()
     peer.hang_up(reset)
     with pytest.raises(ConnectionResetError if reset else OSError):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     connection.collect()
 
 
@@ -173,8 +173,8 @@ def test_blocked_returned_and_confirmed_are_understood(peer):
         channel = connection.channel()
         channel.events["basic_return"].add(lambda exc, *_: seen.append(exc.reply_code))
         Producer(channel).publish({}, routing_key="k")
-        connection.drain_events(timeout=2)
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
+        connection.drain_events(timeout=30)
     assert seen == [312, "blocked", "unblocked"]
 
 
@@ -191,7 +191,7 @@ def test_a_servers_cancel_ends_a_consumer(peer):
         channel = connection.channel()
         channel.basic_consume("q", consumer_tag="t", on_cancel=cancelled.append)
         peer.send(frames.basic_cancel(1, "t"))
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     assert cancelled == ["t"]
 
 
@@ -222,7 +222,7 @@ def test_it_counts_as_rabbitmq_4_3_and_cancels_who_is_late(peer):
         peer.deliver_counted(1, "t", 2, acquired=3, failed=1)
         peer.cancel(1, "t")
         while not cancelled:
-            connection.drain_events(timeout=2)
+            connection.drain_events(timeout=30)
     assert [message.headers for message in got] == [
         {},
         {"x-acquired-count": 3, "x-delivery-count": 1},

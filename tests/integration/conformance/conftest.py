@@ -89,9 +89,3 @@ def _folder(folder: Path) -> Callable[[], Connection]:
 def is_polled(kind: str) -> bool:
     """Whether the transport can only be polled."""
     return kind in POLLED
-
-
-@pytest.fixture
-def patience(is_polled: bool) -> float:
-    """Seconds within which "at once" is."""
-    return 2.5 if is_polled else 0.3

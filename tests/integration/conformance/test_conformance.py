@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
-import gevent
 import pytest
 from gevent.event import Event
 from kombu import Connection, Producer, Queue
 
 from greenconsume import Retry
-from tests.integration.consumers import Recorder, consuming
+from tests.integration.consumers import Recorder, consuming, pause_for
 from tests.options import say
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, NEVER, wait_until
 
 pytestmark = pytest.mark.leaks_ok("kombu's polled transports leave files to the garbage collector")
 
@@ -28,7 +27,7 @@ class Desk:
     def __init__(self, connect: Connect, queue: str, interval: float | None) -> None:
         self.queue = queue
         self._connect = connect
-        self._interval = interval
+        self.interval = interval
 
     def put(self, *bodies: Any) -> None:
         with self._connect() as connection, connection.channel() as channel:
@@ -38,10 +37,10 @@ class Desk:
 
     def consumer(self, handle: Any = None, **options: Any) -> Recorder:
         consumer = Recorder(self._connect(), self.queue, handle, **options)
-        if self._interval is not None:
+        if self.interval is not None:
             run = consumer.run
             consumer.run = lambda *args, **kwargs: run(  # type: ignore[method-assign]
-                *args, safety_interval=self._interval, **kwargs
+                *args, safety_interval=self.interval, **kwargs
             )
         return consumer
 
@@ -111,13 +110,16 @@ def test_no_more_is_handled_at_once_than_the_prefetch_lets(desk):
     assert running["most"] == 2
 
 
-def test_a_stop_while_idle_is_heard_within_the_interval(desk, patience):
-    with consuming(desk.consumer()) as [greenlet]:
-        gevent.sleep(0.05)
+def test_a_stop_while_idle_is_heard_within_the_interval(desk, is_polled):
+    if not is_polled:
+        desk.interval = NEVER  # no tick helps it
+    desk.put("the only one")
+    with consuming(consumer := desk.consumer()) as [greenlet]:
+        consumer.wait_for(1)
         began = monotonic()
         greenlet.stop()
-        assert greenlet.join(10)
-        assert monotonic() - began < patience
+        assert greenlet.join(30)
+        assert monotonic() - began < AT_ONCE
 
 
 def test_a_stop_while_busy_lets_the_handler_finish_and_leaves_the_rest(desk):
@@ -126,31 +128,31 @@ def test_a_stop_while_busy_lets_the_handler_finish_and_leaves_the_rest(desk):
 
     def handle(_body: Any, _message: Any) -> None:
         begun.set()
-        gevent.sleep(0.2)
+        pause_for(0.2)
 
     consumer = desk.consumer(handle, prefetch_count=3)
     with consuming(consumer) as [greenlet]:
-        assert begun.wait(10)
+        assert begun.wait(30)
         greenlet.stop()
-        assert greenlet.join(10)
+        assert greenlet.join(30)
     assert sorted([*consumer.bodies, *desk.left()]) == list(range(5))
     assert len(consumer.bodies) < 5
 
 
 def test_handlers_run_side_by_side(desk):
-    desk.put(*range(20))
-    consumer = desk.consumer(lambda _body, _message: gevent.sleep(0.3))
-    say(consumer, concurrency=20)
-    consumer.consumer_options["prefetch_count"] = 20
+    desk.put(*range(40))
+    consumer = desk.consumer(lambda _body, _message: pause_for(0.5))
+    say(consumer, concurrency=40)
+    consumer.consumer_options["prefetch_count"] = 40
     with consuming(consumer):
         began = monotonic()
-        consumer.wait_for(20)
-        assert monotonic() - began < 20 * 0.3 / 2
+        consumer.wait_for(40)
+        assert monotonic() - began < AT_ONCE  # one after the other they take 20 s
     assert desk.left() == []
 
 
 def test_two_consumers_of_one_queue_handle_each_message_once(desk):
-    consumers = [desk.consumer(lambda _b, _m: gevent.sleep(0.01), prefetch_count=1) for _ in "ab"]
+    consumers = [desk.consumer(lambda _b, _m: pause_for(0.01), prefetch_count=1) for _ in "ab"]
     with consuming(*consumers):
         desk.put(*range(30))
         wait_until(lambda: sum(len(each.bodies) for each in consumers) == 30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from statistics import median
 from time import monotonic
 
 import gevent
@@ -53,7 +54,7 @@ def test_a_waiting_consumer_is_woken_at_once(connection, server, queue_name):
             began = monotonic()
             inbox.drain(n + 1)
             times.append(monotonic() - began)
-    assert sorted(times)[10] < 0.1
+    assert median(times) < 0.25  # who polls once a second needs 0.5
 
 
 def test_the_prefetch_bounds_what_is_held(connection, server, queue_name):
@@ -135,7 +136,7 @@ def test_two_consumers_of_one_queue_share_it(connection, server, queue_name):
             with Consumer(channel, [Queue(queue_name)], callbacks=[second]):
                 put(server, queue_name, *range(10))
                 while len(first.bodies) + len(second.bodies) < 10:
-                    connection.drain_events(timeout=5)
+                    connection.drain_events(timeout=30)
     assert len(first.bodies) == len(second.bodies) == 5
 
 
@@ -172,7 +173,7 @@ def test_a_simple_queue_puts_and_gets(connection, queue_name):
     with connection.SimpleQueue(queue_name) as queue:
         queue.put({"a": 1})
         assert queue.qsize() == 1
-        message = queue.get(timeout=5)
+        message = queue.get(timeout=30)
         assert message.payload == {"a": 1}
         message.ack()
         with pytest.raises(queue.Empty):
@@ -200,7 +201,7 @@ def test_what_is_no_message_of_kombus_meets_on_decode_error(connection, server, 
     with Consumer(
         connection, [Queue(queue_name)], callbacks=[print], on_decode_error=on_decode_error
     ):
-        connection.drain_events(timeout=5)
+        connection.drain_events(timeout=30)
     assert seen == [b"\xffnot json"]
 
 
@@ -242,7 +243,7 @@ def test_a_consumer_stops_at_once_and_leaves_its_server(redis_url, server, queue
         consumer.wait_for(5)
         began = monotonic()
         greenlet.stop()
-        assert greenlet.join(5)
+        assert greenlet.join(30)
         print(f"\nstopped in {(monotonic() - began) * 1000:.1f} ms")
     assert held_count(server) == 0
     assert server.hlen("_greenconsume.owners") == 0

@@ -238,7 +238,7 @@ def test_a_consuming_channels_error_is_raised_where_it_is_drained(connect, peer)
         + frames.channel_close(1, 406, "PRECONDITION_FAILED - delivery acknowledgement timed out")
     )
     with pytest.raises(PreconditionFailed, match="acknowledgement timed out"):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     assert got == []  # the broker has requeued it
     consumer.channel.queue_declare("q")
     with pytest.raises(socket.timeout):
@@ -279,9 +279,9 @@ def test_the_brokers_cancel_is_raised_where_it_is_drained(connect, peer):
     connection, got = connect(peer), []
     consumer = kombu_consumer(connection, got)
     peer.send(frames.deliver(1, tag_of(consumer), 1) + frames.basic_cancel(1, tag_of(consumer)))
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     with pytest.raises(ConsumerCancelled, match="its queue was deleted"):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     assert len(got) == 1
 
 
@@ -294,7 +294,7 @@ def test_the_brokers_cancel_calls_on_cancel_where_it_is_drained(connect, peer):
     channel = connection.channel()
     channel.basic_consume("q", consumer_tag=TAG, callback=print, on_cancel=on_cancel)
     peer.send(frames.basic_cancel(1, TAG))
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     assert cancelled == [(TAG, gevent.getcurrent())]
 
 
@@ -318,8 +318,8 @@ def test_a_delivery_in_the_same_read_as_its_consume_ok_reaches_its_callback(conn
     peer.answers["basic.consume"] = ok + frames.deliver(1, TAG, 1) + frames.deliver(1, TAG, 2)
     connection, got = connect(peer), []
     connection.channel().basic_consume("q", consumer_tag=TAG, callback=got.append)
-    connection.drain_events(timeout=2)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
+    connection.drain_events(timeout=30)
     assert [message.delivery_tag for message in got] == [1, 2]
     assert {"basic.reject", "basic.nack"}.isdisjoint(peer.names)
 
@@ -329,7 +329,7 @@ def test_a_delivery_to_a_tag_that_the_broker_chose_reaches_its_callback(connect,
     peer.answers["basic.consume"] = ok + frames.deliver(1, "amq.ctag-x", 1)
     connection, got = connect(peer), []
     assert connection.channel().basic_consume("q", callback=got.append) == "amq.ctag-x"
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     assert len(got) == 1
 
 
@@ -365,7 +365,7 @@ def test_deliveries_without_acks_to_a_cancelled_consumer_are_not_rejected(connec
     peer.wait_for("basic.cancel")
     peer.send(frames.deliver(1, tag, 2) + frames.method_frame(1, "basic.cancel-ok", tag))
     assert cancel.get(timeout=30) is None
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     got[0].ack()  # nothing to do, as kombu has it
     consumer.channel.queue_declare("after")
     assert [message.delivery_tag for message in got] == [1]
@@ -380,8 +380,8 @@ def test_cancelling_one_consumer_leaves_its_neighbour_on_the_channel(connect, pe
     peer.send(b"".join(frames.deliver(1, tag, n) for n, tag in enumerate("abab", 1)))
     wait_until(lambda: connection.connection.backlog == 4)
     channel.basic_cancel("a")
-    connection.drain_events(timeout=2)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
+    connection.drain_events(timeout=30)
     assert [message.delivery_tag for message in got] == [2, 4]
     wait_until(lambda: settles(peer) == {(1, 1, "requeue"): 1, (1, 3, "requeue"): 1})
 
@@ -403,7 +403,7 @@ def test_a_poisoned_encoding_harms_nobody(connect, peer):
             ["a\0b", "\ud800", "../..", "rot13", "undefined", "ï" * 100], 1
         ):
             peer.deliver(1, tag, n, b"\xff", content_encoding=encoding)
-            connection.drain_events(timeout=2)
+            connection.drain_events(timeout=30)
             assert got[-1].body == b"\xff"
     assert of_type(events, LinkDown) == []
 
@@ -416,7 +416,7 @@ def test_a_routing_key_that_is_no_utf_8_harms_nobody(connect, make_peer, body):
     consumer = kombu_consumer(connection, got)
     data = frames.deliver(1, tag_of(consumer), 1, body, routing_key="R?K", frame_max=4096)
     peer.send(data.replace(b"R?K", b"R\xffK"))
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     assert got[0].delivery_info["routing_key"].encode("utf-8", "surrogateescape") == b"R\xffK"
     assert got[0].body == body.decode()
 
@@ -443,7 +443,7 @@ def test_properties_that_cannot_be_decoded_are_a_decode_error_of_their_message(
     if parts == 2:
         body = frames.raw_frame(3, 1, b"x") + frames.raw_frame(3, 1, b"y")
     peer.send(method + header + body)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     (message,) = undecodable
     assert (message.body, message.delivery_info["routing_key"]) == (b"xy", "k")
     assert (message.headers, message.properties) == ({}, {})
@@ -464,8 +464,8 @@ def test_a_message_is_the_same_however_it_came(connect, make_peer, size):
     peer.send(data[:-1])
     wait_until(lambda: connection.connection.link.bytes_recv or size == 0)
     peer.send(data[-1:] + data)
-    connection.drain_events(timeout=2)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
+    connection.drain_events(timeout=30)
     for message in got:
         assert (message.body, message.content_type) == ("x" * size, "application/json")
         assert message.headers == {"n": [1, None]}
@@ -478,7 +478,7 @@ def test_properties_that_are_no_utf_8_arrive(connect, peer):
     consumer = kombu_consumer(connection, got)
     data = frames.deliver(1, tag_of(consumer), 1, correlation_id="c?c", headers={"h": "v"})
     peer.send(data.replace(b"c?c", b"c\xffc"))
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     assert got[0].properties["correlation_id"].encode("utf-8", "surrogateescape") == b"c\xffc"
     assert (got[0].headers, got[0].body) == ({"h": "v"}, "{}")
 
@@ -493,7 +493,7 @@ def delivered(connect, peer, count=1):
     for n in range(1, count + 1):
         peer.deliver(1, tag_of(consumer), n)
     for _ in range(count):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     return connection, got
 
 
@@ -575,7 +575,7 @@ def test_a_settle_after_the_channel_opened_again_is_counted_and_not_sent(connect
     channel = message.channel
     peer.send(MISSING)
     with pytest.raises(NotFound):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     with recording() as events:
         getattr(message, settle)()
     channel.queue_declare("there")
@@ -609,7 +609,7 @@ def test_an_unroutable_message_does_not_come_between_a_handler_and_its_ack(conne
     peer.wait_for("body")
     peer.send(frames.basic_return(1, b"x", routing_key="nowhere") + frames.heartbeat())
     with pytest.raises(ChannelError, match="NO_ROUTE"):
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
     message.ack()
     assert peer.wait_for("basic.ack").args == [1, False]
 
@@ -618,7 +618,7 @@ def test_a_message_without_acks_is_settled_by_nobody(connect, peer):
     connection, got = connect(peer), []
     consumer = kombu_consumer(connection, got, no_ack=True)
     peer.deliver(1, tag_of(consumer), 1)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     got[0].ack()
     connection.channel()
     assert settles(peer) == {}
@@ -630,7 +630,7 @@ def test_a_message_without_acks_that_outlived_its_channel_is_settled_by_nobody(c
     consumer = kombu_consumer(connection, got, no_ack=True)
     peer.send(frames.deliver(1, tag_of(consumer), 1) + MISSING)
     peer.wait_for("channel.close-ok")
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     consumer.channel.queue_declare("opens again")
     got[0].ack()
     connection.channel()
@@ -769,7 +769,7 @@ def test_a_channel_waits_for_nothing_while_another_greenlet_waits_on_it(connect,
     call = run(consumer.channel.queue_declare, "q")
     peer.wait_for("queue.declare")
     peer.deliver(1, tag_of(consumer), 1)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     got[0].ack()
     peer.wait_for("basic.ack")
     assert not call.ready()

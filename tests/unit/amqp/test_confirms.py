@@ -250,7 +250,7 @@ def test_confirms_are_asked_for_again_after_an_error_that_nobody_waited_for(chan
     peer.wait_for("channel.close-ok")
     with pytest.raises(NotFound):
         channel.basic_publish_confirm(amqp.Message(b"x"))
-    channel.basic_publish_confirm(amqp.Message(b"x"), confirm_timeout=1)
+    channel.basic_publish_confirm(amqp.Message(b"x"), confirm_timeout=30)
     assert peer.names.count("confirm.select") == 2
 
 
@@ -262,7 +262,7 @@ def test_a_confirm_awaited_in_the_channels_next_life_is_not_lost_with_the_last(c
 
     def declare_and_publish():
         other.queue_declare("q")
-        channel.basic_publish_confirm(amqp.Message(b"second"), confirm_timeout=1)
+        channel.basic_publish_confirm(amqp.Message(b"second"), confirm_timeout=30)
 
     second = run(declare_and_publish)
     peer.wait_for("queue.declare")
@@ -432,7 +432,7 @@ def test_a_consumers_acks_and_calls_go_on_while_publishing_is_blocked(connect, p
     wait_until(lambda: connection.connection.link.blocked)
     publish = run(channel.basic_publish, amqp.Message(b"x"))
     peer.deliver(1, "t", 1)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     channel.basic_ack(1)
     assert channel.queue_declare("q").queue == "q"
     peer.wait_for("basic.ack")
@@ -447,7 +447,7 @@ def test_a_channel_that_broke_while_publishing_was_blocked_still_confirms(connec
     channel = connect(peer).channel()
     peer.send(frames.blocked("memory"))
     wait_until(lambda: channel.connection.link.blocked)
-    publish = run(channel.basic_publish_confirm, amqp.Message(b"x"), confirm_timeout=1)
+    publish = run(channel.basic_publish_confirm, amqp.Message(b"x"), confirm_timeout=30)
     call = run(channel.queue_declare, "gone")
     peer.wait_for("queue.declare")
     peer.send(missing())

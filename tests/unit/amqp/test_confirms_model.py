@@ -99,6 +99,6 @@ class ConfirmsMachine(RuleBasedStateMachine):
 
 
 def test_each_message_meets_its_own_answer() -> None:
-    given = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    given = settings(max_examples=60, stateful_step_count=30)
     run_state_machine_as_test(ConfirmsMachine, settings=given)  # its rules assert
     assert len(ConfirmsMachine().confirms) == 0

@@ -54,7 +54,7 @@ class ConsumersMachine(RuleBasedStateMachine):
 
 
 def test_consumers_are_what_the_broker_was_told() -> None:
-    given = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    given = settings(max_examples=60, stateful_step_count=30)
     run_state_machine_as_test(ConsumersMachine, settings=given)  # its rules assert
     assert not ConsumersMachine().consumers.has_running
 

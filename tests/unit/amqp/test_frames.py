@@ -121,7 +121,7 @@ def deliveries(*pieces, max_size=FRAME_MAX):
 # -- parsing ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(any_frame, max_size=8), st.data())
 def test_any_cut_of_a_stream_gives_the_same_frames(sent, data):
     stream = b"".join(frames.raw_frame(*frame) for frame in sent)
@@ -129,7 +129,7 @@ def test_any_cut_of_a_stream_gives_the_same_frames(sent, data):
     assert parse(FrameParser(FRAME_MAX), *cut(stream, places)) == sent
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(any_frame, max_size=4))
 def test_single_bytes_give_the_same_frames(sent):
     stream = b"".join(frames.raw_frame(*frame) for frame in sent)
@@ -229,7 +229,7 @@ def test_a_delivery_cut_anywhere_is_the_same_delivery():
         assert deliveries(stream[:place], stream[place:]) == whole
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(1, 3), st.binary(max_size=3 * 100)), max_size=6),
     st.integers(0, 2**64 - 1),
@@ -371,7 +371,7 @@ def test_without_an_agreed_size_bodies_are_cut_at_the_default():
     assert max(len(payload) for _, _, payload in sent) == 131072 - 8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=3 * FRAME_MAX), st.integers(1, 65535))
 def test_content_is_byte_for_byte_what_py_amqp_writes(body, channel):
     written = []
@@ -387,7 +387,7 @@ odd = st.none() | st.booleans() | st.integers(-1, 2**64) | st.binary(max_size=4)
 tables = st.dictionaries(st.text(max_size=4), odd | st.lists(odd, max_size=2), max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.fixed_dictionaries(
         {},

@@ -112,7 +112,7 @@ class InboxMachine(RuleBasedStateMachine):
 def test_what_is_put_comes_out_once_and_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inboxes, "PAUSE_AT", PAUSE_AT)
     monkeypatch.setattr(inboxes, "RESUME_AT", RESUME_AT)
-    given = settings(max_examples=40, stateful_step_count=30, deadline=None)
+    given = settings(max_examples=40, stateful_step_count=30)
     run_state_machine_as_test(InboxMachine, settings=given)  # its rules assert
     assert not InboxMachine().inbox.entries
 

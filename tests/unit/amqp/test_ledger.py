@@ -109,7 +109,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 def test_merged_settles_mean_what_each_owner_said() -> None:
-    given = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    given = settings(max_examples=60, stateful_step_count=30)
     run_state_machine_as_test(LedgerMachine, settings=given)  # its rules assert
     assert LedgerMachine().ledger.flush() == []
 

@@ -74,7 +74,7 @@ class RepliesMachine(RuleBasedStateMachine):
 
 
 def test_each_call_meets_its_own_reply() -> None:
-    given = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    given = settings(max_examples=60, stateful_step_count=30)
     run_state_machine_as_test(RepliesMachine, settings=given)  # its rules assert
     assert len(RepliesMachine().replies) == 0
 

@@ -30,7 +30,7 @@ def settles(peer):
 def test_however_it_is_settled_it_is_acked(peer, reading, how):
     connection, consumer, got = reading
     peer.deliver(1, consumer._active_tags["s"], 1)
-    connection.drain_events(timeout=2)
+    connection.drain_events(timeout=30)
     getattr(got[0], how)()
     wait_until(lambda: settles(peer) == [("basic.ack", 1)])
 
@@ -51,6 +51,6 @@ def test_another_consumers_message_is_settled_as_ever(peer, reading):
     connection, consumer, got = reading
     with Consumer(consumer.channel, [Queue("q")], on_message=got.append) as other:
         peer.deliver(1, other._active_tags["q"], 1)
-        connection.drain_events(timeout=2)
+        connection.drain_events(timeout=30)
         got[0].reject()
         wait_until(lambda: settles(peer) == [("basic.reject", 1)])

@@ -37,7 +37,7 @@ def received(channel, no_ack=False):
     consumer = Consumer(channel, [queue], on_message=got.append, no_ack=no_ack)
     consumer.consume()
     Producer(channel).publish({"n": 1}, routing_key=queue.name)
-    channel.connection.client.drain_events(timeout=1)
+    channel.connection.client.drain_events(timeout=30)
     consumer.cancel()
     return queue.name, got[0]
 
@@ -49,7 +49,7 @@ def amqp_message(peer, no_ack=False):
     consumer = Consumer(connection.channel(), [Queue("q")], on_message=got.append, no_ack=no_ack)
     consumer.consume()
     peer.deliver(1, next(iter(consumer._active_tags.values())), 1)
-    connection.drain_events(timeout=1)
+    connection.drain_events(timeout=30)
     return connection, got[0]
 
 

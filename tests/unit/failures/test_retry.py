@@ -9,7 +9,7 @@ from typing import Any
 
 import amqp
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kombu import Connection, Exchange, Queue
 
@@ -160,7 +160,6 @@ def delivered(body: bytes, **properties: Any) -> Any:
     return message
 
 
-@settings(deadline=None)
 @given(st.dictionaries(names, values, max_size=4), st.binary(max_size=200))
 def test_a_copy_has_the_headers_and_the_body_that_came(headers, body):
     message = delivered(body, application_headers=headers, content_encoding="utf-8")

@@ -163,7 +163,7 @@ def received(channel, *bodies, no_ack=False):
     consumer.consume()
     for body in bodies:
         Producer(channel).publish(body, routing_key=queue.name)
-        channel.connection.client.drain_events(timeout=1)
+        channel.connection.client.drain_events(timeout=30)
     consumer.cancel()
     return Batch(got), queue
 

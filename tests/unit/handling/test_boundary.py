@@ -65,7 +65,7 @@ class Desk(ConsumerMixin):
 
     def drain_inside(self):
         """As a callback may that waits for an answer of its own."""
-        self.channel.connection.client.drain_events(timeout=1)
+        self.channel.connection.client.drain_events(timeout=30)
 
     @property
     def depth(self):
@@ -450,7 +450,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(json_values, st.booleans())
 def test_json_is_decoded_as_kombu_does(value, as_text):
     text = json.dumps(value, ensure_ascii=as_text)

@@ -359,7 +359,7 @@ def test_jobs_of_one_key_run_one_after_the_other(make_bench: Callable[..., Bench
     assert bench.peak == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40), st.integers(1, 5))
 def test_the_order_within_a_key_holds_however_long_each_takes(
     jobs: list[tuple[int, int]], size: int
