@@ -130,13 +130,13 @@ def test_what_the_broker_sends_ahead_fills_the_next_batch(rabbitmq, amqp_url, qu
         wait_until(settled(rabbitmq, amqp_url, queue_name))
 
 
-def test_a_thousand_messages_in_large_batches_are_all_settled(rabbitmq, amqp_url, queue_name):
-    publish(amqp_url, queue_name, 10_000)
+def test_thousands_of_messages_in_large_batches_are_all_settled(rabbitmq, amqp_url, queue_name):
+    publish(amqp_url, queue_name, 4000)
     consumer = Gatherer(amqp_url, queue_name, batch_size=1000)
     with consuming(consumer):
-        assert consumer.wait_for(10_000) == list(range(10_000))
+        assert consumer.wait_for(4000) == list(range(4000))
         wait_until(settled(rabbitmq, amqp_url, queue_name))
-    assert consumer.sizes == [1000] * 10
+    assert consumer.sizes == [1000] * 4
 
 
 def test_a_runtime_counts_batches_as_handlers(amqp_url, queue_name):

@@ -266,18 +266,20 @@ def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name,
 
 def test_a_paused_consumers_queue_does_not_expire(rabbitmq, amqp_url, queue_name):
     """HAZARDS row 39: where a policy has queues without consumers expire, nobody here can know of it."""
-    publish(amqp_url, queue_name, 20_000)
+    count, padding = 6000, "x" * 500
+    publish(amqp_url, queue_name, [[number, padding] for number in range(count)])
     go_on = Event()
     consumer = Recorder(amqp_url, queue_name, lambda *_: go_on.wait(SOON), prefetch_count=None)
     with consuming(consumer):
-        wait_until(lambda: 0 < queue_depth(amqp_url, queue_name) < 19_000, SOON)
+        wait_until(lambda: 0 < queue_depth(amqp_url, queue_name) < count - 500, SOON)
         rabbitmq.eval(
             f'rabbit_policy:parse_set(<<"{vhost_of(amqp_url)}">>, <<"expire">>, <<"^{queue_name}$">>, '
             '<<"{\\"expires\\": 500}">>, <<"0">>, <<"queues">>, <<"test">>)'
         )
         pause_for(1.5)  # its time is up
         go_on.set()
-        assert consumer.wait_for(20_000, within=60) == list(range(20_000))
+        consumer.wait_for(count, within=60)
+        assert [number for number, _ in consumer.bodies] == list(range(count))
         assert consumer.ready_count == 1
 
 
