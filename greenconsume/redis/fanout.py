@@ -95,7 +95,8 @@ class Fanout:
             if self._link is None and main is not None:
                 if main.failure is not None:
                     raise main.lost()
-                link = Link(main.uri, self._dialler, subscribes=True)
+                protocol = main.greeting.protocol
+                link = Link(main.uri, self._dialler, subscribes=True, protocol=protocol)
                 link.connect()
                 link.on_push.append(self._on_push)
                 link.on_end.append(self._lost)

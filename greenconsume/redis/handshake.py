@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: The oldest server that can be used: `RPOP` takes a count, and `ZADD` compares.
 MIN_VERSION = (6, 2)
+#: The versions of the protocol. The older one has no HELLO, and nobody is told of changes.
+OLDER, NEWEST = 2, 3
 
 
 class ServerRefusedError(exceptions.ConnectionError):
@@ -38,19 +40,36 @@ class Greeting:
     Attributes:
         client_id: The number by which it knows this connection; empty if it does not say.
         tracks: Whether it says when a key changes that was looked at.
+        protocol: The version that is spoken, 2 or 3.
     """
 
     version: str = ""
     client_id: str = ""
     tracks: bool = False
+    protocol: int = NEWEST
 
 
-def greet(dialler: Callable[[int], Any], took: Callable[[Any], object]) -> tuple[Any, Greeting]:
+def protocol_of(options: dict[str, Any]) -> int:
+    """Return the version of the protocol that transport options ask for.
+
+    Raises:
+        ValueError: It is none.
+    """
+    protocol = options.get("protocol", NEWEST)
+    if protocol not in (OLDER, NEWEST):
+        raise ValueError(f"protocol must be {OLDER} or {NEWEST}, not {protocol!r}")
+    return int(protocol)
+
+
+def greet(
+    dialler: Callable[[int], Any], took: Callable[[Any], object], protocol: int = NEWEST
+) -> tuple[Any, Greeting]:
     """Connect, log in and see what the server can.
 
     Args:
         dialler: Makes a redis-py connection, not connected, that speaks a protocol, 2 or 3.
         took: Called with each connection before it connects.
+        protocol: The one to begin with; the older one is tried where a server does not know the newer.
 
     Raises:
         ServerRefusedError: It cannot be used.
@@ -58,7 +77,7 @@ def greet(dialler: Callable[[int], Any], took: Callable[[Any], object]) -> tuple
 
     Switches: yes.
     """
-    connection = dialler(3)
+    connection = dialler(protocol)
     took(connection)
     try:
         connection.connect()
@@ -67,20 +86,21 @@ def greet(dialler: Callable[[int], Any], took: Callable[[Any], object]) -> tuple
     ) as exc:  # it does not know the newer protocol, or a proxy does not
         if isinstance(exc, REFUSALS) or "HELLO" not in str(exc).upper():
             raise
-        connection = dialler(2)
+        connection = dialler(OLDER)
         took(connection)
         connection.connect()
     facts = _facts_of(connection)
     _require_usable(facts)
     tracks = (
-        connection.protocol == 3
+        connection.protocol == NEWEST
         and _asked(connection, "CLIENT", "TRACKING", "ON", "NOLOOP") == b"OK"
     )
-    return connection, Greeting(facts.get("version", ""), facts.get("id", ""), tracks)
+    spoken = connection.protocol
+    return connection, Greeting(facts.get("version", ""), facts.get("id", ""), tracks, spoken)
 
 
 def _facts_of(connection: RedisConnection) -> dict[str, str]:
-    said = connection.handshake_metadata if connection.protocol == 3 else None
+    said = connection.handshake_metadata if connection.protocol == NEWEST else None
     facts = {_text(name): _text(value) for name, value in (said or {}).items()}
     if not facts:
         info = _text(_asked(connection, "INFO", "server"))

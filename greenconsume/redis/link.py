@@ -25,7 +25,7 @@ from greenconsume.amqp.link import LinkLostError
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkDown, LinkUp, emit
 from greenconsume.redis.calls import CALL_TIMEOUT, Calls, OnReply
-from greenconsume.redis.handshake import Greeting, greet
+from greenconsume.redis.handshake import NEWEST, Greeting, greet
 from greenconsume.redis.outgoing import Outgoing
 from greenconsume.redis.pings import watch
 from greenconsume.redis.protocol import Argument, Parser, ProtocolError, Push, encode
@@ -63,6 +63,7 @@ class Link(Calls):
         health_interval: See `HEALTH_INTERVAL`; 0: never asked.
         close_timeout: Seconds that an orderly close may take before the socket is dropped.
         subscribes: It listens to what is published, and does nothing else.
+        protocol: The version of the protocol to begin with; see `greet`.
 
     Attributes:
         greeting: What the server said of itself.
@@ -84,6 +85,7 @@ class Link(Calls):
         health_interval: float = HEALTH_INTERVAL,
         close_timeout: float = DEFAULT_CLOSE_TIMEOUT,
         subscribes: bool = False,
+        protocol: int = NEWEST,
     ) -> None:
         self.uri = uri
         self.close_timeout = close_timeout
@@ -97,7 +99,7 @@ class Link(Calls):
         self.on_end: list[Callable[[], object]] = []
         self._dialler = dialler
         self._health_interval = health_interval
-        self._subscribes = subscribes
+        self._subscribes, self._protocol = subscribes, protocol
         self._connection: Any = None  # redis-py's
         self._sock: Any = None
         self._replies: deque[tuple[OnReply | None, bool]] = deque()
@@ -121,7 +123,7 @@ class Link(Calls):
         Switches: yes. A kill in here closes the socket; the link is then of no further use.
         """
         try:
-            self._connection, self.greeting = greet(self._dialler, self._took)
+            self._connection, self.greeting = greet(self._dialler, self._took, self._protocol)
         except BaseException as exc:  # a kill too must not leave the socket open
             self.fail(exc)
             raise

@@ -23,7 +23,7 @@ from greenconsume.redis import channel as channels
 from greenconsume.redis.address import database_of, dialler_of, sentinel_dialler_of
 from greenconsume.redis.fanout import Fanout, ensure_fanout
 from greenconsume.redis.feed import POLLING_INTERVAL, ensure_feeds
-from greenconsume.redis.handshake import REFUSALS
+from greenconsume.redis.handshake import OLDER, REFUSALS, protocol_of
 from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.ledger import ensure_ledger
 from greenconsume.redis.link import DEFAULT_CLOSE_TIMEOUT, HEALTH_INTERVAL, Link
@@ -36,8 +36,9 @@ _announced: set[str] = set()
 class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
     """kombu's transport for Redis over a green link.
 
-    `transport_options` are kombu's, and `delivery_limit`, `close_timeout`, `health_check_interval` (5 s) and
-    `polling_interval`, for servers that do not let us track their keys.
+    `transport_options` are kombu's, and `delivery_limit`, `close_timeout`, `health_check_interval` (5 s),
+    `protocol` (3; 2 for what does not know HELLO) and `polling_interval`, for servers that do not let us
+    track their keys.
 
     Attributes:
         session: Its share of a link, once it is connected.
@@ -109,7 +110,10 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
         ensure_feeds(link, ledger, interval)
         if not link.greeting.tracks and link.uri not in _announced:
             _announced.add(link.uri)
-            emit(PollingTransport(f"{link.uri} (which refuses CLIENT TRACKING)", interval))
+            why = "which refuses CLIENT TRACKING"
+            if protocol_of(self.client.transport_options) == OLDER:
+                why = "as protocol=2 has no CLIENT TRACKING"
+            emit(PollingTransport(f"{link.uri} ({why})", interval))
 
     def _server(self) -> str:
         info = self.client.info()
@@ -128,7 +132,8 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
         options = self.client.transport_options
         health = options.get("health_check_interval", HEALTH_INTERVAL)
         close_timeout = options.get("close_timeout", DEFAULT_CLOSE_TIMEOUT)
-        link = Link(self.client.as_uri(), self.dialler(), health or 0.0, close_timeout)
+        uri, protocol = self.client.as_uri(), protocol_of(options)
+        link = Link(uri, self.dialler(), health or 0.0, close_timeout, protocol=protocol)
         link.connect()
         return link
 

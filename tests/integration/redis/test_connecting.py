@@ -12,7 +12,7 @@ import pytest
 import redis
 import trustme
 from gevent.server import StreamServer
-from kombu import Connection, Producer
+from kombu import Connection, Exchange, Producer, Queue
 
 from greenconsume import Runtime
 from greenconsume.errors import BrokerRefusedError
@@ -100,6 +100,33 @@ def test_a_server_without_a_command_is_polled_and_that_is_said_once(start, queue
                 wait_until(lambda n=n: sum(len(each.bodies) for each in consumers) == n + 1)
     assert [event.interval for event in told] == [0.05]
     assert "refuses CLIENT TRACKING" in told[0].transport
+
+
+def test_who_asks_for_the_older_protocol_gets_it_without_an_error(start, queue_name):
+    """A server or proxy without HELLO is then not found out by its error at each connect."""
+    port = start()
+    options = {"protocol": 2, "polling_interval": 0.05}
+    url = f"redis://{HOST}:{port}/0"
+    consumer = Recorder(green_connection(url, transport_options=options), queue_name)
+    heard = Queue(f"{queue_name}.heard", Exchange(f"{queue_name}.said", "fanout"))
+    listener = Recorder(green_connection(url, transport_options=options), heard)
+    with observed(PollingTransport) as told, consuming(consumer, listener):
+        with redis.Redis(HOST, port, protocol=2) as server:
+            put(server, queue_name, "x")
+            assert consumer.wait_for(1) == ["x"]
+            with green_connection(url, transport_options=options) as connection:
+                Producer(connection, heard.exchange).publish("heard")
+            assert listener.wait_for(1) == ["heard"]
+            assert "cmdstat_hello" not in server.info("commandstats")
+    assert [event.interval for event in told] == [0.05]
+    assert "protocol=2" in told[0].transport
+
+
+@pytest.mark.parametrize("protocol", [1, 4, "two"])
+def test_a_protocol_that_is_none_is_refused(protocol):
+    connection = green_connection("redis://", transport_options={"protocol": protocol})
+    with pytest.raises(ValueError, match="protocol must be 2 or 3"):
+        connection.connect()
 
 
 # What a Redis of some age answers to HELLO, and to INFO.
