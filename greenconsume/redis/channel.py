@@ -104,6 +104,7 @@ class Channel(Topology):
         self._strategy = options.get("queue_order_strategy", "round_robin")
         self._feed: Feed | None = None
         self._takes = False
+        self.ledger.consuming.add(self)
 
     # -- consuming ----------------------------------------------------------------------------------
 
@@ -148,6 +149,22 @@ class Channel(Topology):
         self._rejoin()
         self._give_back_waiting(subscription)
 
+    @property
+    def expiring_bindings(self) -> dict[tuple[str, str], int]:
+        """Those of the expiring queues that it consumes; see `Ledger`."""
+        found: dict[tuple[str, str], int] = {}
+        if self.link.failure is None:
+            for subscription in self._consumers.values():
+                found |= self._bound.get(subscription.queue, {})
+        return found
+
+    @property
+    def expiring_queues(self) -> dict[str, int]:
+        """The expiring queues that it consumes; see `Ledger`."""
+        if self.link.failure is not None:
+            return {}
+        return {queue: self._expires[queue] for queue in self._lines if queue in self._expires}
+
     def announce_stop(self) -> None:
         """Take nothing more; give back what was not started. Never switches."""
         self._leave()
@@ -174,7 +191,9 @@ class Channel(Topology):
             self._takes = True
             ensure_keeper(self.ledger)
             queues = list(self._lines)
-            expires = {name: self._expires[name] for name in queues if name in self._expires}
+            expires = self.expiring_queues
+            if expires:
+                self.ledger.changed.set()  # the keeper is to know
             feeds = ensure_feeds(self.link, self.ledger)
             self._feed = feeds.join(self, queues, expires, self._strategy)
 

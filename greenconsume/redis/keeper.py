@@ -22,7 +22,7 @@ from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.ledger import Ledger, number_of
 from greenconsume.redis.link import Link
 from greenconsume.redis.restore import restore
-from greenconsume.redis.scripts import BEAT, DUE, REFRESH, REFRESH_BINDING
+from greenconsume.redis.scripts import BEAT, DUE, REFRESH, REFRESH_BINDING, SWEEP_BINDINGS
 from greenconsume.stopping import Deadline, wait
 
 logger = logging.getLogger("greenconsume.redis")
@@ -32,10 +32,13 @@ logger = logging.getLogger("greenconsume.redis")
 BEAT_INTERVAL, DEAD_AFTER = 10.0, 25.0
 #: A lease is refreshed so many times before it would be over.
 REFRESHES = 4
+#: And an expiring queue that is consumed so many times.
+KEEPS = 3
 #: How many messages are restored, or come back from their delay, by one look.
 LOOK = 100
-#: The bindings of an expiring queue are refreshed so many times before they would be over.
-_BINDING_REFRESHES = 3
+#: Seconds between two refreshes of the bindings of expiring queues, which live for an hour at least, and
+#: between two looks for those that are over.
+BINDING_INTERVAL, SWEEP_INTERVAL = 20 * 60.0, 60.0
 #: How many fields one refresh names.
 _CHUNK = 500
 
@@ -50,7 +53,8 @@ class Keeper:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._greenlet: gevent.Greenlet[..., None] | None = None
-        self._beat_at = self._refresh_at = self._due_at = self._bindings_at = 0.0
+        self._beat_at = self._refresh_at = self._due_at = self._bindings_at = self._sweep_at = 0.0
+        self._kept_at = 0.0
         self._lease = ledger.keyspace.visibility_timeout / REFRESHES
         self._known: Link | None = None  # the link that was last spoken over
 
@@ -89,12 +93,20 @@ class Keeper:
         if link is None or link.is_closing:
             return None  # until it is gone, or another comes
         refresh_at = self._refresh_at if self._ledger.held else float("inf")
-        bindings_at = self._bindings_at if self._ledger.bindings else float("inf")
-        return max(0.0, min(self._beat_at, refresh_at, self._due_at, bindings_at) - monotonic())
+        # What is swept, and the bindings, can wait for the next beat.
+        least = min(self._beat_at, refresh_at, self._due_at, self._keep_at)
+        return max(0.0, least - monotonic())
+
+    @property
+    def _keep_at(self) -> float:
+        """The time at which expiring queues are to be kept again."""
+        least = min(self._ledger.expiring_queues.values(), default=None)
+        return float("inf") if least is None else self._kept_at + least / 1000 / KEEPS
 
     def _postpone(self, to: float) -> None:
         self._beat_at, self._refresh_at = max(self._beat_at, to), max(self._refresh_at, to)
         self._due_at, self._bindings_at = max(self._due_at, to), max(self._bindings_at, to)
+        self._sweep_at, self._kept_at = max(self._sweep_at, to), max(self._kept_at, to)
 
     def _look(self, link: Link) -> None:
         if link is not self._known:
@@ -113,6 +125,10 @@ class Keeper:
             self._bring_back(link)
         if now >= self._beat_at:
             self._beat(link)
+        if now >= self._keep_at:
+            self._keep_queues(link)
+        if now >= self._sweep_at:  # behind the refresh of our own
+            self._sweep(link)
 
     # -- what this process has to say ---------------------------------------------------------------
 
@@ -143,13 +159,27 @@ class Keeper:
         self._refresh_at = monotonic() + self._lease
 
     def _refresh_bindings(self, link: Link) -> None:
-        """Keep the bindings of expiring queues that are consumed, which kombu sweeps away in time."""
-        space, bindings = self._ledger.keyspace, self._ledger.bindings
-        for (exchange, member), ttl in list(bindings.items()):
+        """Keep the bindings of expiring queues that are consumed, which are swept away in time."""
+        space = self._ledger.keyspace
+        for (exchange, member), ttl in self._ledger.expiring_bindings.items():
             keys = (space.bindings(exchange), space.binding_deadlines)
             link.call_script(REFRESH_BINDING, keys, (member, exchange, ttl))
-        least = min(bindings.values(), default=0) / 1000
-        self._bindings_at = monotonic() + max(least / _BINDING_REFRESHES, BEAT_INTERVAL)
+        self._bindings_at = monotonic() + BINDING_INTERVAL
+
+    def _keep_queues(self, link: Link) -> None:
+        """Keep what waits in expiring queues that are consumed, also while nobody has room for it."""
+        for queue, expires in self._ledger.expiring_queues.items():
+            for key in self._ledger.keyspace.keys(queue):
+                link.send(("PEXPIRE", key, expires), matters=False)
+        self._kept_at = monotonic()
+
+    def _sweep(self, link: Link) -> None:
+        """Delete bindings of expiring queues that nobody has refreshed: messages would pile up there."""
+        space = self._ledger.keyspace
+        link.call_script(
+            SWEEP_BINDINGS, (space.binding_deadlines,), (*space.binding_prefixes, LOOK)
+        )
+        self._sweep_at = monotonic() + SWEEP_INTERVAL
 
     # -- what others have left ------------------------------------------------------------------------
 

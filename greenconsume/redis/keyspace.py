@@ -129,6 +129,11 @@ class Keyspace:
         return f"{self.prefix}_kombu.binding_permanent.{exchange}"
 
     @property
+    def binding_prefixes(self) -> tuple[str, str]:
+        """What the keys of all sets of bindings begin with, and those of the lasting ones."""
+        return self.bindings(""), self.lasting_bindings("")
+
+    @property
     def binding_deadlines(self) -> str:
         """The sorted set of when the bindings of expiring queues end."""
         return f"{self.prefix}_kombu.binding_deadlines"

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from gevent.event import Event
@@ -27,7 +27,7 @@ from greenconsume.stopping import Deadline, wait
 
 #: So many acks, or the oldest of them so many seconds old, are sent at once, and not at the hub's next turn
 #: only.
-ACK_COUNT, ACK_AGE = 12, 0.005
+ACK_COUNT, ACK_AGE = 15, 0.005
 #: One script or command names so many messages at the most.
 CHUNK = 200
 
@@ -37,6 +37,18 @@ class Lease(NamedTuple):
 
     key: str
     tail_length: int
+
+
+class Consuming(Protocol):
+    """A channel, as far as what it consumes may expire."""
+
+    @property
+    def expiring_bindings(self) -> Mapping[tuple[str, str], int]:
+        """The bindings, by exchange and member, of expiring queues that it consumes; with milliseconds."""
+
+    @property
+    def expiring_queues(self) -> Mapping[str, int]:
+        """The names of those queues, with the milliseconds that they live."""
 
 
 class Ledger:
@@ -52,7 +64,7 @@ class Ledger:
         doubtful: Fields that a lost link may have taken, or not.
         changed: Set when something is in `failed` or `doubtful`, or a link came or went.
         on_returned: Called with the keys that messages went back to.
-        bindings: Those of expiring queues that are in use here, with the milliseconds that they live.
+        consuming: The channels of this process, which say what expires unless it is looked after.
         stale_count: How many acks came for messages that were not ours any more.
     """
 
@@ -66,7 +78,7 @@ class Ledger:
         self.links: list[Link] = []
         self.on_returned: list[Callable[[Iterable[str]], object]] = []
         self.stale_count = 0
-        self.bindings: dict[tuple[str, str], int] = {}
+        self.consuming: weakref.WeakSet[Consuming] = weakref.WeakSet()
         self._number = 1
         self._acks: list[str] = []
         self._oldest_ack = 0.0
@@ -114,6 +126,22 @@ class Ledger:
         fields = [f"{owner}{number}" for number in range(first, first + count)]
         self.held.update(dict.fromkeys(fields, lease))
         return fields
+
+    @property
+    def expiring_bindings(self) -> dict[tuple[str, str], int]:
+        """The bindings of expiring queues that are consumed here, with the milliseconds that they live."""
+        found: dict[tuple[str, str], int] = {}
+        for channel in list(self.consuming):
+            found |= channel.expiring_bindings
+        return found
+
+    @property
+    def expiring_queues(self) -> dict[str, int]:
+        """The expiring queues that are consumed here, with the milliseconds that they live."""
+        found: dict[str, int] = {}
+        for channel in list(self.consuming):
+            found |= channel.expiring_queues
+        return found
 
     def forget(self, fields: Iterable[str]) -> None:
         """Note that others have these messages: they were not refreshed in time."""

@@ -253,6 +253,21 @@ return {touched, next[2] and tostring(tonumber(next[2]) - now) or ''}
 """
 )
 
+#: Deletes the tables of bindings whose deadline is over, up to ARGV[3] of them, as kombu 5.7 does; but not
+#: where a queue that does not expire is bound as well. KEYS: the deadlines; ARGV: what the keys of the tables
+#: begin with, and those of the lasting bindings.
+SWEEP_BINDINGS = Script.of(
+    """
+local now = redis.call('TIME')
+local ms = tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000)
+local overdue = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ms, 'LIMIT', 0, tonumber(ARGV[3]))
+for _, exchange in ipairs(overdue) do
+  if redis.call('EXISTS', ARGV[2] .. exchange) == 0 then redis.call('DEL', ARGV[1] .. exchange) end
+  redis.call('ZREM', KEYS[1], exchange)
+end
+"""
+)
+
 #: Raises the deadline of a binding, as kombu 5.7 does. KEYS: the binding table, the deadlines; ARGV: the
 #: member, the exchange, milliseconds.
 REFRESH_BINDING = Script.of(

@@ -22,7 +22,7 @@ from greenconsume.redis.ledger import Ledger
 from greenconsume.redis.link import Link
 from greenconsume.redis.plain_client import plain_client
 from greenconsume.redis.protocol import Argument
-from greenconsume.redis.scripts import REFRESH_BINDING, Script
+from greenconsume.redis.scripts import REFRESH_BINDING, SWEEP_BINDINGS, Script
 from greenconsume.virtual import next_channel_id
 
 Payload = dict[str, Any]
@@ -70,6 +70,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         self.ledger = self.session.ledger
         self.keyspace = connection.keyspace
         self._expires: dict[str, int] = {}  # by queue, in milliseconds
+        self._bound: dict[str, dict[tuple[str, str], int]] = {}  # of those, their bindings
 
     @cached_property
     def client(self) -> Any:
@@ -103,6 +104,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
             self._expires[queue] = int(kwargs["arguments"]["x-expires"])
         except (KeyError, TypeError, ValueError):
             self._expires.pop(queue, None)
+            self._bound.pop(queue, None)
 
     def _has_queue(self, queue: str, **kwargs: object) -> bool:
         return bool(self._call("EXISTS", *self.keyspace.keys(queue)))
@@ -124,6 +126,7 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         self.connection.fleeting.discard(queue)
         routing_key, pattern = meta[:2] or ("", "")
         member = self.keyspace.binding(routing_key, pattern, queue)
+        self._bound.get(queue, {}).pop((exchange, member), None)
         keys = (self.keyspace.bindings(exchange), self.keyspace.lasting_bindings(exchange))
         self._call_all([("SREM", key, member) for key in keys])
 
@@ -149,7 +152,13 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         keys = (self.keyspace.bindings(exchange), self.keyspace.binding_deadlines)
         ttl = self.keyspace.binding_ttl(self._expires[queue])
         self._call_script(REFRESH_BINDING, keys, (member, exchange, ttl))
-        self.ledger.bindings[exchange, member] = ttl  # while somebody consumes here
+        self._bound.setdefault(queue, {})[exchange, member] = ttl
+
+    def sweep_bindings(self, limit: int = 100) -> None:
+        """Delete the bindings of expiring queues that nobody has kept, as kombu's does. Switches: yes."""
+        space = self.keyspace
+        prefixes = (*space.binding_prefixes, limit)
+        self._call_script(SWEEP_BINDINGS, (space.binding_deadlines,), prefixes)
 
     # -- publishing -----------------------------------------------------------------------------------
 
