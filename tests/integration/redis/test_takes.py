@@ -7,8 +7,11 @@ from typing import Any
 import gevent
 import pytest
 from kombu import Consumer, Message, Queue
+from redis import ResponseError
 
-from tests.integration.redis.payloads import put
+from tests.integration.consumers import SOON
+from tests.integration.redis.payloads import bodies_in, held_count, put
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.every_redis
 
@@ -50,3 +53,18 @@ def scripts_run(server: Any) -> int:
     stats = server.info("commandstats")
     names = ("cmdstat_evalsha", "cmdstat_eval")
     return sum(stats.get(name, {}).get("calls", 0) for name in names)
+
+
+def test_a_take_that_the_server_refuses_half_way_leaves_nothing_behind(
+    connection, server, queue_name
+):
+    queues = [Queue(queue_name), Queue(f"{queue_name}.other")]
+    with Consumer(connection, queues, callbacks=[print], prefetch_count=10):
+        with server.pipeline() as at_once:
+            put(at_once, queue_name, "x")
+            at_once.set(f"{queue_name}.other", "no list")
+            at_once.execute()
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            connection.drain_events(timeout=SOON)
+        wait_until(lambda: held_count(server) == 0)
+        assert bodies_in(server, queue_name) == ["x"]
