@@ -56,3 +56,6 @@ def _idling(bench: Bench) -> Iterator[Row]:
     for mixin in (GREEN, KOMBU):
         measure = bench.worker("idle", mixin, consumers=1_000, seconds=5)
         yield "On Redis: 1,000 consumers that wait", mixin, measure
+    for mixin in (GREEN, KOMBU):
+        measure = bench.worker("idle", mixin, consumers=1_000, queues=10, seconds=5)
+        yield "On Redis: 1,000 consumers of 10 queues that wait", mixin, measure

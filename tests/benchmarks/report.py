@@ -47,6 +47,7 @@ COLUMNS = {
     "idle_cpu_percent": Column("idle CPU %"),
     "kb_each": Column("KB each"),
     "sockets": Column("sockets"),
+    "commands_per_s": Column("commands/s"),
     "server_cpu_percent": Column("the server's CPU %"),
     "one_each_s": Column("a message to each s"),
     "stop_s": Column("stop s"),

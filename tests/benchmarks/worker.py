@@ -17,6 +17,7 @@ from typing import Any
 
 import gevent
 import psutil
+import redis
 from gevent.event import Event
 from gevent.pool import Pool
 from kombu import Connection, Exchange, Producer, Queue
@@ -44,6 +45,7 @@ def class_of(
     class Bench(mixin_of(options)):  # type: ignore[misc]  # chosen at run time
         def __init__(self, connection: Connection, number: int) -> None:
             self.connection = connection
+            number %= options.get("queues", number + 1)
             self.queue = Queue(f"{options['queue']}.{number}", durable=False)
 
         def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
@@ -69,7 +71,9 @@ class KombuFleet:
     """Kombu's mixins as a gevent program runs them: a greenlet and a connection each."""
 
     def __init__(self, url: str, make: Make, count: int, links: int) -> None:
-        connection = Connection(url)
+        # On Redis its pool of 10 does not block: of 500 handlers most would fail to ack.
+        options = {"max_connections": 1000} if url.startswith("redis:") else {}
+        connection = Connection(url, transport_options=options)
         self.consumers = [make(connection, number) for number in range(count)]
 
     def start(self) -> None:
@@ -286,9 +290,14 @@ def idle(options: Options) -> dict[str, float]:
     fleet.start()
     ready.wait()
     figures = {"start_s": monotonic() - began}
-    memory, cpu = process.memory_info().rss - memory, process_time()
+    memory, commands = process.memory_info().rss - memory, command_count(options)
+    cpu = process_time()
     gevent.sleep(options["seconds"])
     figures["idle_cpu_percent"] = (process_time() - cpu) / options["seconds"] * 100
+    if options["url"].startswith("redis:"):
+        # One is the question.
+        spent = command_count(options) - commands - 1
+        figures["commands_per_s"] = spent / options["seconds"]
     figures["kb_each"] = memory / options["consumers"] / 1024
     figures["sockets"] = sum(c.status == "ESTABLISHED" for c in process.net_connections("tcp"))
     if options.get("deliver"):
@@ -297,6 +306,14 @@ def idle(options: Options) -> dict[str, float]:
     fleet.stop()
     figures["stop_s"] = monotonic() - began
     return figures
+
+
+def command_count(options: Options) -> int:
+    """Return how many commands a Redis has executed; 0 for another broker."""
+    if not options["url"].startswith("redis:"):
+        return 0
+    with redis.Redis.from_url(options["url"], protocol=2) as server:
+        return sum(each["calls"] for each in server.info("commandstats").values())
 
 
 def one_each(options: Options, delivered: Event) -> float:

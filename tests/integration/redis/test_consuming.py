@@ -11,6 +11,8 @@ import gevent
 import pytest
 from kombu import Consumer, Exchange, Producer, Queue
 
+from greenconsume import Runtime
+from greenconsume.redis import link as redis_link
 from tests.integration.consumers import Inbox, Recorder, consuming, green_connection
 from tests.integration.redis.payloads import bodies_in, held_count, payload, put
 from tests.waiting import wait_until
@@ -234,6 +236,22 @@ def test_500_handlers_ack_at_once(redis_url, server, queue_name):
         gate.set()
         consumer.wait_for(500)
         wait_until(lambda: held_count(server) == 0)
+
+
+def test_a_hundred_consumers_of_ten_queues_share_a_socket_and_ask_for_nothing(
+    redis_url, server, queue_name
+):
+    """HAZARDS row 28: kombu has two sockets for each, and asks once a second."""
+    queues = [f"{queue_name}.{number % 10}" for number in range(100)]
+    waiting = iter(queues)
+    with Runtime(redis_url) as runtime:
+        runtime.spawn(lambda connection: Recorder(connection, next(waiting)), replicas=100)
+        wait_until(lambda: all(child.started for child in runtime.children))
+        consumers = [child.consumer for child in runtime.children]
+        assert len([link for link in redis_link._links if link.connected]) == 1
+        for number, queue in enumerate(queues):
+            put(server, queue, number)
+        wait_until(lambda: sum(len(each.bodies) for each in consumers) == 100)
 
 
 def test_a_consumer_stops_at_once_and_leaves_its_server(redis_url, server, queue_name):
