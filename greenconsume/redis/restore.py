@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.link import Link
 from greenconsume.redis.message import buried, recounted
-from greenconsume.redis.scripts import MOVE
+from greenconsume.redis.scripts import MOVE, REFRESH
 
 logger = logging.getLogger("greenconsume.redis")
 
 #: So many messages are moved by one script.
 CHUNK = 50
+
+
+#: What stands in entries of ours between the message and its queue; see `Keyspace.tail_of`.
+_TAIL = b',"",'
 
 
 class _Move(NamedTuple):
@@ -97,13 +101,27 @@ def _moves(
             limit = keyspace.delivery_limit
             if limit is not None and count > limit:
                 return [_bury(keyspace, field, raw, queues[0], count)]
-    except Exception as exc:  # what is no entry of anybody's stays where it is
-        logger.error("a message cannot be restored (field %r): %r", field, exc)
-        return []
+    except Exception as exc:  # what is no message of kombu's
+        return _move_as_it_is(link, keyspace, field, entry, exc)
     if len(queues) > 1:  # kombu notes no queue, only how it was routed
         for queue in queues[1:]:
             link.send(("RPUSH", keyspace.key(queue, priority), raw))
     return [_Move(field, keyspace.key(queues[0], priority), "R", raw)]
+
+
+def _move_as_it_is(
+    link: Link, keyspace: Keyspace, field: bytes | str, entry: bytes, why: Exception
+) -> list[_Move]:
+    """Put back what cannot be read, where the entry is ours and so says where it is from."""
+    head, separator, queue = entry.rpartition(_TAIL)
+    try:
+        [name] = json.loads(b"[" + queue) if separator else []
+    except ValueError:
+        logger.error("a message cannot be restored (field %r): %r", field, why)
+        # Else it would be in the way of others at the next look, and the one after that.
+        link.run(REFRESH, (keyspace.index,), (field,))
+        return []
+    return [_Move(field, keyspace.key(name), "R", head[1:])]
 
 
 def _raw_of(keyspace: Keyspace, entry: bytes, payload: object, queue: str) -> bytes:

@@ -113,6 +113,37 @@ def test_a_process_that_is_gone_is_inherited_long_before_the_timeout(
     assert consumer.bodies == [1, 2, 3]
 
 
+def test_what_is_no_message_comes_back_as_it_was(redis_url, server, queue_name, quick):
+    """It is for `on_decode_error` to say what becomes of it."""
+    for number, raw in enumerate((b"no json", b"7", b'{"a": ","","', b"[]"), 1):
+        server.hset("unacked", f"gone.{number}", b"[" + raw + Keyspace.tail_of(queue_name))
+        server.zadd("unacked_index", {f"gone.{number}": 1})
+    found: list[Any] = []
+
+    def on_decode_error(message: Any, _error: object) -> None:
+        found.append(message.body)
+        message.ack()
+
+    with consuming(Recorder(redis_url, queue_name, on_decode_error=on_decode_error)):
+        wait_until(lambda: len(found) == 4)
+        wait_until(lambda: held_count(server) == 0)
+    assert found == [b"no json", b"7", b'{"a": ","","', b"[]"]
+
+
+def test_what_nobody_can_restore_is_not_in_the_way_of_others(
+    redis_url, server, queue_name, quick, caplog
+):
+    for number in range(keeper.LOOK + 1):
+        server.hset("unacked", f"alien.{number}", "no entry")
+        server.zadd("unacked_index", {f"alien.{number}": 1})
+    abandon(server, queue_name, "x")
+    with consuming(consumer := Recorder(redis_url, queue_name)):
+        consumer.wait_for(1)
+        wait_until(lambda: server.zcount("unacked_index", 0, 10) == 0)
+    assert server.hlen("unacked") == keeper.LOOK + 1
+    assert caplog.text.count("cannot be restored") == keeper.LOOK + 1
+
+
 def test_a_process_that_only_is_silent_keeps_its_messages(redis_url, server, queue_name, quick):
     """One whose hub is blocked beats no more, but the server still has its connection."""
     abandon(server, queue_name, "x", age=1.0, owner="greenconsume.slow.")
