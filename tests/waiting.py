@@ -11,7 +11,8 @@ import gevent
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.002
+#: Seconds between two looks, at first and after a while: what is waited for needs the machine more.
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.002, 0.02
 #: Seconds in which that which happens at once has happened, also on a machine that is busy for a moment.
 AT_ONCE = 10.0
 #: Seconds of a deadline that no test lives to see: what ends by it has not ended `AT_ONCE`.
@@ -19,7 +20,7 @@ NEVER = 60.0
 
 
 def wait_until(predicate: Callable[[], T | None], within: float = 30.0, message: str = "") -> T:
-    """Poll `predicate` every few milliseconds until it is true, and return what it returned.
+    """Poll `predicate`, every few milliseconds at first, until it is true, and return what it returned.
 
     Args:
         predicate: Called in this greenlet; what it raises is not caught.
@@ -31,16 +32,17 @@ def wait_until(predicate: Callable[[], T | None], within: float = 30.0, message:
 
     Switches: yes.
     """
-    deadline = monotonic() + within
+    began = monotonic()
     while True:
-        late = monotonic() >= deadline
+        waited = monotonic() - began
+        late = waited >= within
         value = predicate()
         if value:
             return value
         if late:
             what = message or _source(predicate)
             raise AssertionError(f"not within {within:g} s: {what} (last value: {value!r})")
-        gevent.sleep(POLL_SECONDS)
+        gevent.sleep(min(max(POLL_SECONDS, waited / 20), LONGEST_POLL_SECONDS))
 
 
 def _source(predicate: Callable[[], object]) -> str:

@@ -41,7 +41,7 @@ from tests.servers import launch
 from tests.waiting import AT_ONCE, NEVER, wait_until
 
 #: How often each is done, by what it costs: a broker needs 5 s to come back, a process 1 s.
-BROKERS, PROCESSES, LINKS = rounds(1), rounds(5), rounds(10)
+BROKERS, PROCESSES, LINKS = rounds(1), rounds(3), rounds(5)
 #: Handlers at once, and what the broker has at the most delivered and not seen settled.
 CONCURRENCY, PREFETCH = 200, 400
 SECONDS = 0.02
@@ -194,7 +194,7 @@ def crowd() -> Iterator[Callable[..., Runtime]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 15 * BROKERS)
+@pytest.mark.timeout(120 + 30 * BROKERS)
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_a_broker_killed_under_load_loses_nothing(
     rabbitmq_fault: RabbitMQ,
