@@ -6,7 +6,7 @@ queues changes (client tracking), and until then nothing is asked. It must never
 nor hold a message. Called by `channel`, and by its link's reader::
 
     RESTING  nobody has room           ── somebody has ──>  TAKING
-    TAKING   the script is under way   ── it took all there was ──>  WAITING; nobody has room ──>  RESTING
+    TAKING   the script is under way   ── it took all there was ──>  WAITING; there is more ──>  RESTING
     WAITING  the queues were empty     ── one changed ──>  TAKING, or PAUSING where others were faster
     PAUSING  for a moment              ── it is over ──>  TAKING
 """
@@ -32,9 +32,10 @@ from greenconsume.redis.take import Delivery, Take
 
 #: One take moves so many messages at the most.
 MAX_COUNT = 500
-#: Who found nothing because others were faster waits up to so long, doubling, before the next time. More
-#: spares the server, less is sooner there: with 20 that wait, one of them looks about each ms.
-FIRST_PAUSE, MAX_PAUSE = 0.0005, 0.05
+#: Who found nothing because others were faster waits up to so long, doubling, before the next time; and a
+#: quarter less after it found something. More spares the server, less is sooner there: with 20 that wait, one
+#: of them looks each other ms.
+FIRST_PAUSE, MAX_PAUSE = 0.0005, 0.1
 #: Seconds between two looks where the server does not say when a queue changes.
 POLLING_INTERVAL = 1.0
 
@@ -148,7 +149,7 @@ class Feed:
             self._deal(queue, deque(deliveries))
             self._cycle.rotate(queue)
         if touched:
-            self._pause /= 2
+            self._pause *= 0.75
         elif after_call:
             self._pause = min(max(self._pause * 2, FIRST_PAUSE), MAX_PAUSE)
         self.state = FeedState.RESTING

@@ -32,9 +32,9 @@ local stamp = clock[1] .. '.' .. string.format('%06d', clock[2])
 #: Moves up to ARGV[1] messages from the queues to the unacknowledged ones, as fields ARGV[2] .. ARGV[3], …
 #: + 1, …. KEYS: unacked, its index, then the queues in their order. ARGV[4]: bytes after which no more is
 #: taken; then for each queue what ends its entries, and the milliseconds after which it expires, or 0.
-#: Where all was taken that there is, the length of each queue is read behind the last change of it: tracking
-#: then tells of the next message, and no message can come between. Returns that (1 or 0), and the messages of
-#: each queue. Of many who wait most find nothing: that is the shortest way through.
+#: Where all was taken that there is, also if no more was wanted, the length of each queue is read behind the
+#: last change of it: tracking then tells of the next message, and no message can come between. Returns that
+#: (1 or 0), and the messages of each queue. Of many who wait most find nothing: that is the shortest way.
 TAKE = Script.of(
     """
 local wanted, number, room = tonumber(ARGV[1]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -71,7 +71,12 @@ for i = 3, #KEYS do
   if expires > 0 then redis.call('PEXPIRE', KEYS[i], expires) end
   reply[i - 1] = taken
 end
-if wanted > 0 and room > 0 then reply[1] = 1 end
+if wanted <= 0 or room <= 0 then
+  for i = 3, #KEYS do
+    if redis.call('LLEN', KEYS[i]) > 0 then return reply end
+  end
+end
+reply[1] = 1
 return reply
 """
 )

@@ -9,7 +9,7 @@ import pytest
 from kombu import Consumer, Message, Queue
 from redis import ResponseError
 
-from tests.integration.consumers import SOON
+from tests.integration.consumers import SOON, Inbox
 from tests.integration.redis.payloads import bodies_in, held_count, put
 from tests.waiting import wait_until
 
@@ -68,3 +68,20 @@ def test_a_take_that_the_server_refuses_half_way_leaves_nothing_behind(
             connection.drain_events(timeout=SOON)
         wait_until(lambda: held_count(server) == 0)
         assert bodies_in(server, queue_name) == ["x"]
+
+
+def test_who_took_the_last_message_is_told_of_the_next_without_another_look(
+    connection, server, queue_name
+):
+    """Of many who wait for single messages each would else look twice."""
+    inbox = Inbox(connection)
+    with Consumer(connection, [Queue(queue_name)], callbacks=[inbox], prefetch_count=1):
+        put(server, queue_name, "warm")
+        inbox.drain(1)
+        wait_until(lambda: held_count(server) == 0)
+        before = scripts_run(server)
+        for n in range(2, 22):
+            put(server, queue_name, n)
+            inbox.drain(n)
+            wait_until(lambda: held_count(server) == 0)
+        assert scripts_run(server) - before < 20 + 8  # and a few that are no takes
