@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from time import monotonic
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _YOUNG = 30.0
 #: The longest time that a replacement waits, in seconds.
 _MAX_DELAY = 30.0
+#: Seconds between two TERMs to a process: one that has just been forked does not hear the first.
+_REPEAT = 1.0
 
 
 class Application(BaseApplication):  # type: ignore[misc]  # gunicorn is untyped
@@ -115,6 +118,7 @@ class ProcessArbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
         self._hold_until = 0.0
         self._abandoned = False
         self._watchdog_due = 0.0
+        self._repeat_due = math.inf
 
     def spawn_worker(self) -> Any:
         """Start a process, and remember when. Returns in the arbiter alone."""
@@ -130,6 +134,7 @@ class ProcessArbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
     def reap_workers(self) -> None:
         """Take note of the processes that have ended. Called in every loop that the arbiter has."""
         self._answer_watchdog()
+        self._repeat_term()
         before = set(self.WORKERS)
         super().reap_workers()
         ended = before - set(self.WORKERS)
@@ -144,6 +149,11 @@ class ProcessArbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
     def handle_usr2(self) -> None:
         """Refuse to start another arbiter: it would take over sockets, and there are none."""
         self.log.warning("USR2 is of no use here: HUP starts all processes anew")
+
+    def stop(self, graceful: bool = True) -> None:
+        """End all processes, those too that could not hear the first signal."""
+        self._repeat_due = monotonic() + _REPEAT
+        super().stop(graceful)
 
     def halt(self, reason: str | None = None, exit_status: int = 0) -> NoReturn:
         """End all processes, then this one; with 1 if work was abandoned."""
@@ -172,6 +182,12 @@ class ProcessArbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
             delay = min(_MAX_DELAY, 2.0 ** (self._failures - 2))
             self._hold_until = monotonic() + delay
             self.log.warning("processes end as soon as they start: the next in %g s", delay)
+
+    def _repeat_term(self) -> None:
+        # To one that has heard it, it is the same signal: see `greenconsume.gunicorn.ending`.
+        if monotonic() >= self._repeat_due:
+            self._repeat_due = monotonic() + _REPEAT
+            self.kill_workers(signal.SIGTERM)
 
     def _answer_watchdog(self) -> None:
         interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6

@@ -77,7 +77,7 @@ def consumers(
     return post_worker_init
 
 
-def _check(target: object, only_in: int | None, on_failure: str) -> None:
+def _check(target: object, only_in: object, on_failure: str) -> None:
     problem = (
         f'consumers takes a string such as "myapp:runtime", not {target!r}: '
         'post_worker_init = consumers("myapp:runtime")'
@@ -87,7 +87,7 @@ def _check(target: object, only_in: int | None, on_failure: str) -> None:
     module, _, name = target.partition(":")
     if not (module and name):
         raise ValueError(problem)
-    if only_in is not None and not only_in >= 1:
+    if only_in is not None and not (isinstance(only_in, int) and only_in >= 1):
         raise ValueError(f"only_in must be 1 or more, or None, not {only_in!r}")
     if on_failure not in ("report", "exit"):
         raise ValueError(f'on_failure must be "report" or "exit", not {on_failure!r}')

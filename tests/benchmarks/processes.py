@@ -1,6 +1,6 @@
 """Measures what a second process adds, with 500 handlers of 50 ms each and with no-ops: on its own broker.
 
-    python tests/patched.py tests.benchmarks.processes [SECONDS [ROUNDS]]
+    python tests/patched.py tests.benchmarks.processes [SECONDS [ROUNDS [TARGET ...]]]
 
 One process and two in turn, as often as ROUNDS says. It reads how fast the queue gets shorter, and the CPU
 that the processes and the broker took: where both cores are the broker's or somebody else's, a second process
@@ -83,16 +83,19 @@ def measure(broker: RabbitMQ, target: str, processes: int, seconds: float) -> tu
                 gevent.sleep(0.05)
             gevent.sleep(SETTLE)
             used = [psutil.Process(pid) for pid in (*server.workers, broker.pid)]
-            before, left, began = [cpu(each) for each in used], depth(broker, url), monotonic()
+            before, left, began = cpu_of(used), depth(broker, url), monotonic()
             gevent.sleep(seconds)
             passed, rest = monotonic() - began, depth(broker, url)
-            shares = [(cpu(each) - old) / passed for each, old in zip(used, before, strict=True)]
+            taken = [now - old for now, old in zip(cpu_of(used), before, strict=True)]
         finally:
             server.close_quietly()
     assert rest, "the queue was empty before the end"
     rate = (left - rest) / passed
-    ours = " + ".join(f"{share:.0%}" for share in shares[:-1])
-    return rate, f"| {target} | {processes} | {rate:,.0f}/s | {ours} | {shares[-1]:.0%} |"
+    *ours, brokers, all_of_it = (f"{each / passed:.0%}" for each in taken)
+    return (
+        rate,
+        f"| {target} | {processes} | {rate:,.0f}/s | {' + '.join(ours)} | {brokers} | {all_of_it} |",
+    )
 
 
 def fill(url: str, count: int) -> None:
@@ -106,9 +109,11 @@ def depth(broker: RabbitMQ, url: str) -> int:
     return counts.ready + counts.unacked
 
 
-def cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def cpu_of(processes: list[psutil.Process]) -> list[float]:
+    """Return the CPU seconds that each has taken, and those of the whole machine."""
+    each = [sum(process.cpu_times()[:2]) for process in processes]
+    machine = psutil.cpu_times()
+    return [*each, sum(machine) - machine.idle - machine.iowait - machine.guest]
 
 
 def main() -> None:
@@ -117,9 +122,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, closing(RabbitMQ(Path(folder))) as broker:
         broker.start()
         print(f"load {os.getloadavg()[0]:.1f} before")
-        print("| target | processes | messages | their CPU | the broker's CPU |")
-        print("|---|---|---|---|---|", flush=True)
-        for target in TARGETS:
+        print("| target | processes | messages | their CPU | the broker's CPU | all CPU |")
+        print("|---|---|---|---|---|---|", flush=True)
+        for target in sys.argv[3:] or TARGETS:
             rates: dict[int, list[float]] = {1: [], 2: []}
             for _ in range(rounds):
                 for processes, found in rates.items():

@@ -50,6 +50,10 @@ def test_any_other_worker_class_is_refused(start, worker_class):
             "takes a string such as .*, not 'tests.webapp:'",
         ),
         (
+            "post_worker_init = consumers('tests.webapp:runtime', only_in='1')",
+            "only_in must be 1 or more, or None, not '1'",
+        ),
+        (
             "when_ready = consumers('tests.webapp:runtime')",
             "consumers start in workers, and this is Arbiter",
         ),

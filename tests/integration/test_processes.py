@@ -66,6 +66,14 @@ def test_ctrl_c_at_a_terminal_drains_all_processes(rabbitmq, amqp_url, queue_nam
     assert settled(rabbitmq, amqp_url, queue_name, processes, 60).cancelled == 0
 
 
+def test_a_process_that_has_just_been_forked_hears_the_signal_too(run):
+    """Until it has set its own handlers a signal is the arbiter's: it would be killed in the end."""
+    processes = run("--processes", "2", consuming=0)
+    processes.wait_log("Booting worker with pid")
+    processes.signal(signal.SIGTERM)
+    assert processes.process.wait(60) == 0
+
+
 def test_work_that_is_abandoned_is_exit_code_1(rabbitmq, amqp_url, queue_name, run):
     options = ("--processes", "2", "--drain-timeout", "0.5", "--cancel-timeout", "1")
     processes = run(*options, consuming=2, WORK="60,60")
