@@ -36,7 +36,7 @@ FED = f"{QUEUE}.0"
 #: Seconds until both processes are at their pace.
 SETTLE = 1.0
 #: By target the most messages a second that two processes could handle: so many wait for each second.
-TARGETS = {"Waiting": 20_000, "NoOp": 60_000}
+TARGETS = {"Waiting": 20_000, "Longer": 10_000, "NoOp": 60_000}
 
 
 class NoOp(ConsumerMixin):
@@ -60,8 +60,16 @@ class Waiting(NoOp):
 
     options = ConsumerOptions(concurrency=500, auto_settle=True)
 
+    seconds = 0.05
+
     def on_message(self, body: Any, message: Any) -> None:
-        time.sleep(0.05)
+        time.sleep(self.seconds)
+
+
+class Longer(Waiting):
+    """Waits for twice as long: the same number of handlers at half the CPU."""
+
+    seconds = 0.1
 
 
 def measure(broker: RabbitMQ, target: str, processes: int, seconds: float) -> tuple[float, str]:

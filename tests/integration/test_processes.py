@@ -88,12 +88,12 @@ def test_work_that_is_abandoned_is_exit_code_1(rabbitmq, amqp_url, queue_name, r
 def test_a_rolling_restart_loses_and_doubles_nothing(rabbitmq, amqp_url, queue_name, run):
     """HAZARDS row 24: HUP under load; the new processes come before the old ones go."""
     processes = run("--processes", "2", consuming=2, WORK="0.1,0.4")
-    publish(amqp_url, queue_name, 400)
+    publish(amqp_url, queue_name, 200)
     wait_until(lambda: processes.count("begun") >= 20)
     old = processes.workers
     processes.signal(signal.SIGHUP)
-    wait_until(lambda: processes.count("finished") == 400)
-    assert settled(rabbitmq, amqp_url, queue_name, processes, 400).begun == 400
+    wait_until(lambda: processes.count("finished") == 200)
+    assert settled(rabbitmq, amqp_url, queue_name, processes, 200).begun == 200
     wait_until(lambda: not any(map(psutil.pid_exists, old)))
     assert len(processes.workers) == 2
 
