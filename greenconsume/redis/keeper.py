@@ -1,9 +1,10 @@
 """Owns the time of what is held: it refreshes leases, restores what others left, brings back what waits.
 
-One greenlet for a ledger, whatever its consumers do. Every few seconds one script says that this process
-lives and asks what is overdue. It gives up no message of a process that lives: one is dead if it was not
-heard of for long *and* the server has no connection of it, so a hub that is blocked loses nothing. It ends
-with the last link. Started by `feed` and `channel`.
+It also keeps the expiring queues that are consumed, and their bindings. One greenlet for a ledger, whatever
+its consumers do. Every few seconds one script says that this process lives and asks what is overdue. It
+gives up no message of a process that lives: one is dead if it was not heard of for long *and* the server
+has no connection of it, so a hub that is blocked loses nothing. It ends with the last link. Started by
+`feed` and `channel`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ logger = logging.getLogger("greenconsume.redis")
 BEAT_INTERVAL, DEAD_AFTER = 10.0, 25.0
 #: A lease is refreshed so many times before it would be over.
 REFRESHES = 4
-#: And an expiring queue that is consumed so many times.
-KEEPS = 3
+#: And an expiring queue that is consumed so many times, but each so many seconds at most.
+KEEPS, MIN_INTERVAL = 3, 0.1
 #: How many messages are restored, or come back from their delay, by one look.
 LOOK = 100
 #: Seconds between two refreshes of the bindings of expiring queues, which live for an hour at least, and
@@ -101,7 +102,9 @@ class Keeper:
     def _keep_at(self) -> float:
         """The time at which expiring queues are to be kept again."""
         least = min(self._ledger.expiring_queues.values(), default=None)
-        return float("inf") if least is None else self._kept_at + least / 1000 / KEEPS
+        if least is None:
+            return float("inf")
+        return self._kept_at + max(least / 1000 / KEEPS, MIN_INTERVAL)
 
     def _postpone(self, to: float) -> None:
         self._beat_at, self._refresh_at = max(self._beat_at, to), max(self._refresh_at, to)
@@ -176,9 +179,9 @@ class Keeper:
     def _sweep(self, link: Link) -> None:
         """Delete bindings of expiring queues that nobody has refreshed: messages would pile up there."""
         space = self._ledger.keyspace
-        link.call_script(
-            SWEEP_BINDINGS, (space.binding_deadlines,), (*space.binding_prefixes, LOOK)
-        )
+        arguments = (*space.binding_prefixes, LOOK)
+        # A user who may not do it has others who may.
+        link.run(SWEEP_BINDINGS, (space.binding_deadlines,), arguments, matters=False)
         self._sweep_at = monotonic() + SWEEP_INTERVAL
 
     # -- what others have left ------------------------------------------------------------------------

@@ -113,6 +113,28 @@ def test_a_process_that_is_gone_is_inherited_long_before_the_timeout(
     assert consumer.bodies == [1, 2, 3]
 
 
+def test_a_late_ack_leaves_the_next_holder_its_message(redis_url, server, queue_name):
+    """kombu's tag is that of the publication: the ack of who lost it removes the record of who has it."""
+    [raw] = put(server, queue_name, "x")
+    with green(redis_url) as first, green(redis_url) as second:
+        late, inbox = Inbox(first, ack=False), Inbox(second, ack=False)
+        with Consumer(first, [Queue(queue_name)], callbacks=[late], prefetch_count=1):
+            late.drain(1)
+            server.delete("unacked", "unacked_index")  # it was restored meanwhile
+            server.rpush(queue_name, raw)
+            with Consumer(second, [Queue(queue_name)], callbacks=[inbox], prefetch_count=1):
+                inbox.drain(1)
+                held, before = server.hkeys("unacked"), hdel_count(server)
+                late.messages[0].ack()
+                wait_until(lambda: hdel_count(server) > before)
+                assert server.hkeys("unacked") == held
+                assert len(held) == server.zcard("unacked_index") == 1
+
+
+def hdel_count(server: Any) -> int:
+    return server.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0)
+
+
 def test_what_is_no_message_comes_back_as_it_was(redis_url, server, queue_name, quick):
     """It is for `on_decode_error` to say what becomes of it."""
     for number, raw in enumerate((b"no json", b"7", b'{"a": ","","', b"[]"), 1):
