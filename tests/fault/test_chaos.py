@@ -32,8 +32,6 @@ from tests.options import say
 from tests.rounds import rounds
 from tests.waiting import AT_ONCE, wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 @pytest.mark.parametrize("concurrency", [None, 4])
 def test_orderly_stops_at_random_moments_under_load_lose_and_repeat_nothing(

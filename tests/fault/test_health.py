@@ -27,8 +27,6 @@ from greenconsume.cli.asking import ask
 from tests.messages import declare, publish
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 STALL_AFTER = 0.3
 
 

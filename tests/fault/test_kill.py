@@ -34,8 +34,6 @@ from tests.options import say
 from tests.rounds import rounds
 from tests.waiting import AT_ONCE, NEVER, wait_until
 
-pytestmark = pytest.mark.any_release
-
 OWN_GREENLET = pytest.mark.parametrize("start", [spawn, lambda c: gevent.spawn(c.run)])
 
 

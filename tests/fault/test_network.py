@@ -35,8 +35,6 @@ from tests.options import say
 from tests.proxy import DIRECTIONS, Proxy
 from tests.waiting import AT_ONCE, wait_until
 
-pytestmark = pytest.mark.any_release
-
 PREFETCH = 10
 
 

@@ -17,8 +17,6 @@ from tests.messages import publish
 from tests.servers import HOST, free_port
 from tests.waiting import AT_ONCE, NEVER, wait_until
 
-pytestmark = pytest.mark.any_release
-
 SCRIPT = """
 import sys, greenconsume
 greenconsume.patch_all()

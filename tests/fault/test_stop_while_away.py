@@ -33,8 +33,6 @@ from tests.messages import declare, publish, queue_depth
 from tests.servers import HOST, free_port
 from tests.waiting import AT_ONCE, NEVER, wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 @pytest.fixture
 def refused_url() -> str:

@@ -21,8 +21,6 @@ from tests.fault.consumers import Collector, connection_to, everything, observin
 from tests.messages import delete_queue, publish
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 QUICK = RestartPolicy(max_restarts=3, period=60.0, backoff=0.01, jitter=0.0)
 
 

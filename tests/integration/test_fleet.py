@@ -25,8 +25,6 @@ from tests.integration.consumers import (
 from tests.messages import publish
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 def one_of(prefix: str, queues: int, **options: Any) -> Callable[[Any], Recorder]:
     """Make consumers that share a few queues."""

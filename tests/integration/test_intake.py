@@ -14,8 +14,6 @@ from greenconsume.events import IntakeChanged
 from tests.integration.consumers import observed
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 @pytest.mark.parametrize("concurrency", [None, 4])
 @pytest.mark.parametrize("broker", ["amqp_url", "redis_url"])

@@ -15,8 +15,6 @@ from tests.messages import publish, queue_depth
 from tests.options import say
 from tests.waiting import AT_ONCE, wait_until
 
-pytestmark = pytest.mark.any_release
-
 WINDOW = 10
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from time import monotonic
 
-import pytest
 from kombu import Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions, Runtime
 from tests.messages import publish, queue_depth
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.any_release
 
 
 def test_a_rate_holds_and_no_more_than_a_second_s_messages_are_unsettled(amqp_url, queue_name):

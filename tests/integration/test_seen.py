@@ -12,8 +12,6 @@ from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Runtime
 from greenconsume.admin.status import to_json
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 @pytest.fixture(params=["amqp", "redis", "memory"])
 def url(request):

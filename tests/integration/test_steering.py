@@ -13,8 +13,6 @@ from kombu import Queue
 from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Runtime
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 COUNT = 3000
 
 

@@ -26,8 +26,6 @@ from tests.integration.consumers import (
 from tests.messages import declare, publish, queue_depth
 from tests.waiting import AT_ONCE, NEVER, wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 def in_this_greenlet(action: Callable[[], object]) -> None:
     action()

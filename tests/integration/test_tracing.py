@@ -24,8 +24,6 @@ from greenconsume import (
 from greenconsume.otel import Tracing
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_release
-
 
 @pytest.fixture
 def spans():
