@@ -311,9 +311,9 @@ def test_a_message_unsettled_for_too_long_is_told_of_and_costs_its_own_channel_a
 
 @pytest.mark.slow
 def test_memory_does_not_grow(amqp_url: str, queue_name: str, caplog: pytest.LogCaptureFixture):
-    """50,000 messages, of which a tenth fail and a hundredth take too long."""
+    """100,000 messages, of which a tenth fail and a hundredth take too long."""
     caplog.set_level(logging.CRITICAL, "greenconsume")  # pytest keeps every record
-    count, step = 50_000, 10_000
+    count, step = 100_000, 20_000
     seen: Counter[int] = Counter()
     process, sizes = psutil.Process(), deque[int]()
 
