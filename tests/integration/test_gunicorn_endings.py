@@ -72,7 +72,7 @@ def test_a_worker_beats_while_it_drains_for_longer_than_its_timeout(
     rabbitmq, amqp_url, queue_name, start
 ):
     """HAZARDS row 24: else the arbiter takes it for hung."""
-    server = start("timeout = 2\n", WORK="5,5")
+    server = start("timeout = 2\n", WORK="4,4")
     publish(amqp_url, queue_name, 10)
     wait_until(lambda: server.count("begun") >= 10)
     (worker,) = server.workers
@@ -98,15 +98,15 @@ def test_a_worker_that_is_told_to_end_finishes_and_its_successor_goes_on(
 
 def test_a_reload_drains_the_old_workers(rabbitmq, amqp_url, queue_name, start):
     """HAZARDS row 24: HUP repeats TERM each second, and never kills: nothing is cancelled for it."""
-    server = start("workers = 2\ngraceful_timeout = 30\n", consuming=2, WORK="4,4")
-    publish(amqp_url, queue_name, 60)
+    server = start("workers = 2\ngraceful_timeout = 30\n", consuming=2, WORK="3,3")
+    publish(amqp_url, queue_name, 40)
     wait_until(lambda: server.count("begun") >= 20)
     old = server.workers
     server.signal(signal.SIGHUP)
     wait_until(lambda: not any(map(psutil.pid_exists, old)))
-    wait_until(lambda: server.count("finished") == 60)
-    tally = settled(rabbitmq, amqp_url, queue_name, server, 60)
-    assert (tally.begun, tally.cancelled) == (60, 0)
+    wait_until(lambda: server.count("finished") == 40)
+    tally = settled(rabbitmq, amqp_url, queue_name, server, 40)
+    assert (tally.begun, tally.cancelled) == (40, 0)
 
 
 def test_one_worker_fewer_drains_it(rabbitmq, amqp_url, queue_name, start):
@@ -137,7 +137,7 @@ def test_at_max_requests_consumers_drain_first_while_http_is_served(
     rabbitmq, amqp_url, queue_name, start
 ):
     """HAZARDS row 24: the arbiter starts the next worker only after the exit."""
-    server = start("max_requests = 5\n", WORK="3,3")
+    server = start("max_requests = 5\n", WORK="2,2")
     publish(amqp_url, queue_name, 10)
     wait_until(lambda: server.count("begun") >= 10)
     (worker,) = server.workers
@@ -171,8 +171,9 @@ def test_nothing_is_accepted_any_more_after_quit(amqp_url, queue_name, start):
     wait_until(lambda: server.count("begun") == 1)
     server.signal(signal.SIGQUIT)
     wait_until(lambda: "stopping 1 consumers" in server.log)
-    wait_until(lambda: not listens(server), 1.0)
+    wait_until(lambda: not listens(server))
     assert server.workers != []
+    assert server.count("finished") == 0
     server.wait_end()
     assert Tally.of(server.journal).finished == 1
 

@@ -132,12 +132,12 @@ def test_a_single_active_consumer_keeps_the_order_over_several_processes(amqp_ur
 def test_one_process_more_and_one_fewer(rabbitmq, amqp_url, queue_name, run):
     """HAZARDS row 24: TTIN and TTOU under load."""
     processes = run("--processes", "1", WORK="0.5,1")
-    publish(amqp_url, queue_name, 100)
+    publish(amqp_url, queue_name, 60)
     processes.signal(signal.SIGTTIN)
     processes.wait_consuming(2)
     processes.signal(signal.SIGTTOU)
-    wait_until(lambda: processes.count("finished") == 100)
-    assert settled(rabbitmq, amqp_url, queue_name, processes, 100).begun == 100
+    wait_until(lambda: processes.count("finished") == 60)
+    assert settled(rabbitmq, amqp_url, queue_name, processes, 60).begun == 60
     wait_until(lambda: len(processes.workers) == 1)
 
 
@@ -171,10 +171,10 @@ def test_a_process_ends_when_it_has_handled_enough_and_another_takes_its_place(
     rabbitmq, amqp_url, queue_name, run
 ):
     options = ("--processes", "1", "--max-messages", "30", "--max-messages-jitter", "5")
-    processes = run(*options, WORK="0.2,0.3")
-    publish(amqp_url, queue_name, 150)
-    wait_until(lambda: processes.count("finished") == 150)
-    settled(rabbitmq, amqp_url, queue_name, processes, 150)
+    processes = run(*options, WORK="0.1,0.2")
+    publish(amqp_url, queue_name, 120)
+    wait_until(lambda: processes.count("finished") == 120)
+    settled(rabbitmq, amqp_url, queue_name, processes, 120)
     assert len({entry.pid for entry in processes.journal}) >= 3
     assert "max_messages of 3" in processes.log
 
