@@ -230,8 +230,24 @@ def decode_body(properties: dict[str, Any], body: Any) -> Any:
     return body
 
 
-def encode_method(channel: int, sig: Sig, args: bytes) -> bytes:
-    """Return the frame of one method."""
+def encode_method(channel: int, sig: Sig, args: bytes, max_size: int) -> bytes:
+    """Return the frame of one method.
+
+    Args:
+        channel: The channel's id.
+        sig: Class and method id.
+        args: The encoded arguments.
+        max_size: The largest frame that was agreed; 0 for any.
+
+    Raises:
+        ValueError: It would be larger; sent, it would end the link of everybody who shares it.
+    """
+    size = 4 + len(args) + _OVERHEAD
+    if max_size and size > max_size:
+        raise ValueError(
+            f"a call cannot be sent: its arguments take {len(args)} bytes, more than fit into a frame "
+            f"of {max_size}: shorten them, or raise frame_max at the broker"
+        )
     return b"%b%b\xce" % (_method.pack(METHOD, channel, 4 + len(args), *sig), args)
 
 

@@ -255,7 +255,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     ) -> None:
         """Encode one method, with its content if it has one, and queue it. Never switches."""
         if content is None:
-            self.write([encode_method(channel, sig, args)])
+            self.write([encode_method(channel, sig, args, self.frame_max)])
         else:
             self.write(encode_content(channel, sig, args, content, self.frame_max))
 

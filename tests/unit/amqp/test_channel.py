@@ -997,3 +997,19 @@ def test_a_name_that_is_too_long_is_refused_at_the_call_in_words(connect, peer):
     with pytest.raises(ValueError, match="holds a larger number than AMQP allows"):
         channel.basic_qos(0, 2**16, False)
     assert channel.is_open
+
+
+@pytest.mark.parametrize("frame_max", [4096, 131072])
+def test_a_call_larger_than_a_frame_is_refused_and_harms_nobody(make_peer, connect, frame_max):
+    """Sent, it would end the link of everybody who shares it (501)."""
+    peer = make_peer(frame_max=frame_max)
+    channel = connect(peer).channel()
+    with pytest.raises(ValueError, match=rf"more than fit into a frame of {frame_max}"):
+        channel.queue_declare("q", arguments={"x-note": "n" * frame_max})
+    with pytest.raises(ValueError, match="raise frame_max at the broker"):
+        channel.basic_consume("q", arguments={"x-note": "n" * frame_max}, callback=print)
+    room = frame_max - 8 - 4 - len("\0\0\1q\0") - 4 - len("\6x-noteS") - 4
+    assert channel.queue_declare("q", arguments={"x-note": "n" * room}).queue == "q"
+    assert len(peer.frames("queue.declare")) == 1
+    with pytest.raises(ValueError, match="cannot be sent"):
+        channel.queue_declare("q", arguments={"x-note": "n" * (room + 1)})

@@ -316,7 +316,7 @@ def test_a_heartbeat_is_what_the_specification_says():
 
 def test_a_method_is_what_the_specification_says():
     arguments = amqp.serialization.dumps("Lb", (7, True))
-    assert encode_method(5, (60, 80), arguments) == frames.basic_ack(5, 7, True)
+    assert encode_method(5, (60, 80), arguments, 4096) == frames.basic_ack(5, 7, True)
 
 
 @pytest.mark.parametrize(
