@@ -20,6 +20,7 @@ from amqp.exceptions import RecoverableConnectionError, ResourceError
 from gevent.event import Event
 from kombu import Connection
 
+from greenconsume.amqp import untold
 from greenconsume.amqp.blame import Part, Verdict
 from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.inbox import Inbox
@@ -42,6 +43,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "_may_inherit",
         "_owes_its_end",
         "_part",
         "_turn_began",
@@ -60,6 +62,7 @@ class Session:
         self.is_closing = False
         self._part = Part()
         self._owes_its_end = False
+        self._may_inherit = untold.is_owed(client)
         self.inbox = Inbox()
         self.waits = Waits(link)
         self._turn_began = monotonic()
@@ -210,7 +213,7 @@ class Session:
                 stop.check()
             if inbox.hand_out():
                 return
-            self._tell_its_end()
+            self._tell_drainer()
             if inbox.paused:  # what paused them went without being handed out
                 inbox.resume()
             deadline = deadline or Deadline(timeout)
@@ -229,7 +232,7 @@ class Session:
     @property
     def has_news(self) -> bool:
         """True if `drain_events` would not wait."""
-        return bool(self.inbox.entries) or not self.connected
+        return bool(self.inbox.entries) or self._may_inherit or not self.connected
 
     @property
     def expects_nothing(self) -> bool:
@@ -274,6 +277,8 @@ class Session:
         """Wake everything that waits; what was not dispatched is the broker's again."""
         self._part = part
         self._owes_its_end = self.has_consumers
+        if self._owes_its_end:
+            untold.owe(self.client, self.link.lost(part))
         own = self.link.failure if part.verdict is Verdict.GUILTY else None
         for channel in list(self.channels.values()):
             channel.core.on_link_lost(partial(self.link.lost, part), own)
@@ -289,6 +294,7 @@ class Session:
         if self.is_closing:
             return
         self.is_closing = True
+        untold.note_told(self.client)
         deadline = self.waits.begin_close()
         channels = list(self.channels.values())
         try:
@@ -322,6 +328,16 @@ class Session:
     def _leave(self) -> None:
         self.link.sessions.discard(self)
         self.inbox.clear()
+
+    def _tell_drainer(self) -> None:
+        """Raise if the link is gone, or the one that another greenlet has replaced by this one."""
+        if self._may_inherit:
+            self._may_inherit = False
+            if not self.has_consumers:  # else who drains has begun anew
+                untold.tell(self.client)
+        if self.link.failure is not None:
+            untold.note_told(self.client)
+        self._tell_its_end()
 
     def _tell_its_end(self) -> None:
         if self.link.failure is not None:

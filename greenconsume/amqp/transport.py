@@ -127,6 +127,10 @@ class Transport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
         else:
             connection.drain_events(timeout=timeout, stop=stop)
 
+    def close_connection(self, connection: Session) -> None:
+        """See `Session.close`."""
+        connection.close()
+
     def register_with_event_loop(self, connection: object, loop: object) -> None:
         """Refuse kombu's asynchronous hub, which reads sockets by itself.
 

@@ -17,6 +17,7 @@ from amqp.exceptions import RecoverableConnectionError
 from gevent.event import Event
 from kombu import Connection
 
+from greenconsume.amqp import untold
 from greenconsume.amqp.waits import Waits
 from greenconsume.hub import MAX_TURN
 from greenconsume.redis.channel import Channel, Waiting
@@ -48,6 +49,7 @@ class Session:
         self.given_back_count = 0
         self.is_closing = False
         self._owes_its_end = False
+        self._may_inherit = untold.is_owed(client)
         self._inbox: deque[Waiting] = deque()
         self._errors: deque[BaseException] = deque()
         self._arrival = Event()
@@ -165,13 +167,27 @@ class Session:
                 channel, subscription, field, raw = self._inbox.popleft()
                 channel.dispatch(subscription, field, raw)
                 return
-            self.tell_its_end()
+            self._tell_drainer()
             deadline = deadline or Deadline(timeout)
             if deadline.expired:
                 raise socket.timeout("timed out")
             self._arrival.clear()
             wait(self._arrival, deadline, stop)
             self._turn_began = monotonic()
+
+    def _tell_drainer(self) -> None:
+        """Raise if the link is gone, or the one that another greenlet has replaced by this one."""
+        if self._may_inherit:
+            self._may_inherit = False
+            if not self._has_consumers:  # else who drains has begun anew
+                untold.tell(self.client)
+        if self.link.failure is not None:
+            untold.note_told(self.client)
+        self.tell_its_end()
+
+    @property
+    def _has_consumers(self) -> bool:
+        return any(channel.has_consumers for channel in self.channels.values())
 
     def tell_its_end(self) -> None:
         """Raise what there is to tell to who uses it; another may take its place then. Never switches.
@@ -200,7 +216,9 @@ class Session:
 
     def on_link_lost(self) -> None:
         """Wake everything that waits; what was not started goes back over the next link. Never switches."""
-        self._owes_its_end = any(channel.has_consumers for channel in self.channels.values())
+        self._owes_its_end = self._has_consumers
+        if self._owes_its_end:
+            untold.owe(self.client, self.link.lost())
         for channel in list(self.channels.values()):
             channel.on_link_lost()
         self._arrival.set()
@@ -210,6 +228,7 @@ class Session:
 
         Switches: only where the server has yet to answer, up to `close_timeout`.
         """
+        untold.note_told(self.client)
         try:
             close_all([channel.close for channel in self.channels.values()])
         finally:
