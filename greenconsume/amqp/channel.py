@@ -16,6 +16,7 @@ from amqp.exceptions import RecoverableConnectionError
 from kombu.transport import base, pyamqp
 from vine import promise
 
+from greenconsume.amqp import stream_probe
 from greenconsume.amqp.calls import Life
 from greenconsume.amqp.channel_core import ChannelCore, ChannelOwner, Handlers
 from greenconsume.amqp.channel_publisher import ChannelPublisher
@@ -269,11 +270,13 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         known = self._calls.link.declared
         can_pause = not (is_bounded or exclusive) and queue in known.lasting
         is_stream = "x-stream-offset" in (arguments or {}) or queue in known.streams
+        is_known = is_stream or no_ack or queue in known.lasting
+        ask = None if is_known else partial(stream_probe.is_stream, self._session, queue)
 
         def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
             taker, args = taker_of(self, callback), again if can_pause else None
-            consumer = ChannelConsumer(taker, no_ack, on_cancel, args, is_stream)
+            consumer = ChannelConsumer(taker, no_ack, on_cancel, args, is_stream, ask)
             self.deliveries.start(tag, consumer)
 
         def undo(_sig: object, tag: str) -> None:

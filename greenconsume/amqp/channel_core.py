@@ -69,6 +69,10 @@ class ChannelOwner(Protocol):
         """Return a free channel id, or this one if it is free."""
         ...
 
+    def channel(self) -> Any:
+        """Open another channel."""
+        ...
+
 
 class ChannelCore:
     """One channel of a link, without kombu's interface.

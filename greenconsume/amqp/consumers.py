@@ -28,9 +28,20 @@ class ChannelConsumer:
         consume_args: Those that consume again; None where it cannot be paused.
         is_paused: A stand-in consumes in its place, one message after the other.
         is_stream: It reads a stream, which knows acks only.
+        ask: Asks the broker whether it does, where that is not known; None where it is.
+        held: What came while the broker is asked; None while it is not.
     """
 
-    __slots__ = ("callback", "consume_args", "is_paused", "is_stream", "no_ack", "on_cancel")
+    __slots__ = (
+        "ask",
+        "callback",
+        "consume_args",
+        "held",
+        "is_paused",
+        "is_stream",
+        "no_ack",
+        "on_cancel",
+    )
 
     def __init__(
         self,
@@ -39,6 +50,7 @@ class ChannelConsumer:
         on_cancel: Callable[[str], object] | None,
         consume_args: ConsumeArgs | None,
         is_stream: bool = False,
+        ask: Callable[[], bool] | None = None,
     ) -> None:
         self.callback = callback
         self.no_ack = no_ack
@@ -46,6 +58,14 @@ class ChannelConsumer:
         self.consume_args = consume_args
         self.is_paused = False
         self.is_stream = is_stream
+        self.ask = ask
+        self.held: list[Delivery] | None = None
+
+    def learn(self, is_stream: bool) -> list[Delivery]:
+        """Note whether it reads a stream; return what was held until that is known."""
+        held, self.held, self.ask = self.held or [], None, None
+        self.is_stream = is_stream
+        return held
 
     @property
     def can_pause(self) -> bool:
@@ -112,6 +132,10 @@ class Consumers:
             self.keep_settled(tag)
         elif tag in self.no_ack_tags:
             self.no_ack_tags -= {tag}
+
+    def keep_streamed(self, tag: str) -> None:
+        """Note that this consumer reads a stream."""
+        self.stream_tags |= {tag}
 
     def keep_settled(self, tag: str) -> None:
         """Note that what this consumer was sent, and still is, needs no settle."""

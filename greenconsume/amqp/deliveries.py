@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import gevent
 from amqp import spec
 from amqp.serialization import dumps
 
@@ -17,6 +18,7 @@ from greenconsume.amqp.consumers import ChannelConsumer, ConsumeArgs, Consumers,
 from greenconsume.amqp.frames import Delivery
 from greenconsume.amqp.inbox import Inbox
 from greenconsume.amqp.ledger import ACK, GIVE_BACK, Ledger, encode
+from greenconsume.amqp.stream_probe import OFFSET
 from greenconsume.events import StaleSettle, emit
 
 #: An enum's member takes longer to look up, and this is looked at for every message.
@@ -73,12 +75,42 @@ class Deliveries:
             self._ledger.deliver(delivery[1])
             if consumer.is_stream:
                 self._note_stream(delivery[1])
+            elif consumer.ask is not None and self._is_held(delivery, consumer):
+                return
             screen = self._inbox.screen
             if delivery[2] and screen is not None and screen(delivery):
                 return
         self._inbox.put(self, delivery, consumer.callback)
         if consumer.consume_args is not None and self._inbox.is_crowded and consumer.can_pause:
             self._pause(delivery[0], consumer)
+
+    def _is_held(self, delivery: Delivery, consumer: ChannelConsumer) -> bool:
+        """Return whether a delivery has to wait until it is known if it comes from a stream."""
+        if consumer.held is None:
+            if OFFSET not in delivery[5]:
+                consumer.learn(False)
+                return False
+            consumer.held = []
+            gevent.spawn(self._ask, delivery[0], consumer).name = f"asks of {delivery[0]}"
+        consumer.held.append(delivery)
+        return True
+
+    def _ask(self, tag: str, consumer: ChannelConsumer) -> None:
+        epoch = self.epoch
+        is_stream = consumer.ask is not None and consumer.ask()
+        held = consumer.learn(is_stream)
+        if epoch != self.epoch:
+            return  # the broker's again
+        if is_stream:
+            self.consumers.keep_streamed(tag)
+        runs, screen = self.consumers.running.get(tag) is consumer, self._inbox.screen
+        for delivery in held:
+            if is_stream:
+                self._note_stream(delivery[1])
+            if not runs:
+                self.give_back(delivery[1])
+            elif not (delivery[2] and screen is not None and screen(delivery)):
+                self._inbox.put(self, delivery, consumer.callback)
 
     def _take_late(self, delivery: Delivery) -> None:
         """Take what was sent to a stand-in, or to a consumer that has stopped."""
@@ -118,6 +150,10 @@ class Deliveries:
         if self._streamed is None:
             self._streamed = set()
         self._streamed.add(delivery_tag)
+
+    def is_of_stream(self, delivery_tag: int) -> bool:
+        """Return whether an unsettled delivery came from a stream."""
+        return self._streamed is not None and delivery_tag in self._streamed
 
     def _as_streamed(self, delivery_tag: int, how: int) -> int:
         """Return how a message is settled at the broker: a stream closes the link for all but an ack."""

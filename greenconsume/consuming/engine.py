@@ -224,6 +224,7 @@ class Engine:
 
         Switches: yes.
         """
+        self._streams.learn(error)
         stopping.wait(self._refusals.tell(error), self.life.stop)
 
     def keep_apart(self, group: str = "") -> None:
@@ -304,6 +305,7 @@ class Engine:
         self.queues = tuple(queues)
         self.fleeting_queues = tuple(name for name, fleeting in queues.items() if fleeting)
         for consumer in guarded:
+            self._streams.mark(consumer)
             handle = handling.fitted(consumer)
             accept = self._streams.fit(consumer, handling.recoverer)
             consumer._receive_callback = Handler(consumer, handling, handle, accept)

@@ -81,6 +81,8 @@ def refusal_of(error: BaseException) -> Refusal:
             Prospect.NONE,
             "it exists with other properties: declare it with these, or delete it once it is empty",
         )
+    if isinstance(error, amqp.PreconditionFailed) and "prefetch count is not set" in text:
+        return Refusal(Prospect.HELP, "it is a stream, which is read with a prefetch from now on")
     if isinstance(error, amqp.PreconditionFailed) and "timed out" in text:
         return Refusal(Prospect.HELP, "settle sooner, or raise the broker's consumer_timeout")
     if isinstance(error, amqp.PreconditionFailed) and "unknown delivery tag" in text:

@@ -8,6 +8,7 @@ at the time at which it began. It sends nothing. Called by `engine`.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -27,6 +28,8 @@ Accept = Callable[[Any, Any, Any], bool]
 _NEXT = "next"
 #: The states of a kombu message that is dealt with; one that was given back comes again.
 _SETTLED = frozenset({"ACK", "REJECTED"})
+#: RabbitMQ's refusal of a consumer, with the queue's name.
+_WANTS_PREFETCH = re.compile(r"prefetch count is not set for .*?queue '(.+?)' in vhost")
 
 
 class StreamPlaces:
@@ -46,6 +49,9 @@ class StreamPlaces:
         """
         queues = consumer.queues if isinstance(consumer, Consumer) else ()  # not a test's mock
         streams = [queue for queue in queues if is_stream(queue)]
+        elsewhere = queues and (
+            not consumer.auto_declare or any(getattr(each, "no_declare", None) for each in queues)
+        )
         for queue in streams:
             arguments = dict(queue.consumer_arguments or {})
             place = self._places.setdefault(queue.name, _Place())
@@ -57,12 +63,24 @@ class StreamPlaces:
                 arguments[OFFSET],
                 getattr(consumer.channel, "prefetch_count", None),
             )
-        return self._accepting(recoverer) if streams else None
+        return self._accepting(recoverer) if streams or elsewhere else None
+
+    def mark(self, consumer: Consumer) -> None:
+        """Have a consumer's queues say that they are streams, where that was found out since it had them."""
+        for queue in consumer.queues if isinstance(consumer, Consumer) else ():
+            if queue.name in self._places and not is_stream(queue):
+                queue.consumer_arguments = {**(queue.consumer_arguments or {}), OFFSET: _NEXT}
+
+    def learn(self, error: BaseException) -> None:
+        """Note what the broker says of a stream that was declared elsewhere: that it wants a prefetch."""
+        found = _WANTS_PREFETCH.search(str(error))
+        if found is not None:
+            self._places.setdefault(found[1], _Place())
 
     def _accepting(self, recoverer: Recoverer) -> Accept:
         def accept(consumer: Consumer, message: Message, raw: object) -> bool:
             offset = message.headers.get(OFFSET)
-            place = self._place_of(consumer, message)
+            place = self._place_of(consumer, message) if offset is not None else None
             if place is not None and isinstance(offset, int):
                 place.note(offset, message)
                 recoverer.take_on(consumer, message)  # its policies cannot put it back
@@ -75,8 +93,18 @@ class StreamPlaces:
         tag = message.delivery_info.get("consumer_tag")
         for name, own in consumer._active_tags.items():
             if own == tag:
-                return self._places.get(name)
+                return self._places.get(name) or self._found(consumer, message, name)
         return None
+
+    def _found(self, consumer: Consumer, message: Message, name: str) -> _Place | None:
+        """Return the place in what the channel has found to be a stream; None where it is none."""
+        deliveries = getattr(message.channel, "deliveries", None)
+        if deliveries is None or not deliveries.is_of_stream(message.delivery_tag):
+            return None
+        place = self._places[name] = _Place()
+        self.mark(consumer)
+        logger.info("the queue %s, declared elsewhere, is a stream", name)
+        return place
 
 
 class _Place:

@@ -174,7 +174,7 @@ class Recoverer:
         copy = self._copy_of(message, queue)
         retries = message_copy.retries_of(copy.headers)
         delay = plan.delay_after(retries, error)
-        if delay is None:
+        if delay is None or is_stream(queue):  # to which nothing goes back
             target = dead_letter_queue(plan.dead_letter, queue.name)
             copy.headers[message_copy.RETRIES] = retries
             self._bury(message, copy, target, error)

@@ -179,3 +179,97 @@ def test_a_plain_consumer_of_a_stream_loses_no_link(amqp_url, stream, how):
                 getattr(got[-1], how)()
         connection.default_channel.queue_declare(stream, passive=True)
         assert connection.connection.connected
+
+
+def declared_nowhere(channel: Any, _name: str) -> None:
+    """Leave it to others to declare a stream."""
+
+
+def declared_passively(channel: Any, name: str) -> None:
+    channel.queue_declare(name, passive=True)
+
+
+@pytest.mark.parametrize("declares", [declared_nowhere, declared_passively])
+@pytest.mark.parametrize("how", ["reject", "requeue", "ack"])
+def test_a_stream_that_was_declared_elsewhere_is_known_by_its_first_message(
+    amqp_url, stream, how, declares
+):
+    """HAZARDS row 36: no link is lost, however its messages are settled."""
+    got: list[Any] = []
+    with green_connection(amqp_url) as connection:
+        channel = connection.default_channel
+        declares(channel, stream)
+        channel.basic_qos(0, 5, False)
+        queue = Queue(stream, no_declare=True)
+        with connection.Consumer([queue], on_message=got.append, auto_declare=False):
+            publish(amqp_url, stream, 20)
+            while len(got) < 20:
+                connection.drain_events(timeout=SOON)
+                getattr(got[-1], how)()
+        channel.queue_declare(stream, passive=True)
+        assert connection.connection.connected
+    assert [message.payload for message in got] == list(range(20))
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_a_copy_of_a_streams_message_in_a_queue_goes_back_to_it(amqp_url, queue_name, kind):
+    """It tells of an offset, too; an ack in the place of a requeue would lose it."""
+    declare(amqp_url, queue_name, x_queue_type=kind)
+    got: list[Any] = []
+    with green_connection(amqp_url) as connection:
+        producer = connection.Producer()
+        for number in range(3):
+            headers = {"x-stream-offset": number}
+            producer.publish(number, routing_key=queue_name, headers=headers)
+        queue = Queue(queue_name, no_declare=True)
+        with connection.Consumer([queue], on_message=got.append, prefetch_count=3):
+            while len(got) < 6:
+                connection.drain_events(timeout=SOON)
+                got[-1].requeue() if len(got) <= 3 else got[-1].ack()
+    assert sorted(message.payload for message in got) == [0, 0, 1, 1, 2, 2]
+
+
+class Stranger(Recorder):
+    """Reads a stream without saying so; fails on what is `bad`."""
+
+    def __init__(self, broker: Any, name: str, **attributes: Any) -> None:
+        super().__init__(broker, Queue(name, no_declare=True), self.read)
+        self.options = ConsumerOptions(**attributes)
+
+    def read(self, body: Any, _message: Any) -> None:
+        if body == "bad":
+            raise LookupError("no such hat")
+
+
+@pytest.mark.parametrize("policy", [Requeue(), Retry(delays=[0.1])], ids=["requeue", "retry"])
+def test_what_fails_of_a_stream_declared_elsewhere_is_kept_beside_it(amqp_url, stream, policy):
+    reader = Stranger(amqp_url, stream, on_error={LookupError: policy})
+    with observed(LinkDown) as lost, observed(HandlerFailed) as failures, consuming(reader):
+        publish(amqp_url, stream, ["a", "bad", "b"])
+        wait_until(lambda: failures and {"a", "b"} <= set(reader.bodies), SOON)
+    assert lost == []
+    assert queue_depth(amqp_url, f"{stream}.dead") == 1
+
+
+def test_a_reader_of_a_stream_declared_elsewhere_goes_on_behind_what_it_has_settled(
+    rabbitmq, amqp_url, stream
+):
+    reader = Stranger(amqp_url, stream)
+    with observed(LinkDown) as lost, consuming(reader):
+        publish(amqp_url, stream, range(10))
+        reader.wait_for(10)
+        for start in (10, 20):
+            rabbitmq.close_connections(amqp_url)
+            publish(amqp_url, stream, range(start, start + 10))
+            reader.wait_for(start + 10)
+        wait_until(lambda: len(lost) == 2, SOON)
+    assert sorted(reader.bodies) == list(range(30))
+
+
+def test_a_stream_declared_elsewhere_gets_the_prefetch_that_it_wants(amqp_url, stream):
+    reader = Stranger(amqp_url, stream)
+    reader.consumer_options = {}
+    with observed(LinkDown) as lost, consuming(reader):
+        publish(amqp_url, stream, range(10))
+        reader.wait_for(10)
+    assert lost == []
