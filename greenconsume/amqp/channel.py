@@ -16,7 +16,6 @@ from amqp.exceptions import RecoverableConnectionError
 from kombu.transport import base, pyamqp
 from vine import promise
 
-from greenconsume.amqp import stream_probe
 from greenconsume.amqp.calls import Life
 from greenconsume.amqp.channel_core import ChannelCore, ChannelOwner, Handlers
 from greenconsume.amqp.channel_publisher import ChannelPublisher
@@ -26,6 +25,7 @@ from greenconsume.amqp.fields import write_arguments
 from greenconsume.amqp.frames import Sig
 from greenconsume.amqp.ledger import ACK, REJECT, REQUEUE
 from greenconsume.amqp.message import Message, message_of, taker_of
+from greenconsume.amqp.stream_probe import is_stream as probe
 from greenconsume.stopping import Deadline
 
 _Table = dict[str, Any]
@@ -271,7 +271,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         can_pause = not (is_bounded or exclusive) and queue in known.lasting
         is_stream = "x-stream-offset" in (arguments or {}) or queue in known.streams
         is_known = is_stream or no_ack or queue in known.lasting
-        ask = None if is_known else partial(stream_probe.is_stream, self._session, queue)
+        ask = None if is_known else partial(probe, self._session, queue)
 
         def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
@@ -279,14 +279,12 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             consumer = ChannelConsumer(taker, no_ack, on_cancel, args, is_stream, ask)
             self.deliveries.start(tag, consumer)
 
-        def undo(_sig: object, tag: str) -> None:
-            self.deliveries.undo_consume(tag, no_ack)
-
         args = (0, queue, consumer_tag, no_local, no_ack, exclusive, nowait, arguments)
         self.send_method(spec.Basic.Consume, argsig, args)
         if nowait:
             register(None, consumer_tag)
             return consumer_tag
+        undo = partial(self.deliveries.undo_consume, no_ack=no_ack)
         return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=undo))
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:

@@ -189,8 +189,8 @@ class Deliveries:
         self._calls.expect(spec.Basic.QosOk, _ignore)
         self._calls.write(spec.Basic.Qos, dumps("lBb", (0, count, for_all)))
 
-    def undo_consume(self, consumer_tag: str, no_ack: bool) -> None:
-        """End a consumer that was started for a caller who has given up."""
+    def undo_consume(self, _sig: object, consumer_tag: str, no_ack: bool) -> None:
+        """End a consumer that was started, as this reply says, for a caller who has given up."""
         if no_ack:
             self.consumers.keep_settled(consumer_tag)  # what still comes is settled already
         self.stop(consumer_tag)
