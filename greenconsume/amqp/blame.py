@@ -27,8 +27,10 @@ _NOT_IMPLEMENTED = 540
 _NO_ACCUSATIONS = (amqp.ConnectionForced, amqp.ConsumerCancelled)
 
 
-class LinkLostError(amqp.RecoverableConnectionError):  # type: ignore[misc]  # amqp is untyped
+class LinkLostError(amqp.RecoverableConnectionError, ConnectionError):  # type: ignore[misc]  # amqp is untyped
     """The link that was used is gone; `__cause__` says why. Its deliveries went back to the broker.
+
+    It is an `OSError`, too, as what py-amqp raises of a dead socket: many programs catch nothing else.
 
     Attributes:
         is_suspect: The broker closed it, and who is told this may have done what it did so for.

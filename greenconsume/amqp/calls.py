@@ -71,6 +71,11 @@ class Calls:
         return self.life is Life.CLOSING or self.life is Life.CLOSED
 
     @property
+    def is_over(self) -> bool:
+        """True if it was closed from here, or its link is lost: nothing is left to be stopped."""
+        return self.is_closing or self.link.failure is not None
+
+    @property
     def is_lost(self) -> bool:
         """True if it cannot be used any more; one that the broker closed opens itself again."""
         return self.life is Life.CLOSED or self.link.failure is not None

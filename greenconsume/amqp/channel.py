@@ -289,8 +289,8 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
         """Stop a consumer: what it was sent and has not started goes back to the queue at once."""
-        if self.is_closing or self.deliveries.consumers.was_announced(consumer_tag):
-            return None
+        if self._calls.is_over or self.deliveries.consumers.was_announced(consumer_tag):
+            return None  # the broker has stopped it
         self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
         self.deliveries.stop(consumer_tag)
         return None if nowait else self.wait(spec.Basic.CancelOk)

@@ -386,6 +386,19 @@ def test_cancelling_one_consumer_leaves_its_neighbour_on_the_channel(connect, pe
     wait_until(lambda: settles(peer) == {(1, 1, "requeue"): 1, (1, 3, "requeue"): 1})
 
 
+def test_cancelling_over_a_lost_link_does_nothing(connect, peer):
+    """Nameko's proxy, for one, expects no error of it but `OSError`, and begins anew."""
+    connection = connect(peer)
+    channel, session = connection.channel(), connection.connection
+    channel.basic_consume("q", consumer_tag=TAG, callback=print)
+    peer.hang_up()
+    wait_until(lambda: not session.connected)
+    assert channel.basic_cancel(TAG) is None
+    with pytest.raises(OSError, match="is gone") as caught:
+        connection.drain_events(timeout=1)
+    assert isinstance(caught.value, amqp.RecoverableConnectionError)
+
+
 def test_cancelling_on_a_closed_channel_does_nothing(connect, peer):
     channel = connect(peer).channel()
     channel.close()
