@@ -270,7 +270,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         known = self._calls.link.declared
         can_pause = not (is_bounded or exclusive) and queue in known.lasting
         is_stream = "x-stream-offset" in (arguments or {}) or queue in known.streams
-        is_known = is_stream or no_ack or queue in known.lasting
+        is_known = is_stream or not is_bounded or queue in known.lasting
         ask = None if is_known else partial(probe, self._session, queue)
 
         def register(_sig: object, tag: str) -> None:

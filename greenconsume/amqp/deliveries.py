@@ -97,7 +97,14 @@ class Deliveries:
 
     def _ask(self, tag: str, consumer: ChannelConsumer) -> None:
         epoch = self.epoch
-        is_stream = consumer.ask is not None and consumer.ask()
+        try:
+            is_stream = consumer.ask is not None and consumer.ask()
+        except (
+            Exception
+        ) as exc:  # a stop or a lost link, too: what is held is the broker's as it closes
+            if epoch == self.epoch:
+                self.put_error(exc)
+            return
         held = consumer.learn(is_stream)
         if epoch != self.epoch:
             return  # the broker's again

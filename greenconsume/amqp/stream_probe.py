@@ -23,7 +23,10 @@ class OpensChannels(Protocol):
 
 
 def is_stream(session: OpensChannels, queue: str) -> bool:
-    """Return whether a queue that somebody consumes from is a stream; True where the broker does not say.
+    """Return whether a queue that somebody consumes from is a stream.
+
+    Raises:
+        Exception: There is no answer, as to any call: the link is lost, or it takes too long.
 
     Switches: yes, for `call_timeout` at the most.
     """
@@ -35,6 +38,6 @@ def is_stream(session: OpensChannels, queue: str) -> bool:
             )
     except amqp.PreconditionFailed as exc:
         return "current is 'stream'" in str(exc)
-    except (amqp.AMQPError, OSError):  # it may not declare, or the link is lost
+    except amqp.AccessRefused:  # who may not declare has the message's word alone
         return True
     return False
