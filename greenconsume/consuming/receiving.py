@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kombu import Connection
 
+from greenconsume.amqp.blame import LinkLostError
 from greenconsume.errors import StoppedError
 from greenconsume.links.session import session_of
 from greenconsume.stopping import Deadline, StopSignal
@@ -73,8 +74,10 @@ def receive(
                 conn.heartbeat_check()
             if idle.expired:
                 raise
-        except (OSError, StoppedError):
-            if not stopping():  # else an orderly end: `on_consume_end` is yet to be called
+        except (OSError, StoppedError) as exc:
+            # An orderly end where it stops: `on_consume_end` is yet to be called. But a lost link took what
+            # was gathered along: it comes again.
+            if isinstance(exc, LinkLostError) or not stopping():
                 raise
         else:
             received += 1
