@@ -120,6 +120,17 @@ class ProcessArbiter(Arbiter):  # type: ignore[misc]  # gunicorn is untyped
         self._watchdog_due = 0.0
         self._repeat_due = math.inf
 
+    def start(self) -> None:
+        """Write the pid file, which is all that can fail here.
+
+        Raises:
+            SystemExit: It cannot be written, or is that of another arbiter; in one line.
+        """
+        try:
+            super().start()
+        except (RuntimeError, OSError) as exc:
+            raise SystemExit(f"greenconsume: --pid-file cannot be used: {exc}") from None
+
     def spawn_worker(self) -> Any:
         """Start a process, and remember when. Returns in the arbiter alone."""
         pid = super().spawn_worker()

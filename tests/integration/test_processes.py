@@ -209,6 +209,13 @@ def test_usr2_is_refused_and_a_pid_file_is_written(tmp_path, run):
     processes.wait_end()
 
 
+def test_a_pid_file_that_cannot_be_written_is_told_in_one_line(tmp_path, run):
+    processes = run("--processes", "1", "--pid-file", str(tmp_path / "no" / "pid"), consuming=0)
+    assert processes.process.wait(60) == 1
+    assert "greenconsume: --pid-file cannot be used: " in processes.log
+    assert "Traceback" not in processes.log
+
+
 def test_a_change_of_the_code_starts_it_anew(tmp_path, amqp_url, queue_name):
     """What is broken meanwhile is waited for."""
     folder = tmp_path / "project"
