@@ -1,15 +1,18 @@
 """Owns what is entered around a message: callables that take it and return a context manager.
 
-One meaning for handlers, batches and publications. Called by `handling` and `publishing`.
+One meaning for handlers, batches and publications. What a plain `kombu.Producer` publishes over a green
+transport is such a publication where somebody chose that (`around_producers`). Called by `handling`,
+`publishing` and the channels of the green transports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-#: Takes the message, the `Batch` or the `Publication`, and returns what is entered around it.
+#: Takes the message, the `Batch` or the publication, and returns what is entered around it.
 Around = Callable[[Any], AbstractContextManager[object]]
 
 
@@ -20,3 +23,60 @@ def entered(around: Sequence[Around], subject: object) -> Iterator[None]:
         for make in around:
             stack.enter_context(make(subject))
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPublication:
+    """A message of a plain `kombu.Producer`, as what is entered around it sees it: a `Publication`'s address.
+
+    Attributes:
+        exchange: The name of its exchange.
+        routing_key: Its routing key.
+        message_id: Its `message_id` property, or an empty one.
+        headers: Its headers, which may be added to; never the caller's own.
+    """
+
+    exchange: str
+    routing_key: str
+    message_id: str
+    headers: dict[str, Any]
+
+
+class Producers:
+    """What is entered around each message of the plain producers of this process.
+
+    Attributes:
+        around: As `Publisher` has it; empty, where nobody chose any.
+    """
+
+    def __init__(self) -> None:
+        self.around: tuple[Around, ...] = ()
+
+    def add(self, around: Sequence[Around]) -> Callable[[], None]:
+        """Enter `around`, too, from now on; return what takes it away."""
+        mine = tuple(around)
+        self.around += mine
+
+        def remove() -> None:
+            self.around = tuple(each for each in self.around if each not in mine)
+
+        return remove
+
+
+#: Asked by the green channels, for each message that is published by their `basic_publish`.
+plain_producers = Producers()
+
+
+def around_producers(around: Sequence[Around]) -> Callable[[], None]:
+    """Enter `around` around each message that a plain `kombu.Producer` publishes over a green transport.
+
+    For the whole process, from now on, the first outermost. What this package publishes is none of these:
+    neither a `Publisher`'s messages, nor copies of failed ones, which keep the headers that they came with.
+
+    Args:
+        around: Callables that take a `PlainPublication` and return a context manager.
+
+    Returns:
+        What ends it.
+    """
+    return plain_producers.add(around)

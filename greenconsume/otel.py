@@ -7,7 +7,7 @@ its dead letter and its replay. It must never fail a message. Called by users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -17,6 +17,7 @@ from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
+from greenconsume.around import PlainPublication, around_producers
 from greenconsume.errors import Shutdown
 from greenconsume.handling.batches import Batch
 from greenconsume.handling.wrapping import current_handler
@@ -98,15 +99,16 @@ class Tracing:
                 self._process_seconds.record(perf_counter() - began, measured)
 
     @contextmanager
-    def send(self, publication: Publication) -> Iterator[None]:
+    def send(self, publication: Publication | PlainPublication) -> Iterator[None]:
         """Enter a span around a publication, with its context in the headers: for a publisher's `around`."""
         address = (publication.exchange, publication.routing_key)
         destination = _destination(*address)
         attributes = self._common("send") | {
             "messaging.destination.name": destination,
             "messaging.rabbitmq.destination.routing_key": publication.routing_key,
-            "messaging.message.id": publication.message_id,
         }
+        if publication.message_id:
+            attributes["messaging.message.id"] = publication.message_id
         measured = _measured(attributes, publication.exchange or publication.routing_key)
         began = perf_counter()
         with self._tracer.start_as_current_span(
@@ -126,9 +128,20 @@ class Tracing:
                 self._sent.add(1, measured)
                 self._send_seconds.record(perf_counter() - began, measured)
 
+    def around_producers(self) -> Callable[[], None]:
+        """Enter `send` around each message that a plain `kombu.Producer` publishes over a green transport.
+
+        For the whole process, from now on. A `Publisher` says its own `around`; copies of failed messages
+        keep their context.
+
+        Returns:
+            What ends it.
+        """
+        return around_producers([self.send])
+
     @staticmethod
     def headers(headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return headers with the present context in them, for a plain `kombu.Producer`."""
+        """Return headers with the present context in them, for what `around_producers` does not reach."""
         carrier = dict(headers or {})
         propagate.inject(carrier)
         return carrier

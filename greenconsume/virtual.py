@@ -13,6 +13,8 @@ from typing import Any
 from kombu.transport import virtual
 from kombu.transport.base import StdChannel
 
+from greenconsume.around import PlainPublication, entered, plain_producers
+
 _channel_ids = count(1)
 
 
@@ -46,6 +48,39 @@ class Unsettled(virtual.QoS):  # type: ignore[misc]  # kombu is untyped
 def next_channel_id() -> int:
     """Return a number that no other channel of this process has; kombu looks for a gap among all of them."""
     return next(_channel_ids)
+
+
+def publish_plain(
+    publish: Callable[..., object],
+    message: dict[str, Any],
+    exchange: str = "",
+    routing_key: str = "",
+    **options: object,
+) -> None:
+    """Publish for a plain `kombu.Producer`, within what was chosen to be entered around these.
+
+    Args:
+        publish: Publishes it, with the same arguments.
+        message: As `prepare_message` returned it. Gets headers of its own, if something may add to them.
+        exchange: The name of its exchange.
+        routing_key: Its routing key.
+        **options: Whatever else `publish` is given.
+    """
+    if not plain_producers.around:
+        publish(message, exchange=exchange, routing_key=routing_key, **options)
+        return
+    headers = dict(message.get("headers") or {})
+    known = str((message.get("properties") or {}).get("message_id") or "")
+    publication = PlainPublication(exchange or "", routing_key or "", known, headers)
+    with entered(plain_producers.around, publication):
+        message = {**message, "headers": headers}
+        publish(message, exchange=exchange, routing_key=routing_key, **options)
+
+
+def publish_as_is(channel: Any, message: Any, **address: object) -> None:
+    """Publish what is no plain producer's, on any channel of kombu's virtual kind. Switches: as that does."""
+    publish = getattr(channel, "publish_as_is", None) or channel.basic_publish
+    publish(message, **address)
 
 
 def close_all(closes: Iterable[Callable[[], object]]) -> None:

@@ -19,7 +19,6 @@ from vine import promise
 from greenconsume.amqp.calls import Life
 from greenconsume.amqp.channel_core import ChannelCore, ChannelOwner, Handlers
 from greenconsume.amqp.channel_publisher import ChannelPublisher
-from greenconsume.amqp.confirms import Confirm
 from greenconsume.amqp.consumers import ChannelConsumer
 from greenconsume.amqp.fields import write_arguments
 from greenconsume.amqp.frames import Sig
@@ -373,11 +372,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             confirmed: Wait for its confirm, as `basic_publish_confirm` does.
         """
         address = exchange, routing_key, mandatory, immediate
-        if confirmed:
-            confirm = Confirm(msg, *address)
-            self.publisher.publish_confirmed(confirm, timeout, confirm_timeout or timeout)
-        else:
-            self.publisher.publish(msg, address, timeout)
+        self.publisher.publish_plain(msg, address, timeout, confirmed, confirm_timeout or timeout)
 
     basic_publish = _basic_publish
 

@@ -18,6 +18,7 @@ from greenconsume.amqp.confirms import Confirm, Confirms
 from greenconsume.amqp.deliveries import Deliveries
 from greenconsume.amqp.frames import Address, encode_publish
 from greenconsume.amqp.waits import Waits
+from greenconsume.around import PlainPublication, entered, plain_producers
 from greenconsume.stopping import Deadline, StopSignal
 
 
@@ -54,6 +55,46 @@ class ChannelPublisher:
     def wait_publishable(self, deadline: Deadline, stop: StopSignal | None = None) -> None:
         """Wait while the broker blocks publishers, or too much is unsent; see `Link.wait_publishable`."""
         self._calls.link.wait_publishable(deadline, stop, self._calls.channel_id)
+
+    def publish_plain(
+        self,
+        message: amqp.Message,
+        address: Address,
+        timeout: float | None,
+        confirmed: bool,
+        confirm_timeout: float | None,
+    ) -> None:
+        """Publish for a plain `kombu.Producer`, within what was chosen to be entered around these.
+
+        Args:
+            message: Gets headers of its own, if something may add to them.
+            address: Where it goes.
+            timeout: As for `publish_confirmed`.
+            confirmed: Wait for its confirm.
+            confirm_timeout: As for `publish_confirmed`.
+        """
+        if not plain_producers.around:
+            self._publish_either(message, address, timeout, confirmed, confirm_timeout)
+            return
+        properties = message.properties
+        headers = dict(properties.get("application_headers") or {})
+        known = str(properties.get("message_id") or "")
+        with entered(plain_producers.around, PlainPublication(*address[:2], known, headers)):
+            properties["application_headers"] = headers
+            self._publish_either(message, address, timeout, confirmed, confirm_timeout)
+
+    def _publish_either(
+        self,
+        message: amqp.Message,
+        address: Address,
+        timeout: float | None,
+        confirmed: bool,
+        confirm_timeout: float | None,
+    ) -> None:
+        if confirmed:
+            self.publish_confirmed(Confirm(message, *address), timeout, confirm_timeout)
+        else:
+            self.publish(message, address, timeout)
 
     def publish(self, message: amqp.Message, address: Address, timeout: float | None) -> None:
         """Publish without waiting for a confirm; see `Channel.basic_publish`."""

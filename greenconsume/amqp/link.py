@@ -105,7 +105,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._unsent = Event()
         self._opened, self._closed, self.over = Event(), Event(), Event()
         self.last_read = self.last_write = monotonic()
-        _links.add(self)
+        all_links.add(self)
 
     # -- the life of a link -------------------------------------------------------------------
 
@@ -393,11 +393,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.fail(ForkedError("a broker link"))
 
 
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
+all_links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
 def _leave_links_to_parent() -> None:
-    for link in list(_links):
+    for link in list(all_links):
         link.on_fork()
 
 

@@ -24,10 +24,12 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _STYLES = {"consuming": "green", "running": "green", "failed": "red", "stopped": "dim"}
 
 
-def watch(statuses: Callable[[], list[dict[str, Any]]], every: float) -> None:
-    """Show the processes again and again, until Ctrl-C."""
+def watch(
+    statuses: Callable[[], list[dict[str, Any]]], every: float, console: Console | None = None
+) -> None:
+    """Show the processes again and again, until Ctrl-C; by default on the terminal."""
     screen = Screen()
-    console = Console()
+    console = console or Console()
     with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         try:
             while True:

@@ -24,6 +24,7 @@ from greenconsume.failures.message_copy import Copy, copy_of
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import StopSignal
+from greenconsume.virtual import publish_as_is
 
 #: Seconds that a replayed message is waited for, however long the broker blocks its publishers.
 _PATIENCE = 1440.0
@@ -214,7 +215,7 @@ class DeadLetters:
                 raise GreenconsumeError(f"there is no queue {letter.queue!r} to replay to")
         else:
             message = copy.to_virtual(self._channel)
-            self._channel.basic_publish(message, exchange="", routing_key=letter.queue)
+            publish_as_is(self._channel, message, exchange="", routing_key=letter.queue)
         self.remove(letter)
 
     def remove(self, letter: DeadLetter) -> None:

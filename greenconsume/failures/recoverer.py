@@ -30,6 +30,7 @@ from greenconsume.failures.retry_queues import (
 from greenconsume.failures.streams import is_stream
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
+from greenconsume.virtual import publish_as_is
 
 #: The part of the settle deadline that a copy is waited for: then the broker has the message back.
 _PATIENCE = 0.8
@@ -317,7 +318,7 @@ class Recoverer:
         if self._connection is None:
             copy.put_aside(None)
             channel = message.channel
-            channel.basic_publish(copy.to_virtual(channel), exchange="", routing_key=target)
+            publish_as_is(channel, copy.to_virtual(channel), exchange="", routing_key=target)
             return
         session: Session = message.channel.connection
         copy.shorten_to(session.link.frame_max or 131072)

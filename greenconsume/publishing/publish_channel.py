@@ -19,6 +19,7 @@ from greenconsume.amqp.confirms import Confirm
 from greenconsume.amqp.transport import LinkLostError, Session
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import Deadline, StopSignal
+from greenconsume.virtual import publish_as_is
 
 
 class PlainChannel:
@@ -42,7 +43,8 @@ class PlainChannel:
     def publish_confirm(self, confirm: Confirm) -> None:
         """Publish, and confirm. Switches: as the transport does."""
         try:
-            self._channel.basic_publish(
+            publish_as_is(
+                self._channel,
                 self._channel.prepare_message(*confirm.message),
                 exchange=confirm.exchange,
                 routing_key=confirm.routing_key,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from kombu import Connection
 from kombu.utils.json import dumps
@@ -28,6 +28,7 @@ from greenconsume.redis.subscription import Subscription
 from greenconsume.redis.take import Delivery
 from greenconsume.redis.topology import Payload, Topology, TopologySession, TopologyTransport
 from greenconsume.stopping import Deadline
+from greenconsume.virtual import publish_plain
 
 #: How many messages a channel without a prefetch has waiting.
 WINDOW = 16
@@ -105,6 +106,16 @@ class Channel(Topology):
         self._feed: Feed | None = None
         self._takes = False
         self.ledger.consuming.add(self)
+
+    # -- publishing ---------------------------------------------------------------------------------
+
+    def basic_publish(self, message: Payload, *args: Any, **kwargs: Any) -> None:
+        """Put a message into every queue that it is routed to. Switches: until the server has it."""
+        publish_plain(self.publish_as_is, message, *args, **kwargs)
+
+    def publish_as_is(self, message: Payload, *args: object, **kwargs: object) -> None:
+        """Publish as `basic_publish`, whatever is entered around a producer's messages."""
+        super().basic_publish(message, *args, **kwargs)
 
     # -- consuming ----------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ class Link(Calls):
         self._has_unsent, self._dead, self._quiet = Event(), Event(), Event()
         self._opened = False
         self._last_read = monotonic()
-        _links.add(self)
+        all_links.add(self)
 
     # -- the life of a link -------------------------------------------------------------------------
 
@@ -385,11 +385,12 @@ def _is_subscribers(reply: Any) -> bool:
     return type(reply) is list and bool(reply) and reply[0] in _TO_SUBSCRIBERS
 
 
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
+#: Every link of this process that somebody still holds; some have ended.
+all_links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
 def _leave_links_to_parent() -> None:
-    for link in list(_links):
+    for link in list(all_links):
         link.on_fork()
 
 

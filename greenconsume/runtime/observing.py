@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, RunningHandler
+from greenconsume.amqp.link import all_links as amqp_links
 from greenconsume.consuming.engine import Engine, ensure_engine
 from greenconsume.events import ConsumerState
 from greenconsume.handling.jobs import Job
@@ -18,6 +19,7 @@ from greenconsume.links.dialer import Dialer
 from greenconsume.links.holding import Holding
 from greenconsume.links.pool import LinkPool
 from greenconsume.logs import redact
+from greenconsume.redis.link import all_links as redis_links
 from greenconsume.runtime.child import Child
 
 #: Handlers of one consumer that its status holds; all of them are asked for by its name.
@@ -67,21 +69,34 @@ def handlers_of(child: Child, now: float) -> tuple[RunningHandler, ...]:
 
 
 def links_of(pools: Iterable[LinkPool]) -> tuple[LinkStatus, ...]:
-    """Return the links of some pools."""
+    """Return the links of some pools, and after them those that plain connections have by themselves."""
     now = monotonic()
-    return tuple(_link_of(dialer, now) for pool in pools for dialer in pool.dialers)
+    dialers = [dialer for pool in pools for dialer in pool.dialers]
+    pooled = {id(dialer.link) for dialer in dialers}
+    single: list[Any] = [*amqp_links, *redis_links]
+    return (
+        *(_place_of(dialer, now) for dialer in dialers),
+        *(
+            _link_of(link, 0, now)
+            for link in single
+            if link.connected and not link.is_closing and id(link) not in pooled
+        ),
+    )
 
 
-def _link_of(dialer: Dialer, now: float) -> LinkStatus:
-    uri, link = redact(dialer.uri), dialer.link
-    if link is None or not dialer.is_live:
-        return LinkStatus(uri, up=False, reconnects=dialer.reconnect_count)
+def _place_of(dialer: Dialer, now: float) -> LinkStatus:
+    if dialer.link is None or not dialer.is_live:
+        return LinkStatus(redact(dialer.uri), up=False, reconnects=dialer.reconnect_count)
+    return _link_of(dialer.link, dialer.reconnect_count, now)
+
+
+def _link_of(link: Any, reconnects: int, now: float) -> LinkStatus:
     return LinkStatus(
-        uri,
+        redact(link.uri),
         up=True,
         blocked=link.blocked,
         sessions=len(link.sessions),
-        reconnects=dialer.reconnect_count,
+        reconnects=reconnects,
         silent=now - link.last_read,
         heartbeat=link.heartbeat,
     )

@@ -38,7 +38,7 @@ from greenconsume.stopping import Deadline, StopSignal, wait
 from greenconsume.transports import memory_queues as queues
 from greenconsume.transports.memory_queues import Payload, Queue, Subscription
 from greenconsume.transports.memory_unsettled import UnsettledMessages
-from greenconsume.virtual import close_all, next_channel_id
+from greenconsume.virtual import close_all, next_channel_id, publish_plain
 
 
 class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
@@ -67,8 +67,12 @@ class Channel(kombu_memory.Channel):  # type: ignore[misc]  # kombu is untyped
         self.state.queue_bindings_delete(queue)
         self.queues.pop(queue, None)
 
-    def basic_publish(self, message: Payload, *args: object, **kwargs: object) -> None:
+    def basic_publish(self, message: Payload, *args: Any, **kwargs: Any) -> None:
         """Put a message into every queue that it is routed to; each wakes one consumer."""
+        publish_plain(self.publish_as_is, message, *args, **kwargs)
+
+    def publish_as_is(self, message: Payload, *args: object, **kwargs: object) -> None:
+        """Publish as `basic_publish`, whatever is entered around a producer's messages."""
         self._require_open()
         own = {name: queues.copied(message.get(name) or {}) for name in ("headers", "properties")}
         super().basic_publish({**message, **own}, *args, **kwargs)

@@ -6,7 +6,7 @@ import json
 
 import gevent
 import pytest
-from kombu import Queue
+from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Runtime
 from greenconsume.admin.status import to_json
@@ -64,3 +64,18 @@ def test_a_consumer_shows_what_it_holds(url, queue_name):
         ]
         assert published.outcomes["confirmed"] >= 6
         assert "guest:guest" not in published.uri
+
+
+@pytest.mark.parametrize("broker", ["amqp_url", "redis_url"])
+def test_a_link_that_a_plain_connection_has_by_itself_is_shown_while_it_is_open(broker, request):
+    url = request.getfixturevalue(broker)
+    control = Runtime(url).control
+    with Connection(url) as connection:
+        uri = connection.as_uri()
+        seen = lambda: [each for each in control.status().links if each.uri == uri]  # noqa: E731
+        before = len(seen())
+        connection.connect()
+        assert len(seen()) == before + 1
+        assert seen()[-1].up
+        assert seen()[-1].sessions == 1
+    wait_until(lambda: len(seen()) == before)

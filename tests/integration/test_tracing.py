@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flask
 import pytest
+from amqp.exceptions import ChannelError
 from kombu import Connection, Producer, Queue
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -52,6 +53,10 @@ def tracing(provider, reader):
 
 @pytest.fixture
 def run(amqp_url, queue_name):
+    yield from runner(amqp_url, queue_name)
+
+
+def runner(url, queue_name):
     runtimes = []
 
     def start(work, around, **options):
@@ -63,7 +68,7 @@ def run(amqp_url, queue_name):
                 return [Consumer([Queue(queue_name)], callbacks=[work])]
 
         Orders.options = ConsumerOptions(**{"on_error": Reject(), **options})
-        runtime = Runtime(amqp_url, around=around)
+        runtime = Runtime(url, around=around)
         runtime.spawn(Orders)
         runtime.start()
         runtimes.append(runtime)
@@ -151,7 +156,7 @@ def test_a_batch_links_all_its_messages(run, amqp_url, queue_name, spans, tracin
     with Publisher(amqp_url, routing_key=queue_name, around=[trace.send]) as publisher:
         for number in range(3):
             publisher.publish(number)
-    wait_until(lambda: tally.ok == 1)
+    wait_until(lambda: tally.ok == 3)
     (handled,) = of_kind(spans, SpanKind.CONSUMER)
     sent = {span.context.span_id for span in of_kind(spans, SpanKind.PRODUCER)}
     assert {link.context.span_id for link in handled.links} == sent
@@ -170,6 +175,91 @@ def test_a_plain_kombu_producer_takes_the_context_along_by_choice(
     wait_until(lambda: tally.ok == 1)
     (handled,) = of_kind(spans, SpanKind.CONSUMER)
     assert handled.parent.span_id == web.get_span_context().span_id
+
+
+@pytest.fixture(params=["amqp", "redis", "memory"])
+def url(request):
+    if request.param == "memory":
+        return "memory://"
+    return request.getfixturevalue(f"{request.param}_url")
+
+
+@pytest.fixture
+def run_at(url, queue_name):
+    yield from runner(url, queue_name)
+
+
+@pytest.fixture
+def around_producers(tracing):
+    trace = tracing(parent=True)
+    end = trace.around_producers()
+    yield trace
+    end()
+
+
+def test_one_trace_from_a_plain_producer_to_the_replay_of_its_dead_letter(
+    run_at, url, queue_name, spans, provider, around_producers
+):
+    mended = []
+
+    def work(body, message):
+        assert message.headers["tenant"] == "acme"
+        if not mended:
+            raise ConnectionError("the bank is away")
+        message.ack()
+
+    app, own = flask.Flask(__name__), {"tenant": "acme"}
+
+    @app.post("/orders")
+    def order():
+        with provider.get_tracer("web").start_as_current_span("POST /orders"):
+            with Connection(url) as connection:
+                Producer(connection).publish({"order": 7}, routing_key=queue_name, headers=own)
+        return "ok"
+
+    tally = run_at(work, [around_producers.process], on_error=Retry(delays=[0.05, 0.05]))
+    assert app.test_client().post("/orders").status_code == 200
+    wait_until(lambda: tally.dead_letters == 1)
+    mended.append(True)
+    with DeadLetters(url, f"{queue_name}.dead") as letters:
+        for letter in letters:
+            letters.replay(letter)
+    wait_until(lambda: tally.ok == 1)
+    (web,) = of_kind(spans, SpanKind.INTERNAL)
+    (sent,) = of_kind(spans, SpanKind.PRODUCER)  # no copy is one
+    handled = of_kind(spans, SpanKind.CONSUMER)
+    assert len(handled) == 4
+    assert sent.parent.span_id == web.context.span_id
+    assert {span.parent.span_id for span in handled} == {sent.context.span_id}
+    assert {span.context.trace_id for span in spans.get_finished_spans()} == {web.context.trace_id}
+    assert own == {"tenant": "acme"}
+
+
+def test_a_plain_producer_is_traced_by_choice_alone(url, queue_name, spans, tracing):
+    def publish():
+        with Connection(url) as connection, connection.SimpleQueue(queue_name) as queue:
+            queue.put(1)
+            message = queue.get(timeout=30)
+            message.ack()
+            return message.headers
+
+    assert "traceparent" not in publish()
+    end = tracing().around_producers()
+    assert "traceparent" in publish()
+    end()
+    assert "traceparent" not in publish()
+    (sent,) = spans.get_finished_spans()
+    assert sent.kind is SpanKind.PRODUCER
+
+
+def test_a_confirmed_publish_of_a_plain_producer_is_traced_with_its_failure(
+    amqp_url, spans, around_producers
+):
+    with Connection(amqp_url, transport_options={"confirm_publish": True}) as connection:
+        with pytest.raises(ChannelError):
+            Producer(connection).publish(1, routing_key="nowhere", mandatory=True)
+    (sent,) = spans.get_finished_spans()
+    assert sent.status.status_code is StatusCode.ERROR
 
 
 def test_a_timeout_is_an_error_and_a_drain_is_none(run, amqp_url, queue_name, spans, tracing):

@@ -178,3 +178,32 @@ def test_one_address_is_not_for_several_processes(say, tmp_path, monkeypatch):
 def test_a_process_is_known_by_its_target(runtime, say):
     runtime.title = "shop:runtime"
     assert say("status")[1].startswith("shop:runtime (pid")
+
+
+def test_top_goes_on_while_a_process_is_away_and_shows_the_one_that_comes_back():
+    import click
+    from rich.console import Console
+
+    from greenconsume.admin.status import to_json
+    from tests.unit.admin.fakes import consumer, process
+
+    def told(name, pid):
+        reasons = {"live": (), "ready": (), "stalled": ()}
+        shown = json.loads(to_json(process(consumer(name)), health=reasons))
+        return [{**shown, "pid": pid}]
+
+    away = click.ClickException("no process is found")
+    looks = iter([told("Orders-1", 11), away, away, told("Bills-1", 12), KeyboardInterrupt()])
+
+    def statuses():
+        found = next(looks)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    out = io.StringIO()
+    top.watch(statuses, 0.0, Console(width=160, height=30, file=out, force_terminal=True))
+    assert next(looks, None) is None
+    text = out.getvalue()
+    first, gone, second = (text.index(each) for each in ("Orders-1", "no process", "Bills-1"))
+    assert first < gone < second

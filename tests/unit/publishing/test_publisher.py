@@ -905,14 +905,14 @@ def test_without_confirms_a_message_is_published_when_the_transport_has_it(
 
 def test_without_confirms_a_lost_connection_is_made_again(publish_to, memory_broker, monkeypatch):
     failing = [RecoverableConnectionError("gone"), RecoverableConnectionError("gone")]
-    publish = memory.Channel.basic_publish
+    publish = memory.Channel.publish_as_is
 
     def fail_first(channel, message, **options):
         if failing:
             raise failing.pop()
         return publish(channel, message, **options)
 
-    monkeypatch.setattr(memory.Channel, "basic_publish", fail_first)
+    monkeypatch.setattr(memory.Channel, "publish_as_is", fail_first)
     monkeypatch.setattr("greenconsume.links.backoff.FIRST_DELAY", 0.01)
     publisher = publish_to(memory_broker)
     publisher.publish(1, "q", declare=[Queue("q")])
@@ -924,14 +924,14 @@ def test_without_confirms_a_lost_connection_is_made_again(publish_to, memory_bro
 
 def test_without_confirms_an_error_is_that_of_the_message(publish_to, memory_broker, monkeypatch):
     failing = [ChannelError("refused"), LookupError("a bug")]
-    publish = memory.Channel.basic_publish
+    publish = memory.Channel.publish_as_is
 
     def fail_first(channel, message, **options):
         if failing:
             raise failing.pop(0)
         return publish(channel, message, **options)
 
-    monkeypatch.setattr(memory.Channel, "basic_publish", fail_first)
+    monkeypatch.setattr(memory.Channel, "publish_as_is", fail_first)
     publisher = publish_to(memory_broker)
     with pytest.raises(RefusedError, match="refused"):
         publisher.publish(1, "q")
