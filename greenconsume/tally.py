@@ -80,7 +80,7 @@ class Timings:
             if at <= now - WINDOW:
                 since, before, messages = max(at, now - WINDOW - _STEP), counts, by_then
         # What was counted until the end of the last step holds from there on.
-        if self._next <= now - WINDOW or self._counts == before:
+        if self._next <= now - WINDOW or self.messages == messages:
             return LastMinute([], 0, 1.0)
         new = [all_ - old for all_, old in zip(self._counts, before, strict=True)]
         return LastMinute(new, self.messages - messages, max(now - since, 1e-9))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, ProcessStatus
@@ -20,6 +21,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0)
 #: Where they are among these.
 PLACES = [BOUNDS.index(bound) for bound in BUCKETS]
+
+#: Values of labels that are kept as they are written: they are the same at each scrape.
+_KEPT = 1 << 14
 
 Kind = Literal["counter", "gauge", "histogram"]
 #: Name and value of each label.
@@ -210,10 +214,15 @@ def _histogram(name: str, inner: str, timings: Timings) -> str:
 
 
 def _written(labels: Labels, known: dict[Labels, str]) -> str:
-    found = known[labels] = ",".join(f'{name}="{_escape(value)}"' for name, value in labels)
+    # Those with one label more than a consumer's follow it.
+    begun = known.get(labels[:-1])
+    rest = labels if begun is None else labels[-1:]
+    text = ",".join(f'{name}="{_escape(value)}"' for name, value in rest)
+    found = known[labels] = f"{begun},{text}" if begun else text
     return found
 
 
+@lru_cache(_KEPT)
 def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
