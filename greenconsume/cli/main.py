@@ -149,6 +149,7 @@ def run(
     }
     given.pop("max_messages_jitter", None)
     if processes is None and not reload:
+        _refuse_alone(ctx, "hang_timeout", "pid_file")
         _serve(load(target, options, given, max_messages_jitter))
         return
     runtime = _load_for_processes(target, options, given, processes, reload)
@@ -188,6 +189,14 @@ def load(target: str, options: dict[str, Any], given: dict[str, Any], jitter: in
         _admit(runtime)
     runtime.title = runtime.title or target
     return runtime
+
+
+def _refuse_alone(ctx: click.Context, *names: str) -> None:
+    """Refuse flags that only the arbiter of processes knows, and that would do nothing."""
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} does nothing without --processes (1 is enough)")
 
 
 def _load_for_processes(

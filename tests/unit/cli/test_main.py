@@ -416,6 +416,14 @@ def test_the_same_broker_leaves_a_connection_what_its_url_does_not_say(
     assert (ran[1].connection.hostname, ran[1].connection.heartbeat) == ("others", 0)
 
 
+@pytest.mark.parametrize("flag", [("--pid-file", "pid"), ("--hang-timeout", "3")])
+def test_a_flag_of_the_arbiter_is_refused_where_there_is_none(
+    command: Command, flag: tuple[str, str]
+) -> None:
+    line = the_error(command("run", "shop:Orders", *flag))
+    assert f"{flag[0]} does nothing without --processes (1 is enough)" in line
+
+
 def test_a_runtime_refuses_replicas(command: Command) -> None:
     line = the_error(command("run", "shop:runtime", "--replicas", "1"))
     assert "--replicas is not for a Runtime: say it there" in line
