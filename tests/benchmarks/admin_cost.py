@@ -1,0 +1,244 @@
+"""Measures what it costs to look at a process, and to count what it does.
+
+    python tests/patched.py tests.benchmarks.admin_cost [ROUNDS]
+
+A process of 1,000 consumers over memory://, of which 500 have a handler that runs, is asked for
+`/status.json` and `/metrics` afresh, by `greenconsume check` and, ten times a second, by what asks as the
+page does. Then one consumer handles messages that do nothing, with and without somebody looking, in turn.
+Medians, minima and maxima; CPU is that of the process that is asked.
+"""
+
+# the worker imports nothing of the tests
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from statistics import median
+from time import monotonic, process_time
+from typing import Any
+
+CONSUMERS, BUSY = 1000, 500
+#: Seconds that the page is polled for, and how often a second.
+POLLED, OFTEN = 8.0, 10
+MESSAGES = 20_000
+#: Rounds of the messages that are counted; the first warms up.
+TURNS = 8
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(work(sys.argv[2])), flush=True)
+        return
+    rounds = int(sys.argv[1]) if sys.argv[1:] else 3
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--worker", folder]
+            ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            for name, value in json.loads(ran.stdout.splitlines()[-1]).items():
+                found.setdefault(name, []).append(value)
+    print(f"{rounds} rounds, load {os.getloadavg()[0]:.1f}\n\n|  |  |\n| --- | ---: |")
+    for name, values in found.items():
+        print(f"| {name} | {median(values):.3g} ({min(values):.3g} to {max(values):.3g}) |")
+
+
+def work(folder: str) -> dict[str, float]:
+    """Measure once, in a process of its own."""
+    import greenconsume
+
+    greenconsume.patch_all()
+    path = str(Path(folder) / "admin.sock")
+    with _busy(path) as runtime:
+        figures = {**_answers(runtime), **_check(path), **_polling(path)}
+    return figures | _messages()
+
+
+# -- answers ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _busy(path: str) -> Iterator[Any]:
+    import gevent
+    from gevent.event import Event
+    from kombu import Connection, Queue
+
+    from greenconsume import ConsumerMixin, ConsumerOptions, Runtime
+
+    let, numbers = Event(), count()
+
+    class Orders(ConsumerMixin):  # type: ignore[misc]
+        options = ConsumerOptions(concurrency=10)
+
+        def __init__(self, connection: Any) -> None:
+            self.connection, self.number = connection, next(numbers)
+
+        def get_consumers(self, Consumer: Any, channel: Any) -> Any:
+            return [Consumer([Queue(f"orders-{self.number}")], callbacks=[self.on_order])]
+
+        def on_order(self, _body: Any, message: Any) -> None:
+            if self.number < BUSY:
+                let.wait()
+            message.ack()
+
+    runtime = Runtime("memory://", admin=f"unix:{path}")
+    runtime.spawn(Orders, CONSUMERS)
+    with runtime:
+        runtime.control.watch()
+        with Connection("memory://") as connection:
+            producer = connection.Producer()
+            for number in range(CONSUMERS):
+                for _ in range(3):
+                    producer.publish({}, routing_key=f"orders-{number}")
+        gevent.sleep(1.0)
+        busy = [each for each in runtime.control.status().consumers if each.in_progress]
+        assert len(busy) == BUSY, len(busy)
+        yield runtime
+        let.set()
+
+
+def _answers(runtime: Any) -> dict[str, float]:
+    """Return the CPU milliseconds of the answers, where nothing is at hand."""
+    from greenconsume.admin.address import Address
+    from greenconsume.admin.app import App
+    from greenconsume.admin.gate import Gate
+
+    def ask(path: str) -> None:
+        app = App(runtime.control, Gate(Address(path="x"), None), 300.0)
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_HOST": "localhost"}
+        assert b"".join(app(environ, lambda *_: None))
+
+    return {
+        f"{path}, ms of CPU": _best(lambda path=path: ask(path))  # type: ignore[misc]
+        for path in ("/status.json", "/metrics")
+    }
+
+
+def _best(call: Callable[[], object]) -> float:
+    found = []
+    for _ in range(15):
+        began = process_time()
+        call()
+        found.append((process_time() - began) * 1000)
+    return median(found)
+
+
+def _check(path: str) -> dict[str, float]:
+    """Return the CPU milliseconds of `greenconsume check`, its process's start among them."""
+    import gevent.subprocess
+
+    command = [sys.executable, "-m", "greenconsume", "check", "live", "--admin", f"unix:{path}"]
+    bare = [sys.executable, "-c", "pass"]
+    found: dict[str, list[float]] = {"check": [], "python -c pass": []}
+    for _ in range(5):
+        for name, each in (("check", command), ("python -c pass", bare)):
+            before = os.times()
+            gevent.subprocess.run(each, check=True, stdout=subprocess.DEVNULL)
+            after = os.times()
+            spent = after.children_user + after.children_system
+            found[name].append((spent - before.children_user - before.children_system) * 1000)
+    return {f"{name}, ms of CPU": median(values) for name, values in found.items()}
+
+
+#: Asks as a browser does: it says what it has. In a process of its own, so that its CPU is not counted.
+_CLIENT = """
+import socket, sys, time
+path, seconds, often = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+until, tag, answers, bodies = time.monotonic() + seconds, "", 0, 0
+while time.monotonic() < until:
+    began = time.monotonic()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        have = f"If-None-Match: {tag}\\r\\n" if tag else ""
+        sock.sendall(f"GET /status.json HTTP/1.1\\r\\nHost: localhost\\r\\n{have}\\r\\n".encode())
+        received = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+    head, _, body = received.partition(b"\\r\\n\\r\\n")
+    answers, bodies = answers + 1, bodies + bool(body)
+    for line in head.decode().split("\\r\\n"):
+        if line.lower().startswith("etag:"):
+            tag = line.partition(":")[2].strip()
+    time.sleep(max(0.0, 1 / often - (time.monotonic() - began)))
+print(answers, bodies)
+"""
+
+
+def _polling(path: str) -> dict[str, float]:
+    import gevent
+    import gevent.subprocess
+
+    def cpu_while(call: Callable[[], object]) -> float:
+        began, spent = monotonic(), process_time()
+        call()
+        return 100 * (process_time() - spent) / (monotonic() - began)
+
+    client = [sys.executable, "-c", _CLIENT, path, str(POLLED), str(OFTEN)]
+    ask = lambda: gevent.subprocess.run(client, check=True, stdout=sys.stderr)  # noqa: E731
+    quiet = cpu_while(lambda: gevent.sleep(3.0))
+    return {"idle, % of a core": quiet, f"polled {OFTEN} times a second, %": cpu_while(ask) - quiet}
+
+
+# -- messages -----------------------------------------------------------------------------------------
+
+
+def _messages() -> dict[str, float]:
+    """Return the CPU microseconds of a message, where nobody looks and where somebody does."""
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(2 * TURNS):
+        spent = _handle_all(watched=turn % 2 == 1)
+        if turn > 1:
+            found[turn % 2 == 1].append(spent * 1e6 / MESSAGES)
+    off, on = min(found[False]), min(found[True])
+    return {
+        "a message, nobody looks, µs": off,
+        "a message, metrics on, µs": on,
+        "more by metrics, %": 100 * (on / off - 1),
+    }
+
+
+def _handle_all(watched: bool) -> float:
+    from gevent.event import Event
+    from kombu import Connection, Queue
+
+    from greenconsume import ConsumerMixin, Runtime
+
+    done = Event()
+    left = MESSAGES
+
+    class Orders(ConsumerMixin):  # type: ignore[misc]
+        def __init__(self, connection: Any) -> None:
+            self.connection = connection
+
+        def get_consumers(self, Consumer: Any, channel: Any) -> Any:
+            return [Consumer([Queue("counted")], callbacks=[self.on_order], prefetch_count=100)]
+
+        def on_order(self, _body: Any, message: Any) -> None:
+            nonlocal left
+            message.ack()
+            left -= 1
+            if not left:
+                done.set()
+
+    with Connection("memory://") as connection:
+        connection.channel().queue_declare("counted")
+        producer = connection.Producer()
+        for _ in range(MESSAGES):
+            producer.publish({"order": 7}, routing_key="counted")
+    runtime = Runtime("memory://")
+    runtime.spawn(Orders)
+    if watched:
+        runtime.control.watch()
+    began = process_time()
+    with runtime:
+        done.wait()
+        return process_time() - began
+
+
+if __name__ == "__main__":
+    main()
