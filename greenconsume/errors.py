@@ -92,8 +92,9 @@ class LinkClosedError(GreenconsumeError):
 class PoisonMessageError(GreenconsumeError):
     """The broker closed the connection because of what a message's handler did; `__cause__` is its error.
 
-    It is not raised in the handler, which has ended by then, but told, and what the failure policy gets when
-    the message comes again. `Requeue`, the default, puts the message into its dead letters at the third time.
+    It is not raised in the handler, which has ended by then: it is logged, and given to the failure policy
+    when the message comes again. `Requeue`, the default, puts the message into its dead letters at the third
+    time.
 
     Attributes:
         consumer: The consumer's name.
@@ -169,7 +170,7 @@ class RestartLimitError(GreenconsumeError):
 
 
 class UnknownConsumerError(GreenconsumeError, LookupError):
-    """There is no consumer, or nothing that was spawned, of that name.
+    """The name that was asked for is not that of a consumer, nor of what consumers were spawned from.
 
     Attributes:
         name: The name that was asked for.
@@ -209,15 +210,15 @@ class HandlerTimeout(Interrupt):
 
 
 class HandlerHung(Interrupt):
-    """The handler kept its whole process waiting until whoever watches over that ended it.
+    """The handler never let another greenlet run, until its process was ended because of that.
 
-    It is not raised, but told, and what the failure policy gets. `Requeue`, the default, puts the message
-    into its dead letters then, for it would hang the next process, too.
+    It is not raised in the handler: it is logged, and given to the failure policy. `Requeue`, the default,
+    puts the message into its dead letters, because it would hang the next process, too.
 
     Attributes:
         consumer: The consumer's name.
         delivery_tag: Which of its messages.
-        seconds: For how long everything had waited, at the least.
+        seconds: For how long, at least, no other greenlet had run.
         stack: Where it hung.
     """
 

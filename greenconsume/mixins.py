@@ -86,21 +86,21 @@ class ConsumerMixin(_KombuConsumer):
         raise NotImplementedError("Subclass responsibility")
 
     def on_connection_revived(self) -> None:
-        """Called when a connection is established, also for the first time."""
+        """Do nothing; called when a connection is established, also the first one."""
 
     def on_consume_ready(
         self, connection: Connection, channel: Any, consumers: Sequence[Any], **kwargs: object
     ) -> None:
-        """Called when the consumers consume; `kwargs` are those of `consume`."""
+        """Do nothing; called when the consumers have begun to consume; `kwargs` are those of `consume`."""
 
     def on_consume_end(self, connection: Connection, channel: Any) -> None:
-        """Called after the consumers were cancelled."""
+        """Do nothing; called after the consumers were cancelled."""
 
     def on_iteration(self) -> None:
-        """Called before each message, and every `safety_interval` seconds while there is none."""
+        """Do nothing; called before each message, and every `safety_interval` seconds while there is none."""
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
-        """Called for a message whose body cannot be decoded; logs and acknowledges it, as kombu does.
+        """Log a message whose body cannot be decoded, and acknowledge it, as kombu does.
 
         That loses it. With `on_decode_error = None` in its place, such a message meets the `on_error` of
         the options.
@@ -115,7 +115,7 @@ class ConsumerMixin(_KombuConsumer):
         message.ack()
 
     def on_connection_error(self, exc: BaseException, interval: float) -> None:
-        """Called after each failed attempt to connect; the next follows in `interval` seconds.
+        """Log a failed attempt to connect; the next one follows in `interval` seconds.
 
         Not overridden it is not called for what a link already logged once for all its consumers.
         """

@@ -150,7 +150,7 @@ class Deadline:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left, never below zero; `None` if it never comes."""
+        """The seconds that are left, never below zero; `None` if it never comes."""
         return None if self._at is None else max(0.0, self._at - monotonic())
 
     @property

@@ -1,7 +1,7 @@
 """Owns the three answers to a probe: is the process live, is it ready, does something in it stand still.
 
 Live never asks for a broker: one that is away must not have every process restarted. Ready is whether it does
-its work. Stalled names what should move and does not. Called by `app`; makes no sound of its own.
+its work. Stalled names what should move and does not. Called by `app`; emits no event.
 """
 
 from __future__ import annotations

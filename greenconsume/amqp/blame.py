@@ -1,9 +1,9 @@
-"""Owns who is told to have lost a link for all that share it, when the broker closes the connection (law 10).
+"""Owns finding out which session made the broker close a connection that others share (law 10).
 
-A broker says by which method it was offended, and not on which channel: the culprit is found by what was
-pending. Where that cannot be told, those who may have done it are suspects. It must never accuse anybody of a
-link that merely broke. The one publish on its way, if it was that, is answered with the broker's own error;
-everybody else is told of a lost link, which trying again mends. Does no I/O. Called by `link` as it ends.
+The broker names the method that it refused, and not the channel: the culprit is found by what had no answer
+yet. Where several sessions may have done it, all of them are suspects. It must never accuse anybody of a link
+that merely broke. If a single publish was the cause, it is answered with the broker's own error; all other
+users are told that the link is lost, and connect again. Does no I/O. Called by `link` as it ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Owns the life of one channel of a green link: what it can be used for, its calls, its errors, its end.
 
 A call parks its greenlet until the reader brings the reply. A channel that the broker closed raises that
-error where it is waited for, and opens itself again at its next use. Called by `channel`, which forwards
+error where it is waited for, and opens itself again at its next use. Called by `channel_core`, which forwards
 what the reader brings; nothing here runs user code.
 """
 

@@ -104,7 +104,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
 
     @property
     def on_open(self) -> promise:
-        """py-amqp's promise, fulfilled when the channel is open."""
+        """A promise, as py-amqp has it, that is fulfilled when the channel is open."""
         opened = promise()
         self.core.call_when_open(partial(opened, self))
         return opened

@@ -80,8 +80,8 @@ class ChannelCore:
     Attributes:
         calls: Its life, and its calls.
         deliveries: What it consumes, and settles.
-        auto_decode: Whether bodies are decoded where they name an encoding, as py-amqp does.
-        is_active: Whether the broker lets it publish, by AMQP's flow control.
+        auto_decode: True if bodies that name an encoding are decoded, as py-amqp does.
+        is_active: True if the broker lets it publish, by AMQP's flow control.
     """
 
     __slots__ = (
@@ -264,7 +264,7 @@ class ChannelCore:
     def close_from_here(self) -> None:
         """Close as a user of the channel asks for it. Never switches.
 
-        A consumer that consumes on it would wait for ever, and is told.
+        A consumer that consumes on it gets an error where it is drained; otherwise it would wait for ever.
         """
         is_consuming = self._waits.attend is not None and self.deliveries.consumers.has_running
         self.ask_to_close()

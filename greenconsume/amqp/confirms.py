@@ -66,7 +66,7 @@ class Confirm:
 
     @property
     def event(self) -> Event:
-        """Set when there is an answer."""
+        """The event that is set when there is an answer."""
         if self._event is None:  # made for those who wait alone: most are confirmed in flight
             self._event = Event()
             if self.ready:

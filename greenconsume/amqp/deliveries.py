@@ -31,7 +31,7 @@ class Deliveries:
     Attributes:
         consumers: Its consumers.
         epoch: Counts the lives of the channel, and its recovers; a message belongs to one of them.
-        has_settles: Whether `flush` has something to send, and will be asked to.
+        has_settles: True if `flush` has something to send; the link's writer then calls it.
         prefetch_count: How many unsettled deliveries a consumer that is started next may have.
         stale_count: How many messages were settled after their channel was gone.
     """

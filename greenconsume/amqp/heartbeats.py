@@ -22,7 +22,11 @@ class Beating(Protocol):
 
     heartbeat: float
     last_read: float
-    last_write: float
+
+    @property
+    def last_write(self) -> float:
+        """The time at which the writer last wrote something."""
+        ...
 
     @property
     def has_unsent(self) -> bool:

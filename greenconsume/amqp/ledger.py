@@ -65,7 +65,7 @@ class Ledger:
         return next(iter(self._unsettled.items()), None)
 
     def settle(self, tag: int, how: int) -> bool:
-        """Note that a delivery is settled; return False if the broker did not deliver it, or it was.
+        """Note that a delivery is settled; return False if it was not delivered here, or settled before.
 
         A settle is sent by the next `flush`, together with its neighbours.
         """

@@ -1,4 +1,4 @@
-"""Owns one green AMQP connection: its socket, its reader, its writer, its heartbeats.
+"""Owns one green AMQP connection: its socket, its life, and who shares it.
 
 Built on py-amqp's `Connection` for the handshake, SASL and TLS. The reader greenlet alone reads the
 socket and never runs user code nor waits for a reply (law 1); the writer greenlet alone writes it.
@@ -32,9 +32,8 @@ from greenconsume.amqp.frames import Sig, encode_content, encode_method
 from greenconsume.amqp.heartbeats import beat
 from greenconsume.amqp.link_reader import LinkReader
 from greenconsume.amqp.link_users import LinkUser, TakesDeliveries
-from greenconsume.amqp.publish_gate import PublishGate
+from greenconsume.amqp.link_writer import LinkWriter
 from greenconsume.amqp.secret import UPDATED
-from greenconsume.amqp.send_queue import Outgoing
 from greenconsume.amqp.tls import TLSTransport
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
@@ -67,7 +66,6 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         sessions: Who shares it.
         declared: What is known of the queues that were declared over it.
         last_read: When the reader last read something (`time.monotonic`).
-        last_write: When the writer last wrote something.
     """
 
     _METHODS = {
@@ -99,12 +97,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.sessions: set[LinkUser] = set()
         self.declared = DeclaredQueues()
         self._ids = ChannelIds()
-        self._settling: list[TakesDeliveries] = []
-        self._outgoing = Outgoing()
-        self._gate = PublishGate(self._outgoing)
-        self._unsent = Event()
+        self._writer = LinkWriter(self)
+        self._gate = self._writer.gate
         self._opened, self._closed, self.over = Event(), Event(), Event()
-        self.last_read = self.last_write = monotonic()
+        self.last_read = monotonic()
         all_links.add(self)
 
     # -- the life of a link -------------------------------------------------------------------
@@ -153,11 +149,11 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.transport.connect()
         self.transport.sock.settimeout(None)  # TLS leaves the connect timeout on
         self.frame_writer = self._write_frames
-        self.last_read = self.last_write = monotonic()
+        self.last_read = monotonic()
         reader = LinkReader(self)
         self.on_inbound_frame = frame_handler(self, reader.on_method)  # puts methods together
         gevent.spawn(reader.run).name = f"reader of {self.uri}"
-        gevent.spawn(self._write).name = f"writer of {self.uri}"
+        gevent.spawn(self._writer.run).name = f"writer of {self.uri}"
 
     @property
     def connected(self) -> bool:
@@ -189,9 +185,8 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
             return
         was_open = self._opened.is_set()
         self.failure = error
-        for event in (self._opened, self._closed, self.over, self._unsent):
+        for event in (self._opened, self._closed, self.over):
             event.set()
-        self._gate.note_lost()
         link_socket.drop(self._transport)
         blame.tell_culprit(error, self.channels)
         if was_open and not self.is_closing:
@@ -200,8 +195,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         for session in list(self.sessions):
             session.on_link_lost(verdicts.get(session, _INNOCENT))
         self.channels.clear()
-        self._outgoing.clear()
-        self._settling.clear()
+        self._writer.end()
 
     collect = close
 
@@ -230,7 +224,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
     def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
         self.write_method(0, spec.Connection.CloseOk)
         if not self.ssl:  # the reader is about to drop it; over TLS a try may block
-            link_socket.send_at_once(self.transport, self._outgoing.take())
+            link_socket.send_at_once(self.transport, self._writer.take_unsent())
         raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ConnectionError)
 
     def _on_close_ok(self) -> None:
@@ -273,33 +267,16 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         """
         if self.failure is not None:
             raise self.lost()
-        self._outgoing.put(frames)
-        self._unsent.set()
+        self._writer.put(frames)
 
     def flush_soon(self, deliveries: TakesDeliveries) -> None:
         """Have the writer ask a channel for its settles at the hub's next turn. Never switches."""
-        self._settling.append(deliveries)
-        self._unsent.set()
+        self._writer.flush_soon(deliveries)
 
-    def _write(self) -> None:
-        sendall = self.transport.sock.sendall
-        try:
-            while self.failure is None:
-                self._unsent.wait()
-                self._unsent.clear()
-                settling, self._settling = self._settling, []
-                for deliveries in settling:
-                    deliveries.flush()
-                data = self._outgoing.take()
-                self._gate.note_sending(len(data))
-                sendall(data)
-                self.last_write = monotonic()
-                self._gate.note_sent()
-                if self._outgoing:
-                    self._unsent.set()
-                    gevent.sleep(0)  # sendall does not switch while the kernel takes all
-        except OSError as exc:
-            self.fail(exc)
+    @property
+    def last_write(self) -> float:
+        """The time at which the writer last wrote something (`time.monotonic`)."""
+        return self._writer.last_write
 
     @property
     def has_unsent(self) -> bool:

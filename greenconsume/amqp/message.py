@@ -142,7 +142,7 @@ def message_of(channel: MessageChannel, delivery: Delivery, cls: type[Message]) 
 
 
 def taker_of(channel: MessageChannel, callback: Any) -> Callable[[Delivery], object]:
-    """Return what takes a `Delivery`: kombu's consumers and ours do, a user's callback does not."""
+    """Return a callable that takes a `Delivery`: a consumer's own method, or what calls a user's callback."""
     takes: bool = getattr(callback, "takes_deliveries", False)
     if takes or getattr(callback, "__func__", None) is Consumer._receive_callback:
         taker: Callable[[Delivery], object] = callback

@@ -36,7 +36,7 @@ _PROPERTIES = tuple(
     (name, 1 << (15 - at), _UNLIKE_TEXT if name in _UNLIKE else _KINDS[kind])
     for at, (name, kind) in enumerate(amqp.Message.PROPERTIES)
 )
-#: What there is of these in a message, in the order of the wire: few sets of names are used again and again.
+#: The properties that a message may have, in the order of the wire, by their flags: few sets are in use.
 _in_order: dict[tuple[str, ...], tuple[tuple[str, int, int], ...]] = {}
 
 

@@ -1,4 +1,4 @@
-"""Owns the order in which what is queued leaves a link: by channel as it was put, and no channel for ever.
+"""Owns the order in which queued frames leave a link: a channel's own in their order, channels by turns.
 
 Does no I/O. A large body is sent in slices, cut between frames, and other channels' frames go in between: the
 protocol asks only that nothing else of its own channel does. Used by `link`.

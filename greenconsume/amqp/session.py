@@ -175,7 +175,7 @@ class Session:
 
     @property
     def transport(self) -> Any:
-        """py-amqp's transport, which holds the socket."""
+        """The transport of py-amqp, which holds the socket."""
         return self.link.transport
 
     def heartbeat_tick(self, rate: int = 2) -> None:

@@ -104,7 +104,7 @@ class Engine:
     # -- what surrounds it ----------------------------------------------------------------------
 
     def surround(self, *options: ConsumerOptions | None) -> None:
-        """Have options hold where the consumer does not say: its spawn's, its runtime's."""
+        """Set the options that count where the consumer's own do not say: its spawn's, its runtime's."""
         self._around = tuple(each for each in options if each is not None)
 
     def join_fleet(self, links: LinkPool, rungs: Rungs, shared: Shared) -> None:
@@ -122,7 +122,7 @@ class Engine:
         """Return how its handlers are to run.
 
         Raises:
-            InvalidConsumerError: What was said does not go together.
+            InvalidConsumerError: Two of its options cannot be combined.
         """
         return settings_of(self.life.name, self._consumer, self._around, self._shared)
 
@@ -190,7 +190,7 @@ class Engine:
         Switches: yes.
         """
         life = self.life
-        if life.state is not ConsumerState.STANDBY:  # who asks once more whether he may take over
+        if life.state is not ConsumerState.STANDBY:  # it looks again whether it may take over
             life.enter(ConsumerState.CONNECTING)
         try:
             with self._consumer.consumer_context(**kwargs) as (conn, _channel, _consumers):

@@ -3,7 +3,7 @@
 All consumers of a link pool share one for each broker; it connects for the first message that one of them
 has to publish, and lets go when the last of those consumers has left. A copy that may be on its way is waited
 for, however long its broker blocks publishers: given up and published again it would be there twice.
-Called by `failed_messages` and `dead_letters`.
+Called by `recoverer` and `dead_letters`.
 """
 
 from __future__ import annotations

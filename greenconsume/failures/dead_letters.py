@@ -2,7 +2,7 @@
 
 Messages are taken one after the other and stay unsettled until they are removed; when the look ends, however
 it ends, the broker puts the others back where they were. It must never remove what was not confirmed
-elsewhere, unless it is told to. Called by `dead_letters_cli` and by users.
+elsewhere, unless it is told to. Called by `cli` and by users.
 """
 
 from __future__ import annotations

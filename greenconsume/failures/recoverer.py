@@ -51,7 +51,7 @@ class RetryPlan(Protocol):
 
     @property
     def delays(self) -> Sequence[float]:
-        """Seconds before each retry."""
+        """The seconds before each retry."""
 
     @property
     def dead_letter(self) -> str:

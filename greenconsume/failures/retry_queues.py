@@ -46,7 +46,7 @@ def delay_queues(
     Args:
         queue: The queue that they go back to.
         delays: For how many seconds each.
-        quorum: Whether it is a quorum queue; by default as its arguments say.
+        quorum: True if it is a quorum queue; by default its arguments decide.
     """
     if quorum is None:
         quorum = _type_of(queue) == "quorum"

@@ -116,7 +116,7 @@ class Ending:
         self._drained.stop(why, within)
 
     def _on_quit(self, _worker: Worker) -> None:
-        """QUIT or INT came, or the reloader: called when `alive` has just been set."""
+        """Begin the drain for a QUIT, an INT or the reloader: called when `alive` has just been set."""
         now = monotonic()
         is_same = self._quit_at is not None and now - self._quit_at < _SAME
         self._quit_at = now
@@ -128,7 +128,7 @@ class Ending:
             escalate("a further signal")
 
     def _on_abort(self, _worker: Worker) -> None:
-        """ABRT came, as when the worker has not beaten in time; SystemExit follows, where it hangs."""
+        """Begin the drain for an ABRT, which is sent to a worker that gave no sign of life in time."""
         self._drained.note_abort(sys._getframe())
         self._worker.tmp.notify()  # else the arbiter's next look is followed by SIGKILL
 

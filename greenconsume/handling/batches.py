@@ -1,8 +1,9 @@
 """Owns batches: messages that a callback is given together, once there are enough or the first has waited.
 
-A batch is gathered in the consumer's greenlet and runs as one job of the handler pool. One whose time is up
-while the pool is full goes on taking messages, up to its size, until it has a place. What was gathered
-and has not started is the broker's: given back by a drain, forgotten with a lost link.
+A batch is gathered in the consumer's greenlet and runs as one job of the handler pool. If its time is up
+while the pool is full, it goes on taking messages, up to its size, until it has a place. Messages of a batch
+that has not started belong to the broker: a drain gives them back, and after a lost link they are forgotten
+here, because the broker delivers them again.
 
 A `Batching` takes the place of a consumer's `Handling`; its engine makes the one or the other.
 """
@@ -50,12 +51,12 @@ class Batch(Sequence[tuple[Any, Any]]):
 
     @property
     def delivery_tag(self) -> Any:
-        """That of the first message, which names the batch in the log."""
+        """The delivery tag of the first message, which names the batch in the log."""
         return self._pairs[0][1].delivery_tag
 
     @property
     def delivery_info(self) -> Any:
-        """That of the first message."""
+        """The delivery info of the first message."""
         return self._pairs[0][1].delivery_info
 
     def ack(self) -> None:
@@ -168,7 +169,7 @@ class Batching(Handling):
         return self._forget(job) and wanted
 
     def complete(self) -> None:
-        """No more messages come, though the consumer was not stopped: hand over what there is.
+        """Hand over the batches that are not full: a consumer that was not stopped ends.
 
         Switches: while the pool is full.
         """

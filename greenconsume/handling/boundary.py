@@ -345,7 +345,7 @@ class Handling:
             give_back(message)
 
     def complete(self) -> None:
-        """No more messages come, though the consumer was not stopped: here, nothing waits for more."""
+        """Do nothing: only batches wait for more. Called when a consumer ends that was not stopped."""
 
     # -- ending handlers --------------------------------------------------------------------------
 

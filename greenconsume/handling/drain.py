@@ -9,14 +9,14 @@ once when it is hurried (`Rungs`)::
     cancel      `Shutdown` is raised in those that still run; `cancel_timeout` to clean up
     kill        `GreenletExit` is raised in what is left, and its message left to the broker
 
-A handler that does not even end then is left behind, and told of. Called by `mixins`; the deadline of a
-consumer that hangs elsewhere is `supervisor`'s.
+A handler that goes on even then is left behind, and logged. A consumer that hangs elsewhere than in a handler
+is killed by `supervisor`. Called by `engine`.
 
 A quorum queue with a delivery limit counts each return of a message once, however it comes about
 (RabbitMQ 3.10, measured: a reject or a nack with requeue, a recover, a channel that closes), and whether
-or not a handler had begun. So to give back at once costs a message no more than to leave it to the close, and
-others have it sooner. The consumer is cancelled first: what it gave back would else come to it again, at
-one count more each time.
+or not a handler had begun. So giving a message back at once counts no more than leaving it until the channel
+closes, and another consumer gets it sooner. The consumer is cancelled first: otherwise it would be sent again
+what it gave back, with one more count each time.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Drain:
         return Consuming(self, session, broker_errors)
 
     def begin(self, session: GreenSession | None) -> None:
-        """Watch over the handlers from now on, and hear a stop. Never switches."""
+        """Begin to watch over the handlers, and to react to a stop. Never switches."""
         self._is_down = False
         if self._handling.pool is not None:
             self._handling.pool.open()
@@ -106,7 +106,10 @@ class Drain:
         session: GreenSession | None,
         broker_errors: tuple[type[BaseException], ...],
     ) -> None:
-        """End the handlers as fits what ended consuming: an error, or None. Switches: if one runs."""
+        """End the handlers, in the way that suits the error that ended consuming, or None.
+
+        Switches: yes, if one runs.
+        """
         if error is None:
             self.end(orderly=True)
         elif isinstance(error, GreenletExit):
@@ -180,7 +183,7 @@ class Drain:
                 job.kill("its consumer was killed", by_force=True)
 
     def retire(self, session: GreenSession | None) -> None:
-        """Watch no more: the channel closes. Never switches."""
+        """Stop watching, because the channel closes. Never switches."""
         self._life.stop.unlink(self._on_stop)
         if session is not None:
             unsettled_watch.unwatch(session)

@@ -28,7 +28,7 @@ class Handled(Protocol):
 
     @property
     def delivery_tag(self) -> Any:
-        """Its name on its channel; a batch has that of its first message."""
+        """The delivery tag of the message; of a batch, that of its first message."""
 
     @property
     def delivery_info(self) -> Any:

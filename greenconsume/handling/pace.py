@@ -47,7 +47,8 @@ def rate_of(words: str) -> Rate | None:
 class Pace:
     """Lets messages through at a rate, in the order in which they ask.
 
-    Each is told when it may begin, so those that wait wake once. One that leaves before keeps its turn.
+    Each is given the time at which it may begin, so those that wait wake once. One that stops waiting before
+    its time does not give that time to another.
 
     Args:
         rate: The rate.
@@ -65,7 +66,7 @@ class Pace:
         self._due = 0.0
 
     def wait(self, leave: StopSignal) -> bool:
-        """Wait until the next message may begin; return False if `leave` is set by then.
+        """Wait until the next message may begin; return False if `stop` is set by then.
 
         Switches: only if it is too early.
         """

@@ -32,7 +32,7 @@ class HandlerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is untyp
 
     @property
     def name(self) -> str:
-        """Shows the consumer, and the message at work."""
+        """The name that gevent shows: the consumer, and the message at work."""
         job = self.job
         tag = f" message {job.message.delivery_tag}" if job is not None else " idle"
         return f"handler of {self._pool.name}{tag}"
@@ -93,7 +93,7 @@ class HandlerPool:
         Args:
             job: What is to run.
             stop: Ends the wait.
-            wanted: Whether to start it after all, asked after a wait.
+            wanted: Called after a wait; returns whether the job is still to be started.
 
         Returns:
             False if it was not started, because `stop` is set or it is no longer wanted.

@@ -85,7 +85,7 @@ def resolve(
         shared: As in `Settings`.
 
     Raises:
-        InvalidConsumerError: What was said does not go together.
+        InvalidConsumerError: Two of the options cannot be combined.
     """
     own = options_of(consumer)
     levels = (own, *around) if own is not None else tuple(around)

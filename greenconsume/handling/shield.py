@@ -4,7 +4,7 @@ On a green link a handler's ack or publish is a note for the writer greenlet, an
 handler cannot cut it in two. On the transports that are polled (Redis, SQS, a file system, …) it is
 a socket's `send` and `recv`: here they run one at a time on each channel, and an interrupt waits for their
 end (law 2). A settle that comes after its channel was closed is counted, and does nothing (law 4).
-Called by `mixins` for each connection that it makes.
+Called by `connecting` for each connection that it makes.
 """
 
 from __future__ import annotations

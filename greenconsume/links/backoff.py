@@ -56,7 +56,7 @@ def connect_errors(connection: Connection) -> tuple[type[BaseException], ...]:
 class FailedAttempts:
     """Tells of the failed attempts of one dialer: observers, and who waits for a start.
 
-    An error is told in one place: where somebody raises it, the log need not repeat it.
+    An error that somebody raises is not logged as well.
     """
 
     __slots__ = ("_broker_count", "_count", "_on_refused", "_refused_count")

@@ -33,7 +33,7 @@ class GreenSession(Protocol):
 
     @property
     def channels(self) -> Mapping[int, SessionChannel]:
-        """Its channels, by their ids."""
+        """The channels of the session, by their ids."""
 
     @property
     def connected(self) -> bool:

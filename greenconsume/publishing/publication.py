@@ -27,7 +27,7 @@ class Publication(Confirm):
 
     Attributes:
         message_id: The message's `message_id` property; the same each time that it is written.
-        ready: Whether it was confirmed or has failed.
+        ready: True once it was confirmed or has failed.
         error: Why it failed, a `PublishError`.
         due: When it is given up, in monotonic time.
         max_retries: How often it is written again after its link was lost.

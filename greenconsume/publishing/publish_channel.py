@@ -26,8 +26,8 @@ class PlainChannel:
     """Stands for a channel where a transport has no confirms: what it took counts as confirmed.
 
     Attributes:
-        blocked: Always false: nobody says so.
-        lost: Whether its connection was lost.
+        blocked: Always false: such a transport does not tell.
+        lost: True once its connection was lost.
     """
 
     blocked = False

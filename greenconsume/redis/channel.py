@@ -353,7 +353,7 @@ class Channel(Topology):
 
     @property
     def oldest_unsettled(self) -> None:
-        """None: this server never loses its patience with a message that is looked after."""
+        """Always None: Redis sets no deadline for a message whose lease is refreshed."""
 
     @property
     def has_consumers(self) -> bool:

@@ -1,7 +1,7 @@
 """Owns what listens to fanout exchanges: one more connection for all who share a link, if one of them does.
 
 A publication reaches who listens at that moment, and is in no queue. So nothing here can be given back, and
-what a slow consumer lets pile up beyond a bound is dropped, which is told. Called by `channel`.
+what a slow consumer lets pile up beyond a bound is dropped, with a line in the log. Called by `channel`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Greeting:
 
     Attributes:
         client_id: The number by which it knows this connection; empty if it does not say.
-        tracks: Whether it says when a key changes that was looked at.
+        tracks: True if it tells when a key changes that this connection has read (client tracking).
         protocol: The version that is spoken, 2 or 3.
     """
 

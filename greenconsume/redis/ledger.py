@@ -2,8 +2,8 @@
 
 A message is held from the script that took it to the reply that says it is settled. A link may be lost
 meanwhile: what was not confirmed is said again over the next one, and a handler that runs keeps its
-message, for the server knows nothing of links. It must never say twice what would then mean another's
-message: each delivery has a name of its own, so to say it again does nothing. One ledger serves all links
+message, for the server knows nothing of links. Each delivery has a name of its own, so that a settle which
+is sent twice never settles another message. One ledger serves all links
 of this process to one database. Called by `feed`, `channel` and `keeper`.
 """
 

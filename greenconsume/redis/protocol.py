@@ -46,7 +46,7 @@ class Push(list[Any]):
 
 
 class _Incomplete(Exception):
-    """There are not enough bytes yet."""
+    """The bytes that have come do not hold a whole reply yet."""
 
 
 def encode(arguments: Iterable[Argument]) -> bytes:

@@ -16,4 +16,8 @@ It must never wait inside `stop`, nor run a user's code in the hub. Read `runtim
     targets          what may be spawned
     signals          SIGTERM and SIGINT go down the ladder of the drain
     hub_watch        the warning that something blocks every greenlet
+    bound            a stop that has to end sooner than the timeouts say
+    quota            the stop after so many messages
+    freezing         the exemption from garbage collection
+    forker           the ban on consuming in a process that forks others for it
 """

@@ -1,8 +1,8 @@
-"""Owns what consumes in this process, and that nothing does in one that forks others for it.
+"""Owns the list of what consumes in this process, and the ban on consuming in one that forks workers.
 
-A runtime that an arbiter has started before it forks would go on beside those of its workers, over which
-nobody watches. It must never touch a child's: after a fork these end by themselves. Called by `runtime` and
-`greenlet`, which enter what they start, and by `greenconsume.gunicorn`.
+A runtime that gunicorn's arbiter started would go on beside those of its workers, and nobody would watch over
+it. This must never touch what runs in a child: after a fork, copies end by themselves. Called by `runtime`
+and `greenlet`, which enter what they start, and by `greenconsume.gunicorn`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Run:
         rungs: What hurries its drain.
         shared: As given.
         supervisor: What restarts its consumers.
-        abandoned: Whether its drain cancelled or killed something.
+        abandoned: True once its drain has cancelled or killed something.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`starting`, `running`, `draining` or `stopped`."""
+        """The state: `starting`, `running`, `draining` or `stopped`."""
         if self.ended:
             return "stopped"
         if self._stop.is_set() or self.supervisor.closed:

@@ -55,7 +55,7 @@ class Drainable(Protocol):
 
     @property
     def children(self) -> Sequence[Running]:
-        """Its consumers."""
+        """The consumers of the runtime."""
 
     def stop(self, reason: str) -> None:
         """Drain."""

@@ -18,7 +18,7 @@ class Starting:
     """One start, as its caller waits for it.
 
     Attributes:
-        failed: Whether it raises, or has raised.
+        failed: True if `wait` raises, or has raised.
     """
 
     def __init__(self, supervisor: Supervisor) -> None:

@@ -166,6 +166,18 @@ def test_a_docstring_begins_with_what_it_does(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
         and (doc := ast.get_docstring(node))
-        and re.match(r"(What|Whether|How|Who|Where)\b", doc)
+        and re.match(
+            r"(What|Whether|How|Who|Where|When|If|It|Its|There|That|None|No|Nothing)\b", doc
+        )
     ]
     assert questions == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_modules_that_a_module_says_it_is_called_by_exist(path: Path) -> None:
+    """A reader goes on from there, and a module that was renamed is found nowhere."""
+    doc = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    names = {each.stem for each in MODULES} | {each.parent.name for each in MODULES} | PUBLIC
+    for callers in re.findall(r"Called by ([^.;:]*)", doc):
+        for name in re.findall(r"`([\w.]+)`", callers):
+            assert name.rpartition(".")[2] in names | {"consumers"}, f"{name} is no module"
