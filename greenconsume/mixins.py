@@ -313,8 +313,9 @@ def request_stop(consumer: ConsumerMixin, reason: str = "stop") -> None:
 
 
 def _close_producer(consumer: ConsumerProducerMixin) -> None:
-    conn, consumer._producer_connection = consumer._producer_connection, None
+    conn = consumer._producer_connection
     if conn is not None:
+        consumer._producer_connection = None
         conn.close()
 
 

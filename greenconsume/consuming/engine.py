@@ -8,7 +8,7 @@ cancel, `on_consume_end`, close. Called by `mixins`; a runtime's supervisor read
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -25,17 +25,17 @@ from greenconsume.consuming.connecting import (
     connect_to_publish,
     lost_errors,
 )
+from greenconsume.consuming.guarding import guard, listed, queues_of
 from greenconsume.consuming.interface import Context, KombuConsumer
 from greenconsume.consuming.receiving import Loop, receive, receive_from_double
 from greenconsume.consuming.refusals import Refusals, remedy_of
 from greenconsume.consuming.streams import StreamPlaces
-from greenconsume.errors import InvalidConsumerError, LinkClosedError, StoppedError
+from greenconsume.errors import LinkClosedError, StoppedError
 from greenconsume.events import ConsumerState, Outcome
 from greenconsume.handling.batches import Batching
 from greenconsume.handling.boundary import Handling
 from greenconsume.handling.drain import Drain
-from greenconsume.handling.handler import Handler
-from greenconsume.handling.kill_switch import NoSwitch, Switch, fit_switch
+from greenconsume.handling.kill_switch import NoSwitch, Switch
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.settings import Settings, settings_of
 from greenconsume.handling.shared import Shared
@@ -294,22 +294,12 @@ class Engine:
         return handling, self.drain
 
     def _guarded(self, consumers: object, handling: Handling) -> list[Any]:
-        """Put the boundary around what the consumers call; they register it when they are entered."""
-        if not hasattr(consumers, "__iter__"):
-            raise InvalidConsumerError(
-                f"{type(self._consumer).__name__}.get_consumers returned {consumers!r}: "
-                "return a list of consumers, as in [Consumer(queues=[queue], callbacks=[self.on_task])]"
-            )
-        guarded = list(consumers)
-        queues = _queues_of(guarded)
+        """Note what the consumers consume, and put the boundary around what they call."""
+        guarded = listed(consumers, self._consumer)
+        queues = queues_of(guarded)
         self.queues = tuple(queues)
         self.fleeting_queues = tuple(name for name, fleeting in queues.items() if fleeting)
-        for consumer in guarded:
-            self._streams.mark(consumer)
-            handle = handling.fitted(consumer)
-            accept = self._streams.fit(consumer, handling.recoverer)
-            consumer._receive_callback = Handler(consumer, handling, handle, accept)
-            fit_switch(consumer, self._switch)
+        guard(guarded, handling, self._streams, self._switch)
         return guarded
 
     def _leave(self, conn: Connection) -> None:
@@ -351,18 +341,6 @@ class Running:
         self, _kind: object, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         self._engine.end_run(error)
-
-
-def _queues_of(consumers: Iterable[Any]) -> dict[str, bool]:
-    """Return the names of the queues that `kombu.Consumer`s consume from, and whether they are fleeting."""
-    # Whatever else a test gives for a consumer may have anything by that name.
-    queues = (queue for each in consumers if isinstance(each, Consumer) for queue in each.queues)
-    return {
-        str(getattr(queue, "name", queue)): bool(
-            getattr(queue, "auto_delete", False) or getattr(queue, "exclusive", False)
-        )
-        for queue in queues
-    }
 
 
 def ensure_engine(consumer: object) -> Engine:

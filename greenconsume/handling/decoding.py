@@ -18,6 +18,8 @@ _scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]  # types
 
 def receive(consumer: Consumer, message: Message) -> None:
     """Have a `kombu.Consumer` handle a message, as its own `_receive_callback` does. Switches: as that."""
+    if type(consumer) is not Consumer and _is_received_otherwise(consumer, message):
+        return
     if consumer.accept is not None:
         message.accept = consumer.accept
     if message.errors:
@@ -39,6 +41,15 @@ def receive(consumer: Consumer, message: Message) -> None:
             callback(body, message)
     else:
         consumer.receive(body, message)
+
+
+def _is_received_otherwise(consumer: Consumer, message: Message) -> bool:
+    """Have a subclass handle a message by a `_receive_callback` of its own; return False if it has none."""
+    own = getattr(type(consumer), "_receive_callback", None)
+    if own is None or own is Consumer._receive_callback:
+        return False
+    own(consumer, message)
+    return True
 
 
 def decode(message: Message) -> Any:

@@ -16,6 +16,16 @@ from greenconsume.mixins import ConsumerMixin, ConsumerProducerMixin
 _adapted_classes: dict[type, type] = {}
 
 
+class _Unannounced(kombu_mixins.ConsumerMixin):  # type: ignore[misc]  # kombu is untyped
+    """Keeps the `__init_subclass__` of a class from being called for the one that is made of it here.
+
+    It derives from kombu's, whose memory layout every adapted class has.
+    """
+
+    def __init_subclass__(cls, **_options: object) -> None:
+        pass
+
+
 def adapt(consumer: object) -> Any:
     """Make a plain `kombu.mixins` instance behave as ours, in place; return it.
 
@@ -34,7 +44,9 @@ def adapt(consumer: object) -> Any:
         )
     if isinstance(consumer, kombu_mixins.ConsumerMixin):
         stopped = vars(consumer).pop("should_stop", False)
-        consumer.__class__ = _adapted(type(consumer))
+        object.__setattr__(
+            consumer, "__class__", _adapted(type(consumer))
+        )  # not by the class's own
         if stopped:
             ensure_lifecycle(consumer).stop.set("should_stop")
     return consumer
@@ -48,5 +60,9 @@ def _adapted(cls: type) -> type:
     if cls not in _adapted_classes:
         produces = issubclass(cls, kombu_mixins.ConsumerProducerMixin)
         ours = ConsumerProducerMixin if produces else ConsumerMixin
-        _adapted_classes[cls] = type(cls.__name__, (cls, ours), {"__module__": cls.__module__})
+        same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        # By `type` itself: a metaclass of the user's would take it for one more class of his.
+        _adapted_classes[cls] = type.__new__(
+            type(cls), cls.__name__, (_Unannounced, cls, ours), same
+        )
     return _adapted_classes[cls]
