@@ -178,6 +178,6 @@ def test_the_modules_that_a_module_says_it_is_called_by_exist(path: Path) -> Non
     """A reader goes on from there, and a module that was renamed is found nowhere."""
     doc = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
     names = {each.stem for each in MODULES} | {each.parent.name for each in MODULES} | PUBLIC
-    for callers in re.findall(r"Called by ([^.;:]*)", doc):
+    for callers in re.findall(r"Called by ((?:`[\w.]+`(?:, and by |, and |, | and )?)+)", doc):
         for name in re.findall(r"`([\w.]+)`", callers):
             assert name.rpartition(".")[2] in names | {"consumers"}, f"{name} is no module"
