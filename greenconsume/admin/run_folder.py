@@ -7,6 +7,7 @@ others could have written: the folder is its user's alone, or is not used. Calle
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import sys
 
@@ -117,7 +118,25 @@ def _read(path: str, name: str) -> Announced | None:
             address, title = file.read().splitlines()
     except (OSError, ValueError):
         return None  # it is just ending
+    if _is_deserted(address):
+        _remove(path, name)
+        return None
     return Announced(pid, title, address)
+
+
+def _is_deserted(address: str) -> bool:
+    """Return whether nobody listens at a Unix socket: another process has the number of a dead one."""
+    if not address.startswith("unix:"):
+        return False
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)  # one that hangs is there all the same
+        try:
+            sock.connect(address.removeprefix("unix:"))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except OSError:
+            pass
+        return False
 
 
 def _remove(path: str, name: str) -> None:

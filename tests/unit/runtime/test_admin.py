@@ -118,6 +118,16 @@ def test_what_dead_processes_left_in_the_run_folder_is_removed(folder):
     assert os.listdir(folder) == []
 
 
+def test_what_a_dead_process_left_is_removed_though_another_has_its_number(folder):
+    folder.mkdir(mode=0o700)
+    left = folder / f"{os.getppid()}.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left))
+    (folder / f"{os.getppid()}.process").write_text(f"unix:{left}\nx\n")
+    assert run_folder.announced() == []
+    assert os.listdir(folder) == []
+
+
 def test_a_run_folder_that_others_may_write_to_is_not_used(folder):
     folder.mkdir()
     folder.chmod(0o777)
