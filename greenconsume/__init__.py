@@ -34,6 +34,7 @@ Where it is written. A package imports only what stands below it, and says what 
     logs         structured logging, the first observer of the events
     log_lines    what the log says of each event
     events       what happens, as frozen values
+    states       the states of a consumer, and the outcome of a drain
     hooks        the one seam that observers of the events hang on
     hub          what keeps gevent's hub waiting while only a thread or a signal could wake it
     stopping     StopSignal and Deadline: what ends every wait

@@ -1,11 +1,10 @@
 """Owns the events of the package: what happens, as frozen values.
 
-Users import them from here, with `subscribe` and `emit`; what these do is told in `hooks`.
+Users import them from here, with `subscribe` and `emit` of `hooks`, and the values of `states`.
 """
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +12,8 @@ from greenconsume.hooks import Event as Event
 from greenconsume.hooks import Hook as Hook
 from greenconsume.hooks import emit as emit
 from greenconsume.hooks import subscribe as subscribe
-
-
-class ConsumerState(str, enum.Enum):
-    """The states of a consumer, in the order of its life."""
-
-    STARTING = "starting"
-    CONNECTING = "connecting"
-    STANDBY = "standby"
-    CONSUMING = "consuming"
-    IDLE = "idle"
-    PAUSED = "paused"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-    def __str__(self) -> str:
-        return self.value
+from greenconsume.states import ConsumerState as ConsumerState
+from greenconsume.states import Outcome as Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,36 +349,3 @@ class AdminRefused(Event):
     path: str
     reason: str
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The numbers of a drain: what became of the messages in hand. Not an event, but a part of some.
-
-    Attributes:
-        finished: Handlers that ended by themselves.
-        given_back: Messages that went back before a handler had started.
-        cancelled: Handlers that ended when `Shutdown` was raised in them; their messages went back.
-        killed: Handlers that were killed; their messages were left to the broker.
-    """
-
-    finished: int = 0
-    given_back: int = 0
-    cancelled: int = 0
-    killed: int = 0
-
-    @property
-    def abandoned(self) -> int:
-        """The number of handlers that could not do their work."""
-        return self.cancelled + self.killed
-
-    def __add__(self, other: Outcome) -> Outcome:
-        return Outcome(
-            self.finished + other.finished,
-            self.given_back + other.given_back,
-            self.cancelled + other.cancelled,
-            self.killed + other.killed,
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self.finished or self.given_back or self.abandoned)
