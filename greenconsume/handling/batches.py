@@ -202,10 +202,6 @@ class Batching(Handling):
             )
         return super().fitted(consumer)
 
-    def _default_prefetch(self, counted: bool) -> int:
-        assert self.pool is not None
-        return (self.pool.size + 1) * self._size  # for each batch that runs, and the next one
-
     # -- one batch ------------------------------------------------------------------------------
 
     @staticmethod

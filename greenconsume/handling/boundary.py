@@ -15,35 +15,29 @@ from time import monotonic
 from typing import Any
 
 import gevent
-import kombu
 from gevent import GreenletExit
 from gevent.event import Event
 from kombu import Consumer, Message
 
 from greenconsume.errors import HandlerHung, HandlerTimeout, Interrupt, Shutdown, StoppedError
 from greenconsume.events import HandlerFailed, PrefetchTooSmall, emit
-from greenconsume.failures.delivery_limits import counts_returns
 from greenconsume.failures.requeues import DelayedRequeues, give_back, is_live, is_settleable
 from greenconsume.failures.retry import make_recoverer
-from greenconsume.failures.streams import is_stream
 from greenconsume.handling.advice import advise
 from greenconsume.handling.alarm import Alarm
 from greenconsume.handling.decoding import receive
 from greenconsume.handling.intake import Fitted, can_be_fitted
 from greenconsume.handling.jobs import ALONE, Job, current_job
 from greenconsume.handling.kill_switch import Switch
-from greenconsume.handling.options import MAX_PREFETCH
 from greenconsume.handling.pace import Pace
 from greenconsume.handling.pool import HandlerPool
+from greenconsume.handling.prefetch import wanted_prefetch
 from greenconsume.handling.settings import Settings
 from greenconsume.handling.trial import handle_alone, sentence_on
 from greenconsume.handling.wrapping import wrapped
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.links.pool import LinkPool
 from greenconsume.stopping import FORK, Deadline, wait_open
-
-#: The prefetch of callbacks that run inline, where the queue counts what goes back and none is set.
-_INLINE_PREFETCH = 10
 
 
 class Handling:
@@ -193,9 +187,8 @@ class Handling:
 
         Switches: yes, if the prefetch is not the consumer's own.
         """
-        chosen = self.prefetch_of(consumer)
-        queues = consumer.queues if isinstance(consumer, kombu.Consumer) else ()
-        wanted, size = self._prefetch_for(chosen, queues), self.settings.batch_size
+        wanted, chosen = wanted_prefetch(consumer, self.settings, self._paces)
+        size = self.settings.batch_size
         if wanted != chosen:
             consumer.qos(prefetch_count=wanted)
         elif chosen and self.pool is not None and chosen < self.pool.size * (size or 1):
@@ -204,32 +197,6 @@ class Handling:
         if intake is None or not can_be_fitted(consumer):
             return self._paced()
         return Fitted(consumer, wanted, intake).handler(self._paced())
-
-    def _prefetch_for(self, chosen: int | None, queues: Sequence[Any]) -> int | None:
-        if self._paces:
-            most = min(pace.rate.most_unsettled for pace in self._paces)
-            return chosen if 0 < (chosen or 0) <= most else min(most, MAX_PREFETCH)
-        counted = any(map(counts_returns, queues))
-        # A stream lets nobody consume without.
-        if chosen is None and (self.pool is not None or counted or any(map(is_stream, queues))):
-            return min(self._default_prefetch(counted), MAX_PREFETCH)
-        return chosen
-
-    def _default_prefetch(self, counted: bool) -> int:
-        if self.pool is None:
-            return _INLINE_PREFETCH
-        # As much again as runs, so that the next message is at hand when a handler ends; but where each
-        # way back is counted no more than is soon begun.
-        size = self.pool.size
-        return size + (max(1, size // 10) if counted else size)
-
-    @staticmethod
-    def prefetch_of(consumer: Consumer) -> int | None:
-        """Return the prefetch that the consumer or its channel sets, if one does."""
-        chosen: int | None = getattr(consumer, "prefetch_count", None)
-        if chosen is None:
-            chosen = getattr(consumer.channel, "prefetch_count", 0) or None
-        return chosen
 
     # -- one message ----------------------------------------------------------------------------
 
