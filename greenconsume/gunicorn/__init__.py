@@ -18,7 +18,13 @@ be, use `exclusive` or single active consumers.
 
 This module is imported by the arbiter, which stays unpatched: it must import neither gevent nor kombu.
 Everything else here runs in a worker. Signals, respawning, hang detection and graceful restarts stay
-gunicorn's. Read `host`, then `ending`.
+gunicorn's. Read `host`, then `ending`::
+
+    host      one runtime in one worker
+    ending    how a worker ends
+    worker    what a worker is told to run
+    turns     which of the workers run it
+    arbiter   that nothing consumes in the arbiter
 """
 
 from __future__ import annotations

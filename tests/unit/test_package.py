@@ -124,6 +124,18 @@ def test_the_tree_in_the_docstring_names_every_module() -> None:
     assert names <= set(tree)
 
 
+@pytest.mark.parametrize(
+    "package",
+    [path.parent for path in MODULES if path.name == "__init__.py"][1:],
+    ids=lambda p: p.name,
+)
+def test_the_docstring_of_a_package_names_each_of_its_modules(package: Path) -> None:
+    doc = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    rows = re.findall(r"^    ((?:\w+, )*\w+)  +\S", doc, re.MULTILINE)
+    named = {name for row in rows for name in row.split(", ")}
+    assert named == {path.stem for path in package.glob("*.py")} - {"__init__"}
+
+
 def test_the_lowest_dependencies_that_are_tested_are_those_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = dict(
