@@ -44,9 +44,8 @@ def adapt(consumer: object) -> Any:
         )
     if isinstance(consumer, kombu_mixins.ConsumerMixin):
         stopped = vars(consumer).pop("should_stop", False)
-        object.__setattr__(
-            consumer, "__class__", _adapted(type(consumer))
-        )  # not by the class's own
+        # Not by a `__setattr__` of the class's own, which may refuse it.
+        object.__setattr__(consumer, "__class__", _adapted(type(consumer)))
         if stopped:
             ensure_lifecycle(consumer).stop.set("should_stop")
     return consumer

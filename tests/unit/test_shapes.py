@@ -1,6 +1,6 @@
 """The class is the user's, however it is built: each consumes with kombu's mixins, adapted, and with ours.
 
-The first of the three runs without greenconsume's mixins, and shows that kombu takes such a class.
+The first of the ways runs without greenconsume's mixins, and shows that kombu takes such a class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kombu import mixins as kombu_mixins
 from kombu.utils.limits import TokenBucket
 
 import greenconsume.mixins
-from greenconsume import spawn
+from greenconsume import Runtime, spawn
 from tests.waiting import wait_until
 
 Shape = Callable[[Any], Any]
@@ -487,10 +487,24 @@ def run_by_us(consumer: Any) -> Callable[[], bool]:
     return stop
 
 
+def run_by_a_runtime(consumer: Any) -> Callable[[], bool]:
+    runtime = Runtime()
+    (child,) = runtime.spawn(consumer)
+    runtime.start()
+
+    def stop() -> bool:
+        runtime.control.status()
+        runtime.stop()
+        return runtime.join(30) and child.error is None
+
+    return stop
+
+
 WAYS = {
     "kombu": (kombu_mixins, run_by_kombu),
     "adapted": (kombu_mixins, run_by_us),
     "ours": (greenconsume.mixins, run_by_us),
+    "runtime": (greenconsume.mixins, run_by_a_runtime),
 }
 
 
