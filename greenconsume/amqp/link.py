@@ -187,6 +187,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self.failure = error
         for event in (self._opened, self._closed, self.over):
             event.set()
+        self._writer.end()
         link_socket.drop(self._transport)
         blame.tell_culprit(error, self.channels)
         if was_open and not self.is_closing:
@@ -195,7 +196,6 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         for session in list(self.sessions):
             session.on_link_lost(verdicts.get(session, _INNOCENT))
         self.channels.clear()
-        self._writer.end()
 
     collect = close
 

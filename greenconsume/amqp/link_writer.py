@@ -61,9 +61,7 @@ class LinkWriter:
         """Write until the link fails, by what is written here or by another. Switches: yes."""
         link, sendall = self._link, self._link.transport.sock.sendall
         try:
-            while link.failure is None:
-                self._unsent.wait()
-                self._unsent.clear()
+            while self._await_unsent():
                 settling, self._settling = self._settling, []
                 for deliveries in settling:
                     deliveries.flush()
@@ -77,6 +75,12 @@ class LinkWriter:
                     gevent.sleep(0)  # sendall does not switch while the kernel takes all
         except OSError as exc:
             link.fail(exc)
+
+    def _await_unsent(self) -> bool:
+        """Wait until something is to be written; return False once the link has failed."""
+        self._unsent.wait()
+        self._unsent.clear()
+        return self._link.failure is None
 
     def take_unsent(self) -> bytes:
         """Return what is queued, for a last try to send it, and forget it. Never switches."""
