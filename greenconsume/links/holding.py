@@ -13,7 +13,7 @@ from greenconsume.links.session import session_of
 
 
 class Holding(Protocol):
-    """What a connection holds; a session of a green link is one."""
+    """The messages that a connection holds; a session of a green link is one."""
 
     @property
     def backlog(self) -> int:
@@ -33,7 +33,7 @@ class Holding(Protocol):
 
 
 class VirtualHolding:
-    """What a connection of kombu's virtual kind holds: `memory://`, and what is polled.
+    """The messages of a connection of kombu's virtual kind: `memory://`, and what is polled.
 
     It has no inbox: a message is taken out of its queue when it is handed out. When it came is not kept.
 
