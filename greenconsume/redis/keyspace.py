@@ -130,7 +130,7 @@ class Keyspace:
 
     @property
     def binding_prefixes(self) -> tuple[str, str]:
-        """What the keys of all sets of bindings begin with, and those of the lasting ones."""
+        """The beginnings of the keys of all sets of bindings, and of those of the lasting ones."""
         return self.bindings(""), self.lasting_bindings("")
 
     @property
