@@ -118,6 +118,11 @@ class Batching(Handling):
 
     # -- gathering ------------------------------------------------------------------------------
 
+    @property
+    def gathered(self) -> int:
+        """The number of messages that wait in batches that have not started."""
+        return sum(len(job.pairs) for job in self._unstarted)
+
     def submit(self, consumer: Consumer, message: Message) -> None:
         """Add a message to its batch, and hand a full one over. Switches: while the pool is full."""
         if self._life.consume_stop.is_set():
