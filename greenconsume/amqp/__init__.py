@@ -21,11 +21,13 @@ Read `link`, `session`, `channel_core` and `deliveries` first; `channel` is komb
     session                         the share of one kombu connection: channels and an inbox
     inbox, waits                    what waits to be handed out; when its waits end
     turns                           one greenlet that drains several sessions
+    untold                          who is still to be told of a lost link
     channel                         kombu's and py-amqp's interface of a channel
     channel_core                    what a channel consists of, as its link sees it:
     calls, replies                  its calls, and what answers them
     deliveries, consumers, ledger   what it consumes, for whom, and how that is settled
     channel_publisher, confirms     what it publishes, and what answers that
+    stream_probe                    whether a queue that others declared is a stream
     message                         a received message
     frames, properties, fields      bytes to values, and back
 """
