@@ -43,7 +43,7 @@ class PlainPublication:
 
 
 class Producers:
-    """What is entered around each message of the plain producers of this process.
+    """The context managers that are entered around each message of this process's plain producers.
 
     Attributes:
         around: As `Publisher` has it; empty, where nobody chose any.
