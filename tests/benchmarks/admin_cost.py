@@ -4,8 +4,8 @@
 
 A process of 1,000 consumers over memory://, of which 500 have a handler that runs, is asked for
 `/status.json` and `/metrics` afresh, by `greenconsume check` and, ten times a second, by what asks as the
-page does. Then one consumer handles messages that do nothing, with and without somebody looking, in turn.
-Medians, minima and maxima; CPU is that of the process that is asked.
+page does. Medians, minima and maxima; CPU is that of the process that is asked. What it costs to count each
+message stands among the rows of `tests.benchmarks`, as "metrics on".
 """
 
 # the worker imports nothing of the tests
@@ -28,9 +28,6 @@ from typing import Any
 CONSUMERS, BUSY = 1000, 500
 #: Seconds that the page is polled for, and how often a second.
 POLLED, OFTEN = 8.0, 10
-MESSAGES = 20_000
-#: Rounds of the messages that are counted; the first warms up.
-TURNS = 8
 
 
 def main() -> None:
@@ -57,8 +54,7 @@ def work(folder: str) -> dict[str, float]:
     greenconsume.patch_all()
     path = str(Path(folder) / "admin.sock")
     with _busy(path) as runtime:
-        figures = {**_answers(runtime), **_check(path), **_polling(path)}
-    return figures | _messages()
+        return {**_answers(runtime), **_check(path), **_polling(path)}
 
 
 # -- answers ------------------------------------------------------------------------------------------
@@ -182,62 +178,6 @@ def _polling(path: str) -> dict[str, float]:
     ask = lambda: gevent.subprocess.run(client, check=True, stdout=sys.stderr)  # noqa: E731
     quiet = cpu_while(lambda: gevent.sleep(3.0))
     return {"idle, % of a core": quiet, f"polled {OFTEN} times a second, %": cpu_while(ask) - quiet}
-
-
-# -- messages -----------------------------------------------------------------------------------------
-
-
-def _messages() -> dict[str, float]:
-    """Return the CPU microseconds of a message, where nobody looks and where somebody does."""
-    found: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(2 * TURNS):
-        spent = _handle_all(watched=turn % 2 == 1)
-        if turn > 1:
-            found[turn % 2 == 1].append(spent * 1e6 / MESSAGES)
-    off, on = min(found[False]), min(found[True])
-    return {
-        "a message, nobody looks, µs": off,
-        "a message, metrics on, µs": on,
-        "more by metrics, %": 100 * (on / off - 1),
-    }
-
-
-def _handle_all(watched: bool) -> float:
-    from gevent.event import Event
-    from kombu import Connection, Queue
-
-    from greenconsume import ConsumerMixin, Runtime
-
-    done = Event()
-    left = MESSAGES
-
-    class Orders(ConsumerMixin):  # type: ignore[misc]
-        def __init__(self, connection: Any) -> None:
-            self.connection = connection
-
-        def get_consumers(self, Consumer: Any, channel: Any) -> Any:
-            return [Consumer([Queue("counted")], callbacks=[self.on_order], prefetch_count=100)]
-
-        def on_order(self, _body: Any, message: Any) -> None:
-            nonlocal left
-            message.ack()
-            left -= 1
-            if not left:
-                done.set()
-
-    with Connection("memory://") as connection:
-        connection.channel().queue_declare("counted")
-        producer = connection.Producer()
-        for _ in range(MESSAGES):
-            producer.publish({"order": 7}, routing_key="counted")
-    runtime = Runtime("memory://")
-    runtime.spawn(Orders)
-    if watched:
-        runtime.control.watch()
-    began = process_time()
-    with runtime:
-        done.wait()
-        return process_time() - began
 
 
 if __name__ == "__main__":

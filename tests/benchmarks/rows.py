@@ -29,7 +29,9 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 def _consuming(bench: Bench, prefetch: int) -> Iterator[Row]:
     group = f"Consume and ack each, prefetch {prefetch:,}"
-    yield group, GREEN, bench.worker("consume", GREEN, messages=100_000, prefetch=prefetch)
+    work = {"messages": 100_000, "prefetch": prefetch}
+    yield group, GREEN, bench.worker("consume", GREEN, **work)
+    yield group, f"{GREEN}, metrics on", bench.worker("consume", GREEN, watched=True, **work)
     yield group, KOMBU, bench.worker("consume", KOMBU, messages=40_000, prefetch=prefetch)
     if prefetch == 100:
         yield from _peers(bench, group, messages=20_000, prefetch=prefetch, handlers=None)
@@ -42,6 +44,8 @@ def _handling(bench: Bench) -> Iterator[Row]:
     work: dict[str, Any] = {"messages": 40_000, "handlers": 500, "seconds": 0.05}
     own = {**work, "concurrency": 500}
     yield group, f"{GREEN}, concurrency=500", bench.worker("handlers", GREEN, **own)
+    watched = bench.worker("handlers", GREEN, watched=True, **own)
+    yield group, f"{GREEN}, the same, metrics on", watched
     for mixin in (GREEN, KOMBU):
         in_pool = bench.worker("pool", mixin, prefetch=500, **work)
         yield group, f"{mixin}, gevent Pool(500)", in_pool

@@ -64,7 +64,10 @@ def class_of(
 
 def fleet_of(options: Options, make: Make) -> Any:
     kind = KombuFleet if options["mixin"] == "kombu" else GreenFleet
-    return kind(options["url"], make, options.get("consumers", 1), options.get("links", 1))
+    fleet = kind(options["url"], make, options.get("consumers", 1), options.get("links", 1))
+    if options.get("watched"):
+        fleet.runtime.control.watch()
+    return fleet
 
 
 class KombuFleet:

@@ -139,9 +139,7 @@ def test_a_consumer_that_runs_has_one_attribute_of_ours(mixin):
     own = set(vars(ours))
     consumes(ours)
     # kombu's cached properties are kept on an instance as well.
-    assert set(vars(ours)) - own == {"_greenconsume", "restart_limit"} | (
-        {"_producer_connection"} if mixin == "ConsumerProducerMixin" else set()
-    )
+    assert set(vars(ours)) - own == {"_greenconsume", "restart_limit"}
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -381,8 +381,8 @@ def test_a_resumed_consumer_does_not_wait_for_kombus_restart_limit(running):
     runtime = running(Rarely)
     since = monotonic()
     for _ in range(5):
-        runtime.control.pause("Work-1")
-        wait_until(lambda: state(runtime, "Work-1") == "paused")
-        runtime.control.resume("Work-1")
-        wait_until(lambda: state(runtime, "Work-1") == "consuming")
+        runtime.control.pause("Rarely-1")
+        wait_until(lambda: state(runtime, "Rarely-1") == "paused")
+        runtime.control.resume("Rarely-1")
+        wait_until(lambda: state(runtime, "Rarely-1") == "consuming")
     assert monotonic() - since < AT_ONCE
