@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector as _Collector
 
-from greenconsume.admin.metrics import BUCKETS, PLACES, Family, Labels, families
+from greenconsume.admin.metrics import BUCKETS, PLACES, Family, Labels, families, labels_of
 from greenconsume.admin.status import Process
 
 #: The upper bounds as prometheus_client writes them.
@@ -86,8 +86,7 @@ class Mirror:
                 self._value(family, suffix, labels).set(value)
 
     def _value(self, family: Family, suffix: str, labels: Labels) -> Any:
-        names = tuple(name for name, _ in labels)
-        contents = tuple(value for _, value in labels)
+        names, contents = labels.names, labels.values
         key = (family.name + suffix, contents)
         found = self._values.get(key)
         if found is None:
@@ -105,18 +104,18 @@ class Mirror:
 
 
 def _metric_of(family: Family) -> Metric:
-    names = [name for name, _ in (family.rows or family.timings or [((), None)])[0][0]]
+    first: list[tuple[Labels, object]] = [*family.rows[:1], *family.timings[:1]]
+    names = first[0][0].names if first else ()
     if family.kind == "histogram":
         histogram = HistogramMetricFamily(family.name, family.help, labels=names)
         for labels, timings in family.timings:
-            counts = [*timings.cumulative(PLACES), timings.count]
-            buckets = list(zip(_BOUNDS, counts, strict=True))
-            histogram.add_metric([value for _, value in labels], buckets, timings.total)
+            buckets = list(zip(_BOUNDS, timings.cumulative(PLACES), strict=True))
+            histogram.add_metric(labels.values, buckets, timings.total)
         return histogram
     kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
     metric = kind(family.name, family.help, labels=names)
     for labels, value in family.rows:
-        metric.add_metric([value for _, value in labels], value)
+        metric.add_metric(labels.values, value)
     return metric
 
 
@@ -127,8 +126,7 @@ def _samples_of(family: Family) -> Iterator[tuple[str, Labels, float]]:
         yield suffix, labels, float(value)
     for labels, timings in family.timings:
         before = 0
-        counts = [*timings.cumulative(PLACES), timings.count]
-        for bound, count in zip(_BOUNDS, counts, strict=True):
-            yield "_bucket", (*labels, ("le", bound)), float(count - before)
+        for bound, count in zip(_BOUNDS, timings.cumulative(PLACES), strict=True):
+            yield "_bucket", labels_of(*labels.pairs, ("le", bound)), float(count - before)
             before = count
         yield "_sum", labels, timings.total

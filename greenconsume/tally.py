@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import sub
 from time import monotonic
 
 _STEPS = (1, 1.25, 1.6, 2, 2.5, 3.2, 4, 5, 6.3, 8)
@@ -68,9 +69,9 @@ class Timings:
         return sum(self._counts)
 
     def cumulative(self, places: Sequence[int]) -> list[int]:
-        """Return how many durations were no longer than each of the `BOUNDS` at these places."""
+        """Return how many durations were no longer than each of the `BOUNDS` at these places, and of all."""
         sums = list(accumulate(self._counts))
-        return [sums[place] for place in places]
+        return [*map(sums.__getitem__, places), sums[-1]]
 
     def last_minute(self, now: float | None = None) -> LastMinute:
         """Return what was counted in the last minute, or since it began."""
@@ -82,7 +83,7 @@ class Timings:
         # What was counted until the end of the last step holds from there on.
         if self._next <= now - WINDOW or self.messages == messages:
             return LastMinute([], 0, 1.0)
-        new = [all_ - old for all_, old in zip(self._counts, before, strict=True)]
+        new = list(map(sub, self._counts, before))
         return LastMinute(new, self.messages - messages, max(now - since, 1e-9))
 
 

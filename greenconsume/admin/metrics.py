@@ -21,13 +21,49 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0)
 #: Where they are among these.
 PLACES = [BOUNDS.index(bound) for bound in BUCKETS]
+#: How the labels of a bucket end.
+_ENDS = [f'{bound}"}} ' for bound in BUCKETS]
 
-#: Values of labels that are kept as they are written: they are the same at each scrape.
+#: Labels that are kept: they are the same at each scrape.
 _KEPT = 1 << 14
 
 Kind = Literal["counter", "gauge", "histogram"]
-#: Name and value of each label.
-Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labels:
+    """The labels of a row.
+
+    Attributes:
+        pairs: Name and value of each.
+        text: The same as Prometheus reads it, without the braces.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    text: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names."""
+        return tuple(name for name, _ in self.pairs)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values, in the order of the names."""
+        return tuple(value for _, value in self.pairs)
+
+
+@lru_cache(_KEPT)
+def labels_of(*pairs: tuple[str, str]) -> Labels:
+    """Return the labels of these names and values. Never switches."""
+    return Labels(pairs, ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs))
+
+
+@lru_cache(_KEPT)
+def _more(labels: Labels, name: str, value: str) -> Labels:
+    return labels_of(*labels.pairs, (name, value))
+
+
 _Labelled = list[tuple[Labels, ConsumerStatus]]
 
 
@@ -50,7 +86,7 @@ class Family:
 def families(status: ProcessStatus) -> list[Family]:
     """Return all metrics of a process. Never switches."""
     labelled: _Labelled = [
-        ((("consumer", each.name), ("queue", ",".join(each.queues))), each)
+        (labels_of(("consumer", each.name), ("queue", ",".join(each.queues))), each)
         for each in status.consumers
     ]
     return [
@@ -118,7 +154,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "counter",
         "Messages that were handled, by how",
         [
-            ((*labels, ("status", how)), number)
+            (_more(labels, "status", how), number)
             for labels, each in labelled
             for how, number in (each.outcomes or {}).items()
         ],
@@ -128,7 +164,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "counter",
         "Messages that failed, by the exception's class",
         [
-            ((*labels, ("exception_type", error)), number)
+            (_more(labels, "exception_type", error), number)
             for labels, each in labelled
             for error, number in (each.errors or {}).items()
         ],
@@ -143,7 +179,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
 
 def _link_families(status: ProcessStatus) -> Iterator[Family]:
     labelled: list[tuple[Labels, LinkStatus]] = [
-        ((("link", str(number)), ("broker", link.uri)), link)
+        (labels_of(("link", str(number)), ("broker", link.uri)), link)
         for number, link in enumerate(status.links, 1)
     ]
     for name, kind, words, attribute in (
@@ -160,7 +196,7 @@ def _link_families(status: ProcessStatus) -> Iterator[Family]:
 
 def _process_families(status: ProcessStatus) -> Iterator[Family]:
     published: list[tuple[Labels, float]] = [
-        ((("broker", each.uri), ("status", how)), number)
+        (labels_of(("broker", each.uri), ("status", how)), number)
         for each in status.published
         for how, number in each.outcomes.items()
     ]
@@ -168,7 +204,7 @@ def _process_families(status: ProcessStatus) -> Iterator[Family]:
         "greenconsume_published_messages", "counter", "Messages published, by how", published
     )
     confirms: list[tuple[Labels, Timings]] = [
-        ((("broker", each.uri),), each.timings)
+        (labels_of(("broker", each.uri)), each.timings)
         for each in status.published
         if each.timings is not None
     ]
@@ -179,12 +215,12 @@ def _process_families(status: ProcessStatus) -> Iterator[Family]:
         timings=confirms,
     )
     timings = status.lag.timings
-    lag: list[tuple[Labels, Timings]] = [((), timings)] if timings is not None else []
+    lag: list[tuple[Labels, Timings]] = [(labels_of(), timings)] if timings is not None else []
     yield Family("greenconsume_hub_lag_seconds", "histogram", "How late the hub was", timings=lag)
     intake = "The part of their prefetch that consumers take"
-    yield Family("greenconsume_intake_ratio", "gauge", intake, [((), status.intake)])
-    yield Family("greenconsume_greenlets", "gauge", "Greenlets", [((), status.greenlets)])
-    info: Labels = (("version", status.version), ("state", status.state))
+    yield Family("greenconsume_intake_ratio", "gauge", intake, [(labels_of(), status.intake)])
+    yield Family("greenconsume_greenlets", "gauge", "Greenlets", [(labels_of(), status.greenlets)])
+    info = labels_of(("version", status.version), ("state", status.state))
     yield Family("greenconsume_process", "gauge", "The process, by its state", [(info, 1)])
 
 
@@ -192,38 +228,24 @@ def _process_families(status: ProcessStatus) -> Iterator[Family]:
 
 
 def _text(found: Iterable[Family]) -> Iterator[str]:
-    # Most rows have the labels of another row: one consumer has a score of them.
-    known: dict[Labels, str] = {}
     for family in found:
         name = f"{family.name}_total" if family.kind == "counter" else family.name
         yield f"# HELP {name} {family.help}.\n# TYPE {name} {family.kind}\n"
         for labels, value in family.rows:
-            inner = known.get(labels) or _written(labels, known)
-            yield f"{name}{{{inner}}} {value}\n" if inner else f"{name} {value}\n"
+            yield f"{name}{{{labels.text}}} {value}\n" if labels.text else f"{name} {value}\n"
         for labels, timings in family.timings:
-            yield _histogram(name, known.get(labels) or _written(labels, known), timings)
+            yield _histogram(name, labels.text, timings)
 
 
 def _histogram(name: str, inner: str, timings: Timings) -> str:
     comma, braced = ("," if inner else ""), (f"{{{inner}}}" if inner else "")
-    start, count = f'{name}_bucket{{{inner}{comma}le="', timings.count
-    counted = zip(BUCKETS, timings.cumulative(PLACES), strict=True)
-    lines = [f'{start}{bound}"}} {number}\n' for bound, number in counted]
+    start, (*counts, count) = f'{name}_bucket{{{inner}{comma}le="', timings.cumulative(PLACES)
+    lines = [f"{start}{end}{number}\n" for end, number in zip(_ENDS, counts, strict=True)]
     lines.append(f'{start}+Inf"}} {count}\n{name}_count{braced} {count}\n')
     return "".join(lines) + f"{name}_sum{braced} {timings.total}\n"
 
 
-def _written(labels: Labels, known: dict[Labels, str]) -> str:
-    # Those with one label more than a consumer's follow it.
-    begun = known.get(labels[:-1])
-    rest = labels if begun is None else labels[-1:]
-    text = ",".join(f'{name}="{_escape(value)}"' for name, value in rest)
-    found = known[labels] = f"{begun},{text}" if begun else text
-    return found
-
-
-@lru_cache(_KEPT)
-def _escape(value: str) -> str:
+def _escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
