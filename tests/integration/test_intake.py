@@ -49,8 +49,8 @@ def test_consumers_whose_callbacks_compute_are_sent_less_and_then_all_again(
     [child] = runtime.spawn(Orders)
 
     def prefetch():
-        session = ensure_engine(child.consumer).session
-        return session.prefetch_count if session is not None else None
+        held = ensure_engine(child.consumer).holding
+        return held.prefetch_count if held is not None else None
 
     with observed(IntakeChanged) as changes:
         runtime.start()
