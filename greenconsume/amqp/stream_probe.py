@@ -7,6 +7,7 @@ close; nothing is changed or taken. Called by `deliveries`, in a greenlet.
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -14,6 +15,10 @@ import amqp
 
 #: What stands in the headers of whatever a stream delivers.
 OFFSET = b"x-stream-offset"
+#: RabbitMQ's words on an argument that a queue has and the declaration has not.
+_LACKING = re.compile(
+    r"inequivalent arg '(.+?)' .*received none but current is the value '(.*?)' of"
+)
 
 
 class OpensChannels(Protocol):
@@ -28,16 +33,25 @@ def is_stream(session: OpensChannels, queue: str) -> bool:
     Raises:
         Exception: There is no answer, as to any call: the link is lost, or it takes too long.
 
-    Switches: yes, for `call_timeout` at the most.
+    Switches: yes, for `call_timeout` at the most for each argument that the queue has.
     """
-    try:
-        with closing(session.channel()) as channel:
-            # Of an existing queue it changes nothing: the broker compares, and says what the queue is.
-            channel.queue_declare(
-                queue, durable=True, auto_delete=False, arguments={"x-queue-type": "classic"}
-            )
-    except amqp.PreconditionFailed as exc:
-        return "current is 'stream'" in str(exc)
-    except amqp.AccessRefused:  # who may not declare has the message's word alone
-        return True
-    return False
+    arguments: dict[str, Any] = {"x-queue-type": "classic"}
+    while True:
+        try:
+            _compare(session, queue, arguments)
+        except amqp.PreconditionFailed as exc:
+            lacking = _LACKING.search(str(exc))
+            if lacking is None or lacking[1] in arguments:
+                return "current is 'stream'" in str(exc)
+            # It names the first difference alone, and a limit of a stream may come before its type.
+            arguments[lacking[1]] = int(lacking[2]) if lacking[2].isdigit() else lacking[2]
+        except amqp.AccessRefused:  # who may not declare has the message's word alone
+            return True
+        else:
+            return False
+
+
+def _compare(session: OpensChannels, queue: str, arguments: dict[str, Any]) -> None:
+    """Have the broker compare a queue that exists with a declaration, which changes nothing of it."""
+    with closing(session.channel()) as channel:
+        channel.queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)

@@ -181,6 +181,36 @@ def test_a_plain_consumer_of_a_stream_loses_no_link(amqp_url, stream, how):
         assert connection.connection.connected
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"x_max_length_bytes": 2_000_000},
+        {"x_max_age": "1D"},
+        {
+            "x_max_length_bytes": 2_000_000,
+            "x_max_age": "1D",
+            "x_stream_max_segment_size_bytes": 500_000,
+        },
+    ],
+    ids=["bytes", "age", "all"],
+)
+def test_a_stream_with_limits_that_was_declared_elsewhere_is_known_as_well(
+    amqp_url, queue_name, limits
+):
+    """The broker names the first argument that differs, and this may be a limit of the stream's."""
+    declare(amqp_url, queue_name, x_queue_type="stream", **limits)
+    got: list[Any] = []
+    with green_connection(amqp_url) as connection:
+        queue = Queue(queue_name, no_declare=True)
+        with connection.Consumer([queue], on_message=got.append, prefetch_count=5):
+            publish(amqp_url, queue_name, 20)
+            while len(got) < 20:
+                connection.drain_events(timeout=SOON)
+                got[-1].requeue()
+        connection.default_channel.queue_declare(queue_name, passive=True)
+        assert connection.connection.connected
+
+
 def declared_nowhere(channel: Any, _name: str) -> None:
     """Leave it to others to declare a stream."""
 
