@@ -51,16 +51,22 @@ class Producers:
 
     def __init__(self) -> None:
         self.around: tuple[Around, ...] = ()
+        self._chosen: dict[object, tuple[Around, ...]] = {}
 
     def add(self, around: Sequence[Around]) -> Callable[[], None]:
         """Enter `around`, too, from now on; return what takes it away."""
-        mine = tuple(around)
-        self.around += mine
+        mine = object()  # not the callables: somebody else may have chosen the same ones
+        self._chosen[mine] = tuple(around)
+        self._join()
 
         def remove() -> None:
-            self.around = tuple(each for each in self.around if each not in mine)
+            self._chosen.pop(mine, None)
+            self._join()
 
         return remove
+
+    def _join(self) -> None:
+        self.around = tuple(each for chosen in self._chosen.values() for each in chosen)
 
 
 #: Asked by the green channels, for each message that is published by their `basic_publish`.

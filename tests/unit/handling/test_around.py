@@ -20,6 +20,7 @@ from greenconsume import (
     Shutdown,
     current_handler,
 )
+from greenconsume.around import around_producers
 from greenconsume.errors import InvalidOptionsError
 from greenconsume.handling.wrapping import wrapped
 from tests.waiting import wait_until
@@ -247,3 +248,30 @@ def test_around_a_publication_headers_may_be_added_and_not_to_the_callers(nowait
         received += [queue.get(timeout=5).headers for _ in range(2)]
     assert received == [{"tenant": "acme", "traceparent": "00-abc"}, {"traceparent": "00-abc"}]
     assert own == {"tenant": "acme"}
+
+
+def test_what_two_chose_around_plain_producers_is_theirs_to_end(queue_name):
+    entered = []
+
+    @contextmanager
+    def noted(publication):
+        entered.append(publication.routing_key)
+        yield
+
+    def publish():
+        entered.clear()
+        with Connection("memory://") as connection:
+            connection.Producer().publish(1, routing_key=queue_name)
+        return entered.count(queue_name)
+
+    end_mine, end_yours = around_producers([noted]), around_producers([noted])
+    try:
+        assert publish() == 2
+        end_mine()
+        assert publish() == 1
+        end_mine()
+        assert publish() == 1
+    finally:
+        end_mine()
+        end_yours()
+    assert publish() == 0
