@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector as _Collector
 
-from greenconsume.admin.metrics import BUCKETS, PLACES, Family, Labels, families, labels_of
+from greenconsume.admin.metrics import BUCKETS, PLACES, Family, Labels, families
 from greenconsume.admin.status import Process
 
 #: The upper bounds as prometheus_client writes them.
@@ -98,7 +98,7 @@ class Mirror:
                 names,
                 contents,
                 family.help,
-                "liveall" if family.kind == "gauge" else "",
+                multiprocess_mode="liveall" if family.kind == "gauge" else "",
             )
         return found
 
@@ -127,6 +127,7 @@ def _samples_of(family: Family) -> Iterator[tuple[str, Labels, float]]:
     for labels, timings in family.timings:
         before = 0
         for bound, count in zip(_BOUNDS, timings.cumulative(PLACES), strict=True):
-            yield "_bucket", labels_of(*labels.pairs, ("le", bound)), float(count - before)
+            # Not `labels_of`: nobody reads their text here, and they would push out all that it keeps.
+            yield "_bucket", Labels((*labels.pairs, ("le", bound)), ""), float(count - before)
             before = count
         yield "_sum", labels, timings.total

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from greenconsume.admin.address import Address
-from greenconsume.admin.metrics import exposition
+from greenconsume.admin.metrics import exposition, families, labels_of
 from greenconsume.admin.status import LagStatus
-from greenconsume.metrics import Collector
+from greenconsume.metrics import Collector, Mirror
 from greenconsume.tally import PublishTally, Timings
 from tests.unit.admin.fakes import Asking, FakeProcess, consumer, link
 
@@ -64,6 +64,19 @@ def test_the_admin_also_shows_what_the_program_counts_itself(process):
     text = Asking(process, Address(path="/x")).get("/metrics").text
     assert samples(text)["shop_orders_paid_total", ()] == 7
     assert text.count("# TYPE greenconsume_received_messages_total") == 1
+
+
+def test_a_mirror_without_a_folder_is_no_error(process, monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    Mirror(process).write()
+
+
+def test_the_buckets_of_a_mirror_push_no_labels_out_that_are_kept(process):
+    labels_of.cache_clear()
+    families(process.status())
+    kept = labels_of.cache_info().currsize
+    Mirror(process).write()
+    assert labels_of.cache_info().currsize == kept
 
 
 SCRIPT = """
