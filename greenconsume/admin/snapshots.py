@@ -1,7 +1,8 @@
 """Owns the bound on what looking costs: what was made is shown again for a while that follows from its cost.
 
-Whatever number of pages and scrapers ask, at most one part in `REUSE` of the time goes into answers. It must
-never outlive a command: whoever gave one sees its effect at once. Called by `app`.
+Whatever number of pages and scrapers ask, at most one part in `REUSE` of the time goes into answers, or one
+answer in `MAX_AGE`, where that takes more. It must never outlive a command: whoever gave one sees its effect
+at once. Called by `app`.
 """
 
 from __future__ import annotations
