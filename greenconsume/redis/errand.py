@@ -40,8 +40,7 @@ class Errand:
     def _took(self, take: Take, reply: Any) -> None:
         if isinstance(reply, BaseException):
             self._error = reply
-            if self._link.failure is not None:
-                take.doubt()
+            take.doubt()  # what it moved before it failed goes back
         else:
             for _, _, deliveries in take.held(reply):
                 self._found = deliveries[0]

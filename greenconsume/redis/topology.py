@@ -168,7 +168,11 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
         if queue in self._expires:
             expires = self._expires[queue]
             commands += [("PEXPIRE", each, expires) for each in self.keyspace.keys(queue)]
-        self._call_all(commands)
+        try:
+            self._call_all(commands)
+        except BaseException:  # a kill or a timeout: the server may have it all the same
+            self._touch_later([key])
+            raise
         self._touch([key])
 
     def _put_fanout(
@@ -181,6 +185,11 @@ class Topology(virtual.Channel):  # type: ignore[misc]  # kombu is untyped
     def _touch(self, keys: Sequence[str]) -> None:
         # The server does not tell us of what we changed ourselves.
         ensure_feeds(self.link, self.ledger).touch(keys)
+
+    def _touch_later(self, keys: Sequence[str]) -> None:
+        # What is asked last is answered last: by then the change was made, or never will be.
+        if self.link.failure is None:
+            self.link.send(("PING",), lambda _: self._touch(keys), matters=False)
 
     def _call(self, *command: Argument) -> Any:
         self._require_open()

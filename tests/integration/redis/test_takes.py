@@ -6,9 +6,10 @@ from typing import Any
 
 import gevent
 import pytest
-from kombu import Consumer, Message, Queue
+from kombu import Consumer, Message, Producer, Queue
 from redis import ResponseError
 
+from greenconsume.redis.keyspace import SEP
 from tests.integration.consumers import SOON, Inbox
 from tests.integration.redis.payloads import bodies_in, held_count, put
 from tests.waiting import wait_until
@@ -85,3 +86,30 @@ def test_who_took_the_last_message_is_told_of_the_next_without_another_look(
             inbox.drain(n)
             wait_until(lambda: held_count(server) == 0)
         assert scripts_run(server) - before < 20 + 8  # and a few that are no takes
+
+
+def test_who_waits_is_told_of_a_message_whose_publisher_was_killed(connection, server, queue_name):
+    """The server tells nobody of his own changes: consumers on the publisher's link heard of nothing more."""
+    inbox = Inbox(connection)
+    with Consumer(connection, [Queue(queue_name)], callbacks=[inbox], prefetch_count=10):
+        put(server, queue_name, "warm")
+        inbox.drain(1)
+        publisher = gevent.spawn(Producer(connection).publish, "x", routing_key=queue_name)
+        gevent.sleep(0)
+        publisher.kill()
+        put(server, queue_name, "y")
+        assert set(inbox.drain(3)) == {"warm", "x", "y"}
+
+
+def test_a_single_message_that_the_server_refuses_half_way_goes_back(
+    connection, server, queue_name
+):
+    """It was held until the visibility timeout, as long as this process lived."""
+    with server.pipeline() as at_once:
+        put(at_once, queue_name, "x")
+        at_once.set(f"{queue_name}{SEP}9", "no list")
+        at_once.execute()
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        connection.default_channel.basic_get(queue_name)
+    wait_until(lambda: held_count(server) == 0)
+    assert bodies_in(server, queue_name) == ["x"]
