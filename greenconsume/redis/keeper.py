@@ -57,6 +57,7 @@ class Keeper:
         self._beat_at = self._refresh_at = self._due_at = self._bindings_at = self._sweep_at = 0.0
         self._kept_at = 0.0
         self._lease = ledger.keyspace.visibility_timeout / REFRESHES
+        self._overdue: list[bytes] = []  # what was named by the last look
         self._known: Link | None = None  # the link that was last spoken over
 
     def start(self) -> None:
@@ -205,12 +206,15 @@ class Keeper:
         if fields:
             fields.sort(key=_number_in)
             timeout = space.visibility_timeout
-            self._touch(link, restore(link, space, fields, untouched_for=timeout))
-            logger.warning(
-                "%d messages that nobody had settled in %g s are back", len(fields), timeout
-            )
-            if len(overdue) == LOOK:
+            back = restore(link, space, fields, untouched_for=timeout)
+            self._touch(link, back)
+            if back:
+                logger.warning(
+                    "%d messages that nobody had settled in %g s are back", len(fields), timeout
+                )
+            if len(overdue) == LOOK and overdue != self._overdue:  # else none could be moved
                 self._beat_at = 0.0
+            self._overdue = overdue
         silent = [
             (name, client.decode())
             for name, age, client in owners

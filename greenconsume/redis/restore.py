@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from redis import exceptions
+
 from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.link import Link
 from greenconsume.redis.message import buried, recounted
@@ -71,10 +73,26 @@ def restore(
             if entry is None:
                 link.send(("ZREM", keyspace.index, field))  # left of one that was acknowledged
             else:
-                moves += _moves(link, keyspace, field, entry, counted)
+                moves += _moves(link, keyspace, field, entry, counted, touched)
         if moves:
-            touched |= _run(link, keyspace, moves, untouched_for)
+            run = _run if untouched_for is None else _run_what_may_be
+            touched |= run(link, keyspace, moves, untouched_for)
     return touched
+
+
+def _run_what_may_be(
+    link: Link, keyspace: Keyspace, moves: list[_Move], untouched_for: float | None
+) -> set[str]:
+    """Move what the server lets this user move. What is overdue may be for others to restore."""
+    try:
+        return _run(link, keyspace, moves, untouched_for)
+    except exceptions.ResponseError as exc:
+        if len(moves) == 1:
+            logger.error("a message cannot be restored (field %r): %s", moves[0].field, exc)
+            return set()
+    for move in moves:
+        _run_what_may_be(link, keyspace, [move], untouched_for)
+    return {move.key for move in moves}  # those too that were moved before the refusal
 
 
 def _run(
@@ -89,7 +107,12 @@ def _run(
 
 
 def _moves(
-    link: Link, keyspace: Keyspace, field: bytes | str, entry: bytes, counted: bool
+    link: Link,
+    keyspace: Keyspace,
+    field: bytes | str,
+    entry: bytes,
+    counted: bool,
+    touched: set[str],
 ) -> list[_Move]:
     try:
         payload, exchange, routing_key = json.loads(entry)
@@ -104,8 +127,9 @@ def _moves(
     except Exception as exc:  # what is no message of kombu's
         return _move_as_it_is(link, keyspace, field, entry, exc)
     if len(queues) > 1:  # kombu notes no queue, only how it was routed
-        for queue in queues[1:]:
-            link.send(("RPUSH", keyspace.key(queue, priority), raw))
+        for key in [keyspace.key(queue, priority) for queue in queues[1:]]:
+            link.send(("RPUSH", key, raw))
+            touched.add(key)
     return [_Move(field, keyspace.key(queues[0], priority), "R", raw)]
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import gevent
 import pytest
 from gevent.event import Event
-from kombu import Connection, Consumer, Producer, Queue
+from kombu import Connection, Consumer, Exchange, Producer, Queue
 
 from greenconsume.amqp.link import LinkLostError
 from greenconsume.redis import keeper
 from greenconsume.redis.keyspace import Keyspace
 from tests.integration.consumers import Inbox, Recorder, consuming, green_connection
 from tests.integration.redis.payloads import bodies_in, body_of, held_count, payload, put
+from tests.integration.redis.test_credentials import as_user
 from tests.options import say
 from tests.waiting import wait_until
 
@@ -164,6 +165,42 @@ def test_what_nobody_can_restore_is_not_in_the_way_of_others(
         wait_until(lambda: server.zcount("unacked_index", 0, 10) == 0)
     assert server.hlen("unacked") == keeper.LOOK + 1
     assert caplog.text.count("cannot be restored") == keeper.LOOK + 1
+
+
+def test_what_a_user_may_not_restore_is_not_in_the_way_of_his_own(
+    redis_url, server, queue_name, quick
+):
+    """Users of one database who may each use their own queues restored nothing, if both had something."""
+    keys = [f"{queue_name}*", "unacked*", "_kombu*", "_greenconsume*"]
+    password = "h0rse"
+    server.acl_setuser(
+        queue_name, enabled=True, passwords=[f"+{password}"], keys=keys, commands=["+@all"]
+    )
+    url = as_user(redis_url, queue_name, password)
+    abandon(server, "others", "y", age=9000.0, owner="theirs.")
+    abandon(server, queue_name, "x")
+    try:
+        with consuming(consumer := Recorder(url, queue_name)):
+            assert consumer.wait_for(1) == ["x"]
+            wait_until(lambda: server.hkeys("unacked") == [b"theirs.1"])
+        assert bodies_in(server, "others") == []
+    finally:
+        server.acl_deluser(queue_name)
+
+
+def test_what_plain_kombu_restores_into_two_queues_wakes_the_consumers_of_both(
+    connection, server, queue_name, quick
+):
+    """The server tells nobody of his own changes."""
+    exchange = Exchange(f"{queue_name}.exchange", "direct")
+    queues = [Queue(f"{queue_name}.{n}", exchange, "k") for n in range(2)]
+    inbox = Inbox(connection)
+    consumers = [Consumer(connection.channel(), [queue], callbacks=[inbox]) for queue in queues]
+    for consumer in consumers:
+        consumer.consume()
+    server.hset("unacked", "kombus", f'[{payload("x").decode()}, "{exchange.name}", "k"]')
+    server.zadd("unacked_index", {"kombus": 1})
+    assert inbox.drain(2) == ["x", "x"]
 
 
 def test_a_process_that_only_is_silent_keeps_its_messages(redis_url, server, queue_name, quick):
