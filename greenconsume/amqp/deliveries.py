@@ -11,6 +11,7 @@ from functools import partial
 
 import gevent
 from amqp import spec
+from amqp.exceptions import RecoverableConnectionError
 from amqp.serialization import dumps
 
 from greenconsume.amqp.calls import Calls, Life
@@ -99,11 +100,11 @@ class Deliveries:
         epoch = self.epoch
         try:
             is_stream = consumer.ask is not None and consumer.ask()
-        except (
-            Exception
-        ) as exc:  # a stop or a lost link, too: what is held is the broker's as it closes
-            if epoch == self.epoch:
-                self.put_error(exc)
+        except TimeoutError as exc:  # as itself it would say that no message came
+            self._put_failure(RecoverableConnectionError(str(exc)), epoch)
+            return
+        except Exception as exc:  # a stop or a lost link, too
+            self._put_failure(exc, epoch)
             return
         held = consumer.learn(is_stream)
         if epoch != self.epoch:
@@ -118,6 +119,11 @@ class Deliveries:
                 self.give_back(delivery[1])
             elif not (delivery[2] and screen is not None and screen(delivery)):
                 self._inbox.put(self, delivery, consumer.callback)
+
+    def _put_failure(self, error: BaseException, epoch: int) -> None:
+        """Have an error raised that left messages held: they are the broker's as the channel closes."""
+        if epoch == self.epoch:
+            self.put_error(error)
 
     def _take_late(self, delivery: Delivery) -> None:
         """Take what was sent to a stand-in, or to a consumer that has stopped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import amqp
 import pytest
+from amqp.exceptions import RecoverableConnectionError
 from kombu import Connection, Consumer, Queue
 
 from greenconsume.transports import registry
@@ -147,3 +148,18 @@ def test_a_broker_that_does_not_answer_is_told_where_it_is_drained(peer, suspect
     with pytest.raises(amqp.ResourceLocked):
         connection.drain_events(timeout=30)
     assert settles(peer) == []
+
+
+def test_a_broker_that_says_nothing_at_all_is_no_wait_that_timed_out(peer):
+    """A loop takes a `TimeoutError` for a queue that is empty, and would never get what is held."""
+    registry.register()
+    options = {"close_timeout": 2.0, "call_timeout": 0.5}
+    with Connection(peer.url, transport_options=options) as connection:
+        channel = connection.channel()
+        queue = Queue("s", no_declare=True)
+        with Consumer(channel, [queue], callbacks=[print], prefetch_count=9) as consumer:
+            peer.wait_for("basic.consume")
+            peer.silent.add("queue.declare")
+            suspect(peer, consumer, 1)
+            with pytest.raises(RecoverableConnectionError, match="no reply"):
+                connection.drain_events(timeout=30)
