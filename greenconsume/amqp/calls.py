@@ -48,12 +48,13 @@ class Calls:
 
     Attributes:
         life: What it can be used for.
+        lives: How many of its lives have ended.
         link: The link that it is a channel of.
         channel_id: Its number on the link.
         untold: An error that the next use raises.
     """
 
-    __slots__ = ("_closed", "_lives", "_replies", "_waits", "channel_id", "life", "link", "untold")
+    __slots__ = ("_closed", "_replies", "_waits", "channel_id", "life", "link", "lives", "untold")
 
     def __init__(self, link: Link, channel_id: int, waits: Waits) -> None:
         self.life = Life.OPENING
@@ -61,7 +62,7 @@ class Calls:
         self.channel_id = channel_id
         self._waits = waits
         self._replies = Replies()
-        self._lives = 0
+        self.lives = 0
         self.untold: BaseException | None = None
         self._closed: Event | None = None
 
@@ -116,7 +117,7 @@ class Calls:
         undo: Callable[..., object] | None,
     ) -> Reply:
         """Park until the reader brings one of the replies `methods`; see `Channel.wait`."""
-        event, lives = Event(), self._lives
+        event, lives = Event(), self.lives
         reply = self._replies.expect(Reply(methods, on_reply, event))
         try:
             self._waits.wait_alone(event, timeout)
@@ -125,7 +126,7 @@ class Calls:
                     self._waits.stop.check()
                 raise self.no_reply()
         except BaseException:  # a kill and a gevent.Timeout too
-            reply.give_up(undo if lives == self._lives else None)
+            reply.give_up(undo if lives == self.lives else None)
             raise
         if reply.error is not None:
             raise reply.error
@@ -162,7 +163,7 @@ class Calls:
     def end(self, life: Life, error: Callable[[], BaseException]) -> bool:
         """End this life: fail every call, and return whether anybody waited for one. Never switches."""
         self.life = life
-        self._lives += 1
+        self.lives += 1
         return self._replies.fail(error)
 
     def say_close(self) -> None:

@@ -67,6 +67,11 @@ class ChannelConsumer:
         self.is_stream = is_stream
         return held
 
+    def forget_held(self) -> None:
+        """Forget what is held: it is the broker's again."""
+        if self.held:
+            self.held.clear()
+
     @property
     def can_pause(self) -> bool:
         """True if it may be paused now."""

@@ -92,22 +92,22 @@ class Deliveries:
                 consumer.learn(False)
                 return False
             consumer.held = []
-            gevent.spawn(self._ask, delivery[0], consumer).name = f"asks of {delivery[0]}"
+            asking = gevent.spawn(self._ask, delivery[0], consumer, self._calls.lives)
+            asking.name = f"asks of {delivery[0]}"
         consumer.held.append(delivery)
         return True
 
-    def _ask(self, tag: str, consumer: ChannelConsumer) -> None:
-        epoch = self.epoch
+    def _ask(self, tag: str, consumer: ChannelConsumer, lives: int) -> None:
         try:
             is_stream = consumer.ask is not None and consumer.ask()
         except TimeoutError as exc:  # as itself it would say that no message came
-            self._put_failure(RecoverableConnectionError(str(exc)), epoch)
+            self._put_failure(RecoverableConnectionError(str(exc)), lives)
             return
         except Exception as exc:  # a stop or a lost link, too
-            self._put_failure(exc, epoch)
+            self._put_failure(exc, lives)
             return
         held = consumer.learn(is_stream)
-        if epoch != self.epoch:
+        if lives != self._calls.lives:
             return  # the broker's again
         if is_stream:
             self.consumers.keep_streamed(tag)
@@ -120,9 +120,9 @@ class Deliveries:
             elif not (delivery[2] and screen is not None and screen(delivery)):
                 self._inbox.put(self, delivery, consumer.callback)
 
-    def _put_failure(self, error: BaseException, epoch: int) -> None:
+    def _put_failure(self, error: BaseException, lives: int) -> None:
         """Have an error raised that left messages held: they are the broker's as the channel closes."""
-        if epoch == self.epoch:
+        if lives == self._calls.lives:
             self.put_error(error)
 
     def _take_late(self, delivery: Delivery) -> None:
@@ -326,6 +326,8 @@ class Deliveries:
 
     def _forget(self) -> None:
         self.epoch += 1
+        for consumer in self.consumers.running.values():
+            consumer.forget_held()
         self._inbox.take_back(self, self._can_go_back)
         self._ledger.clear()
         self._streamed = None

@@ -163,3 +163,26 @@ def test_a_broker_that_says_nothing_at_all_is_no_wait_that_timed_out(peer):
             suspect(peer, consumer, 1)
             with pytest.raises(RecoverableConnectionError, match="no reply"):
                 connection.drain_events(timeout=30)
+
+
+@pytest.mark.parametrize("current", ["stream", "quorum"])
+def test_what_comes_after_a_recover_while_the_broker_is_asked_is_handed_out(
+    peer, suspecting, current
+):
+    connection, consumer, got = suspecting
+    suspect(peer, consumer, 1)
+    peer.wait_for("queue.declare")
+    peer.silent.add("basic.recover")
+    consumer.recover(requeue=True)
+    peer.wait_for("basic.recover")
+    peer.send(frames.method_frame(1, "basic.recover-ok"))
+    suspect(peer, consumer, 2, redelivered=True)
+    wait_until(lambda: consumer.channel.unsettled_count == 1)
+    say(peer, current)
+    connection.drain_events(timeout=30)
+    assert [message.delivery_tag for message in got] == [2]
+    with pytest.raises(TimeoutError):
+        connection.drain_events(timeout=0)
+    got[0].reject()
+    how = "ack" if current == "stream" else "reject"
+    wait_until(lambda: settles(peer) == [(f"basic.{how}", 2)])
