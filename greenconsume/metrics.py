@@ -26,6 +26,9 @@ from greenconsume.admin.status import Process
 #: The upper bounds as prometheus_client writes them.
 _BOUNDS = (*map(str, BUCKETS), "+Inf")
 
+#: The name of a sample, and the values of its labels.
+_Key = tuple[str, tuple[str, ...]]
+
 
 class Collector(_Collector):
     """Hands a runtime's metrics to a registry whenever that is collected.
@@ -56,7 +59,7 @@ class Mirror:
 
     For processes that are seen together, as gunicorn's workers: `PROMETHEUS_MULTIPROC_DIR` names the folder,
     and `prometheus_client.multiprocess.MultiProcessCollector` merges what each has written. The files of a
-    worker that has ended keep its counters.
+    worker that has ended keep its counters. A gauge of what is gone in a worker that lives is 0.
 
     Args:
         process: What is shown.
@@ -65,7 +68,8 @@ class Mirror:
 
     def __init__(self, process: Process, every: float = 5.0) -> None:
         self._process = process
-        self._values: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._values: dict[_Key, Any] = {}
+        self._gauges: set[_Key] = set()
         self._timer: Any = gevent.get_hub().loop.timer(0.0, every, ref=False)
         process.watch()
 
@@ -81,22 +85,28 @@ class Mirror:
     def write(self) -> None:
         """Write what is so now. Never switches."""
         self._process.watch()
+        gauges: set[_Key] = set()
         for family in families(self._process.status()):
             for suffix, labels, value in _samples_of(family):
-                self._value(family, suffix, labels).set(value)
+                key = (family.name + suffix, labels.values)
+                self._value(key, family, labels).set(value)
+                if family.kind == "gauge":
+                    gauges.add(key)
+        # A file forgets nothing: without this a consumer, a link or a state that is gone is shown for ever.
+        for key in self._gauges - gauges:
+            self._values[key].set(0.0)
+        self._gauges = gauges
 
-    def _value(self, family: Family, suffix: str, labels: Labels) -> Any:
-        names, contents = labels.names, labels.values
-        key = (family.name + suffix, contents)
+    def _value(self, key: _Key, family: Family, labels: Labels) -> Any:
         found = self._values.get(key)
         if found is None:
             # As its own metrics do; a gauge of a process that has ended is not shown.
             found = self._values[key] = values.ValueClass(
                 family.kind,
                 family.name,
-                family.name + suffix,
-                names,
-                contents,
+                key[0],
+                labels.names,
+                labels.values,
                 family.help,
                 multiprocess_mode="liveall" if family.kind == "gauge" else "",
             )

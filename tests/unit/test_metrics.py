@@ -117,6 +117,41 @@ def test_the_values_of_several_processes_are_merged(tmp_path, monkeypatch):
         assert found[f"{name}_bucket", tuple(sorted((*labels, ("le", bound))))] == count
 
 
+GONE = """
+from greenconsume import patch_all; patch_all()
+import sys
+from greenconsume.metrics import Mirror
+sys.path.insert(0, {root!r})
+from tests.unit.admin.fakes import FakeProcess, consumer, link
+fake = FakeProcess(consumer(received=5), consumer("Orders-2", received=5))
+fake.change(links=(link(), link()))
+mirror = Mirror(fake)
+mirror.write()
+fake.change(consumers=(consumer(received=6),), links=(link(),), state="draining")
+mirror.write()
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_a_mirror_shows_nothing_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    script = GONE.format(root=str(Path(__file__).parents[2]))
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    sums: dict[str, float] = {}
+    for (name, _), value in samples(done.stdout).items():
+        sums[name] = sums.get(name, 0) + value
+    assert sums["greenconsume_process"] == 1
+    assert sums["greenconsume_consumer_consuming"] == 1
+    assert sums["greenconsume_link_up"] == 1
+    assert sums["greenconsume_received_messages_total"] == 11
+
+
 def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(process):
     known: dict[str, set[str]] = {}
     for name, labels in samples(exposition(process.status()).decode()):
