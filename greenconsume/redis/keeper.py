@@ -87,7 +87,7 @@ class Keeper:
             except RecoverableConnectionError:
                 continue  # the link was lost; the next one will do
             except (exceptions.ResponseError, OSError) as exc:
-                logger.error("what is held in Redis cannot be looked after: %r", exc)
+                logger.error("what is held in Redis cannot be looked after: %s", exc)
                 self._postpone(monotonic() + BEAT_INTERVAL)
             wait(ledger.changed, Deadline(self._seconds_left(link)))
 
@@ -254,10 +254,14 @@ class Keeper:
 
     def _bring_back(self, link: Link) -> None:
         space = self._ledger.keyspace
-        touched, due = link.call_script(DUE, (space.delayed, space.delayed_index), (LOOK,))
+        keys = (space.delayed, space.delayed_index)
+        touched, due, refusal = link.call_script(DUE, keys, (LOOK,))
         self._due_at = float("inf")
         self._touch(link, [key.decode() for key in touched])
-        if due:
+        if refusal:
+            logger.error("a message whose time has come cannot be put back: %s", refusal.decode())
+            self.expect(BEAT_INTERVAL)
+        elif due:
             self.expect(float(due))
 
     def _touch(self, link: Link, keys: Iterable[str]) -> None:

@@ -230,30 +230,33 @@ return 1
 )
 
 #: Puts what was delayed and is due at the end of its queue. KEYS: what is delayed, its index; ARGV[1]: how
-#: many. Its entries are the key of the queue, a line feed, the message. Returns the keys that got one, and
-#: the seconds until the next is due (empty: none).
+#: many. Its entries are the key of the queue, a line feed, the message. Returns the keys that got one, the
+#: seconds until the next is due (empty: none), and why one stays (empty: none does): it may be for another
+#: user.
 DUE = Script.of(
     _NOW
     + """
 local fields = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, tonumber(ARGV[1]))
-local touched = {}
+local touched, refusal = {}, ''
 for _, field in ipairs(fields) do
   local entry = redis.call('HGET', KEYS[1], field)
+  local due = redis.call('ZSCORE', KEYS[2], field)
   redis.call('ZREM', KEYS[2], field)
   if entry then
     local cut = string.find(entry, '\\n', 1, true)
     local key = string.sub(entry, 1, cut - 1)
     local done = redis.pcall('LPUSH', key, string.sub(entry, cut + 1))
     if type(done) == 'table' and done.err then
-      redis.call('ZADD', KEYS[2], stamp, field)
-      return done
+      redis.call('ZADD', KEYS[2], due, field)
+      refusal = done.err
+    else
+      redis.call('HDEL', KEYS[1], field)
+      touched[#touched + 1] = key
     end
-    redis.call('HDEL', KEYS[1], field)
-    touched[#touched + 1] = key
   end
 end
 local next = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-return {touched, next[2] and tostring(tonumber(next[2]) - now) or ''}
+return {touched, next[2] and tostring(tonumber(next[2]) - now) or '', refusal}
 """
 )
 

@@ -5,6 +5,7 @@ links.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import count
 from time import time
 from typing import Any
@@ -167,25 +168,42 @@ def test_what_nobody_can_restore_is_not_in_the_way_of_others(
     assert caplog.text.count("cannot be restored") == keeper.LOOK + 1
 
 
+@pytest.fixture
+def restricted(redis_url, server, queue_name) -> Iterator[str]:
+    """The address of the server for a user who may touch his own queues only."""
+    keys = [f"{queue_name}*", "unacked*", "_kombu*", "_greenconsume*"]
+    server.acl_setuser(
+        queue_name, enabled=True, passwords=["+h0rse"], keys=keys, commands=["+@all"]
+    )
+    yield as_user(redis_url, queue_name, "h0rse")
+    server.acl_deluser(queue_name)
+
+
 def test_what_a_user_may_not_restore_is_not_in_the_way_of_his_own(
-    redis_url, server, queue_name, quick
+    server, queue_name, restricted, quick
 ):
     """Users of one database who may each use their own queues restored nothing, if both had something."""
-    keys = [f"{queue_name}*", "unacked*", "_kombu*", "_greenconsume*"]
-    password = "h0rse"
-    server.acl_setuser(
-        queue_name, enabled=True, passwords=[f"+{password}"], keys=keys, commands=["+@all"]
-    )
-    url = as_user(redis_url, queue_name, password)
     abandon(server, "others", "y", age=9000.0, owner="theirs.")
     abandon(server, queue_name, "x")
-    try:
-        with consuming(consumer := Recorder(url, queue_name)):
-            assert consumer.wait_for(1) == ["x"]
-            wait_until(lambda: server.hkeys("unacked") == [b"theirs.1"])
-        assert bodies_in(server, "others") == []
-    finally:
-        server.acl_deluser(queue_name)
+    with consuming(consumer := Recorder(restricted, queue_name)):
+        assert consumer.wait_for(1) == ["x"]
+        wait_until(lambda: server.hkeys("unacked") == [b"theirs.1"])
+    assert bodies_in(server, "others") == []
+
+
+def test_a_retry_of_another_user_is_not_in_the_way_of_ones_own(
+    server, queue_name, restricted, quick
+):
+    """What came before the refused one was put back, and nobody told of it; what came after it was not."""
+    queues = (f"{queue_name}.first", "others", f"{queue_name}.last")
+    for number, queue in enumerate(queues, 1):
+        server.hset("_greenconsume.delayed", number, f"{queue}\n".encode() + payload(number))
+        server.zadd("_greenconsume.delayed_index", {number: number})
+    consumers = [Recorder(restricted, queue) for queue in (queues[0], queues[2])]
+    with consuming(*consumers):
+        assert [consumer.wait_for(1) for consumer in consumers] == [[1], [3]]
+    assert server.hkeys("_greenconsume.delayed") == [b"2"]
+    assert server.zrange("_greenconsume.delayed_index", 0, -1, withscores=True) == [(b"2", 2.0)]
 
 
 def test_what_plain_kombu_restores_into_two_queues_wakes_the_consumers_of_both(
