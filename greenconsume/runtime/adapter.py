@@ -5,6 +5,7 @@ Called by `greenlet` for everything that is spawned. A class of ours passes unch
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from typing import Any
 
 from kombu import mixins as kombu_mixins
@@ -60,8 +61,8 @@ def _adapted(cls: type) -> type:
         produces = issubclass(cls, kombu_mixins.ConsumerProducerMixin)
         ours = ConsumerProducerMixin if produces else ConsumerMixin
         same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-        # By `type` itself: a metaclass of the user's would take it for one more class of his.
-        _adapted_classes[cls] = type.__new__(
-            type(cls), cls.__name__, (_Unannounced, cls, ours), same
-        )
+        # By `type` itself: a metaclass of the user's would take it for one more class of his. An abstract
+        # class keeps what `isinstance` was asked about it: one without a place of its own shares its base's.
+        new: Any = ABCMeta.__new__ if isinstance(cls, ABCMeta) else type.__new__
+        _adapted_classes[cls] = new(type(cls), cls.__name__, (_Unannounced, cls, ours), same)
     return _adapted_classes[cls]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import socket
+from abc import ABC
 from contextlib import contextmanager
 from time import monotonic
 from uuid import uuid4
@@ -984,6 +985,20 @@ def test_adapting_twice_or_what_is_ours_changes_nothing(queue_name):
     assert type(adapt(worker)) is kind
     assert type(adapt(KombuWorker("memory://", queue_name))) is kind
     assert type(adapt(ours)) is Worker
+
+
+def test_an_abstract_class_knows_its_instances_whatever_the_adapted_one_is_asked():
+    class Base(kombu_mixins.ConsumerMixin, ABC):
+        def get_consumers(self, Consumer, channel):
+            return []
+
+    class Special(Base):
+        pass
+
+    adapted, plain = adapt(Base()), Special()
+    assert not isinstance(plain, type(adapted))
+    assert isinstance(plain, Base)
+    assert isinstance(adapted, Base)
 
 
 def test_a_stop_that_was_set_before_adapting_counts(queue_name):
