@@ -4,7 +4,7 @@ A message is held from the script that took it to the reply that says it is sett
 meanwhile: what was not confirmed is said again over the next one, and a handler that runs keeps its
 message, for the server knows nothing of links. Each delivery has a name of its own, so that a settle which
 is sent twice never settles another message. One ledger serves all links
-of this process to one database. Called by `feed`, `channel` and `keeper`.
+of this process to one database as one user. Called by `feed`, `channel` and `keeper`.
 """
 
 from __future__ import annotations

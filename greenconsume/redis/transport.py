@@ -117,7 +117,8 @@ class Transport(virtual.Transport):  # type: ignore[misc]  # kombu is untyped
 
     def _server(self) -> str:
         info = self.client.info()
-        names = ("transport", "hostname", "port", "virtual_host", "alternates")
+        # By user as well: what one may say to the server is for another not to say.
+        names = ("transport", "hostname", "port", "virtual_host", "alternates", "userid")
         return " ".join(str(info.get(name)) for name in names)
 
     def dial(self) -> Link:

@@ -8,11 +8,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from kombu import Consumer, Queue
 
 from greenconsume import Runtime
 from greenconsume.errors import BrokerRefusedError
 from greenconsume.events import ConsumerState
-from tests.integration.consumers import Recorder
+from tests.integration.consumers import Inbox, Recorder, green_connection
+from tests.integration.redis.payloads import bodies_in, held_count, put
 
 SECRET = "h0rse"
 
@@ -47,3 +49,26 @@ def test_the_right_password_is_let_in(redis_url, queue_name, user):
     (child,) = runtime.spawn(partial(Recorder, queue=queue_name))
     with runtime:
         assert child.state is ConsumerState.CONSUMING
+
+
+def test_users_of_one_process_each_give_back_what_they_took_themselves(
+    redis_url, server, queue_name
+):
+    """It went over the link of the other, who may not touch that queue, and so stayed where it was."""
+    names = [f"{queue_name}.{each}" for each in ("one", "other")]
+    for name in names:
+        keys = [f"{name}*", "unacked*", "_kombu*", "_greenconsume*"]
+        server.acl_setuser(
+            name, enabled=True, passwords=[f"+{SECRET}"], keys=keys, commands=["+@all"]
+        )
+        put(server, name, 1, 2, 3)
+    connections = [green_connection(as_user(redis_url, name, SECRET)) for name in names]
+    for name, connection in zip(names, connections, strict=True):
+        inbox = Inbox(connection)
+        Consumer(connection, [Queue(name)], callbacks=[inbox]).consume()
+        assert inbox.drain(1) == [1]
+    for name, connection in reversed(list(zip(names, connections, strict=True))):
+        connection.close()
+        assert bodies_in(server, name) == [2, 3]
+        server.acl_deluser(name)
+    assert held_count(server) == 0
