@@ -78,7 +78,7 @@ def test_an_idle_consumer_stops_at_once_also_while_its_server_is_stopped(redis_p
         with running(Collector(patient_connection_to(redis_process.url), queue_name)) as (
             greenlet,
         ):
-            wait_until(lambda: not any(link._owed_count for link in redis_link._links))
+            wait_until(lambda: not any(link._owed_count for link in redis_link.all_links))
             with ExitStack() as stack:
                 if silent:
                     stack.enter_context(stopped(redis_process))
@@ -110,7 +110,7 @@ def test_a_stop_does_not_wait_for_a_take_that_a_stopped_server_has_yet_to_answer
     consumer = Collector(patient_connection_to(redis_process.url), queue_name)
     raw = {step: [payload(f"{step}.{n}", step) for n in range(7)] for step in space.steps}
     with running(consumer) as (greenlet,):
-        (link,) = (each for each in redis_link._links if each.connected)
+        (link,) = (each for each in redis_link.all_links if each.connected)
         wait_until(lambda: not link.is_owed)
         with stopped(redis_process):
             # Its own connection is told of no change of its own: they are there before the take.
@@ -229,7 +229,7 @@ def test_a_consumer_works_beyond_a_thousand_descriptors(redis_process, server, q
     with _many_descriptors(2000):
         consumer = Collector(patient_connection_to(redis_process.url), queue_name)
         with running(consumer) as (greenlet,):
-            assert max(link._sock.fileno() for link in redis_link._links if link.connected) > 1023
+            assert max(link._sock.fileno() for link in redis_link.all_links if link.connected) > 1023
             put(server, queue_name, *range(10))
             wait_until(everything(consumer.handled, 10))
             assert stop_and_join(greenlet) < AT_ONCE

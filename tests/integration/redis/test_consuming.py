@@ -248,7 +248,7 @@ def test_a_hundred_consumers_of_ten_queues_share_a_socket_and_ask_for_nothing(
         runtime.spawn(lambda connection: Recorder(connection, next(waiting)), replicas=100)
         wait_until(lambda: all(child.started for child in runtime.children))
         consumers = [child.consumer for child in runtime.children]
-        assert len([link for link in redis_link._links if link.connected]) == 1
+        assert len([link for link in redis_link.all_links if link.connected]) == 1
         for number, queue in enumerate(queues):
             put(server, queue, number)
         wait_until(lambda: sum(len(each.bodies) for each in consumers) == 100)
