@@ -27,7 +27,7 @@ from greenconsume.stopping import Deadline, wait
 
 #: So many acks, or the oldest of them so many seconds old, are sent at once, and not at the hub's next turn
 #: only.
-ACK_COUNT, ACK_AGE = 15, 0.005
+ACK_COUNT, ACK_AGE = 13, 0.005
 #: One script or command names so many messages at the most.
 CHUNK = 200
 

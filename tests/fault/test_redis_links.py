@@ -229,7 +229,9 @@ def test_a_consumer_works_beyond_a_thousand_descriptors(redis_process, server, q
     with _many_descriptors(2000):
         consumer = Collector(patient_connection_to(redis_process.url), queue_name)
         with running(consumer) as (greenlet,):
-            assert max(link._sock.fileno() for link in redis_link.all_links if link.connected) > 1023
+            assert (
+                max(link._sock.fileno() for link in redis_link.all_links if link.connected) > 1023
+            )
             put(server, queue_name, *range(10))
             wait_until(everything(consumer.handled, 10))
             assert stop_and_join(greenlet) < AT_ONCE
