@@ -43,7 +43,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
-        "_may_inherit",
+        "_inheritance",
         "_owes_its_end",
         "_part",
         "_turn_began",
@@ -62,7 +62,7 @@ class Session:
         self.is_closing = False
         self._part = Part()
         self._owes_its_end = False
-        self._may_inherit = untold.is_owed(client)
+        self._inheritance = untold.Inheritance(client)
         self.inbox = Inbox()
         self.waits = Waits(link)
         self._turn_began = monotonic()
@@ -232,7 +232,7 @@ class Session:
     @property
     def has_news(self) -> bool:
         """True if `drain_events` would not wait."""
-        return bool(self.inbox.entries) or self._may_inherit or not self.connected
+        return bool(self.inbox.entries) or self._inheritance.pending or not self.connected
 
     @property
     def expects_nothing(self) -> bool:
@@ -331,12 +331,9 @@ class Session:
 
     def _tell_drainer(self) -> None:
         """Raise if the link is gone, or the one that another greenlet has replaced by this one."""
-        if self._may_inherit:
-            self._may_inherit = False
-            if not self.has_consumers:  # else who drains has begun anew
-                untold.tell(self.client)
-        if self.link.failure is not None:
-            untold.note_told(self.client)
+        is_lost = self.link.failure is not None
+        if is_lost or self._inheritance.pending:
+            self._inheritance.settle(self.has_consumers, is_lost)
         self._tell_its_end()
 
     def _tell_its_end(self) -> None:

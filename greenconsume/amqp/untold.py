@@ -21,9 +21,31 @@ def owe(client: Connection, loss: BaseException) -> None:
     _untold[client] = str(loss)
 
 
-def is_owed(client: Connection) -> bool:
-    """Return whether who drains `client` is still to be told of a loss."""
-    return client in _untold
+class Inheritance:
+    """Keeps whether a new session's drainer is still to be told of the link that it replaces.
+
+    Attributes:
+        pending: True until its drainer has been told, or has begun anew.
+    """
+
+    __slots__ = ("_client", "pending")
+
+    def __init__(self, client: Connection) -> None:
+        self._client = client
+        self.pending = client in _untold
+
+    def settle(self, has_consumers: bool, is_lost: bool) -> None:
+        """Raise what is owed, once, unless the session is lost itself, or who drains it has begun anew.
+
+        Raises:
+            LinkLostError: The link was lost, and another greenlet has replaced it.
+        """
+        if self.pending:
+            self.pending = False
+            if not has_consumers:
+                _tell(self._client)
+        if is_lost:
+            note_told(self._client)
 
 
 def note_told(client: Connection) -> None:
@@ -31,12 +53,7 @@ def note_told(client: Connection) -> None:
     _untold.pop(client, None)
 
 
-def tell(client: Connection) -> None:
-    """Raise what is owed, once.
-
-    Raises:
-        LinkLostError: The link was lost, and another greenlet has replaced it.
-    """
+def _tell(client: Connection) -> None:
     words = _untold.pop(client, None)
     if words is not None:
         raise LinkLostError(words)

@@ -40,9 +40,9 @@ from greenconsume.handling.options import ConsumerOptions
 from greenconsume.handling.settings import Settings, settings_of
 from greenconsume.handling.shared import Shared
 from greenconsume.lifecycle import Lifecycle
-from greenconsume.links.holding import Holding, holding_of
+from greenconsume.links.holding import holding_of
 from greenconsume.links.pool import LinkPool
-from greenconsume.links.session import session_of
+from greenconsume.links.session import Holding, session_of
 from greenconsume.stopping import Rungs, StopCheck
 
 logger = logging.getLogger(__name__)

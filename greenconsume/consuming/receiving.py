@@ -75,15 +75,19 @@ def receive(
             if idle.expired:
                 raise
         except (OSError, StoppedError) as exc:
-            # An orderly end where it stops: `on_consume_end` is yet to be called. But a lost link took what
-            # was gathered along: it comes again.
-            if isinstance(exc, LinkLostError) or not stopping():
+            if not _is_orderly(exc, stopping):
                 raise
         else:
             received += 1
             yield
             if timeout:
                 idle = Deadline(timeout)
+
+
+def _is_orderly(error: BaseException, stopping: Callable[[], bool]) -> bool:
+    # Where it stops, `on_consume_end` is yet to be called. But a lost link took what was gathered along: it
+    # comes again.
+    return not isinstance(error, LinkLostError) and stopping()
 
 
 def _receiver(conn: Connection, attend: Callable[[bool], None]) -> tuple[Receive, bool]:

@@ -5,31 +5,11 @@ It must never change anything, nor wait. Made by `consuming`; read by whoever sh
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from kombu import Connection
 
-from greenconsume.links.session import session_of
-
-
-class Holding(Protocol):
-    """The messages that a connection holds; a session of a green link is one."""
-
-    @property
-    def backlog(self) -> int:
-        """The number of messages that wait for `drain_events`."""
-
-    @property
-    def unsettled_count(self) -> int:
-        """The number of messages that are not settled."""
-
-    @property
-    def oldest_unsettled_at(self) -> float | None:
-        """The time at which the oldest of these came (`time.monotonic`), where that is known."""
-
-    @property
-    def prefetch_count(self) -> int:
-        """The number of messages that may be taken ahead; 0: without a limit."""
+from greenconsume.links.session import Holding, session_of
 
 
 class VirtualHolding:

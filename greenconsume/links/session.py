@@ -21,7 +21,27 @@ class SessionChannel(Protocol):
         """The delivery tag that has been unsettled for longest, and when it came (`time.monotonic`)."""
 
 
-class GreenSession(Protocol):
+class Holding(Protocol):
+    """The messages that a connection holds; a session of a green link is one."""
+
+    @property
+    def backlog(self) -> int:
+        """The number of messages that wait for `drain_events`."""
+
+    @property
+    def unsettled_count(self) -> int:
+        """The number of messages that are not settled."""
+
+    @property
+    def oldest_unsettled_at(self) -> float | None:
+        """The time at which the oldest of these came (`time.monotonic`), where that is known."""
+
+    @property
+    def prefetch_count(self) -> int:
+        """The number of messages that may be taken ahead; 0: without a limit."""
+
+
+class GreenSession(Holding, Protocol):
     """A connection's share of a link, AMQP's or Redis's, as those see it who consume over it.
 
     Attributes:
@@ -42,22 +62,6 @@ class GreenSession(Protocol):
     @property
     def left(self) -> bool:
         """True once the link has forgotten it."""
-
-    @property
-    def backlog(self) -> int:
-        """The number of messages that wait for `drain_events`."""
-
-    @property
-    def unsettled_count(self) -> int:
-        """The number of messages that are not settled."""
-
-    @property
-    def oldest_unsettled_at(self) -> float | None:
-        """The time at which the oldest of these came (`time.monotonic`), where that is known."""
-
-    @property
-    def prefetch_count(self) -> int:
-        """The number of messages that the broker may send ahead; 0: without a limit."""
 
     def begin_setup(self, stop: StopSignal) -> None:
         """Have `stop` end every call, with `StoppedError`, until it consumes. Never switches."""

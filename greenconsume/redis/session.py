@@ -49,7 +49,7 @@ class Session:
         self.given_back_count = 0
         self.is_closing = False
         self._owes_its_end = False
-        self._may_inherit = untold.is_owed(client)
+        self._inheritance = untold.Inheritance(client)
         self._inbox: deque[Waiting] = deque()
         self._errors: deque[BaseException] = deque()
         self._arrival = Event()
@@ -177,12 +177,9 @@ class Session:
 
     def _tell_drainer(self) -> None:
         """Raise if the link is gone, or the one that another greenlet has replaced by this one."""
-        if self._may_inherit:
-            self._may_inherit = False
-            if not self._has_consumers:  # else who drains has begun anew
-                untold.tell(self.client)
-        if self.link.failure is not None:
-            untold.note_told(self.client)
+        is_lost = self.link.failure is not None
+        if is_lost or self._inheritance.pending:
+            self._inheritance.settle(self._has_consumers, is_lost)
         self.tell_its_end()
 
     @property

@@ -16,8 +16,8 @@ from greenconsume.consuming.engine import Engine, ensure_engine
 from greenconsume.events import ConsumerState
 from greenconsume.handling.jobs import Job
 from greenconsume.links.dialer import Dialer
-from greenconsume.links.holding import Holding
 from greenconsume.links.pool import LinkPool
+from greenconsume.links.session import Holding
 from greenconsume.logs import redact
 from greenconsume.redis.link import all_links as redis_links
 from greenconsume.runtime.child import Child

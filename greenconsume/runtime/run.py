@@ -167,8 +167,10 @@ class Run:
         # A start that failed is told by its exception: an orderly end of it is no news.
         started = self._starting is None or not self._starting.failed
         with hurried(self.rungs, self._bound, self._timeouts[1]):
-            within = None if self._bound is None else self._bound.within
-            drained, killed = self.supervisor.drain(*self._timeouts, started, within)
+            announced = self._timeouts[0]
+            if self._bound is not None:
+                announced = min(announced, self._bound.within)
+            drained, killed = self.supervisor.drain(*self._timeouts, announced if started else None)
         goodbye = min(self._timeouts[1], end.remaining or 0.0)
         self._links.close(0.0 if self.rungs.kill.is_set() else goodbye)
         found, seconds = self.supervisor.outcome, monotonic() - began

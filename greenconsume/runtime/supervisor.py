@@ -195,11 +195,7 @@ class Supervisor:
             self.start_soon([child])
 
     def drain(
-        self,
-        timeout: float,
-        cancel_timeout: float,
-        announce: bool = True,
-        within: float | None = None,
+        self, timeout: float, cancel_timeout: float, announced: float | None = None
     ) -> tuple[int, int]:
         """Stop every consumer; kill those that still run soon after both timeouts, or the kill rung.
 
@@ -209,8 +205,7 @@ class Supervisor:
         Args:
             timeout: Seconds that handlers have to end by themselves.
             cancel_timeout: Seconds that they have after they were cancelled.
-            announce: Emit `DrainStarted`, if a stop was asked for.
-            within: Seconds that it has in all, where somebody hurries it: only to announce them.
+            announced: Seconds that `DrainStarted` tells of, if a stop was asked for; None: it is not emitted.
 
         Returns:
             How many ended by themselves, and how many were killed.
@@ -226,8 +221,7 @@ class Supervisor:
         self._settle_ended()
         running = len(self._live)
         self._drained = tuple(self._live)
-        if announce and self._stop.is_set():
-            announced = timeout if within is None else min(timeout, within)
+        if announced is not None and self._stop.is_set():
             emit(DrainStarted(running, reason, announced))
         for child in self._drained:
             child.stop(reason)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -68,15 +69,22 @@ class Redis:
             return False
 
 
-@pytest.fixture
-def redis(tmp_path) -> Iterator[Redis]:
-    server = Redis(tmp_path)
+@contextmanager
+def started(folder: Path) -> Iterator[Redis]:
+    """Start one; kill it in the end. The test is skipped, or fails in CI, where there is none to start."""
+    server = Redis(folder)
     try:
         server.start()
     except MissingServerError as exc:
         missing(exc)
     yield server
     server.kill()
+
+
+@pytest.fixture
+def redis(tmp_path) -> Iterator[Redis]:
+    with started(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

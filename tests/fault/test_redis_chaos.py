@@ -21,13 +21,13 @@ from kombu import Connection
 
 from greenconsume import Runtime
 from tests.fault.consumers import Collector, duplicates, everything
-from tests.fault.test_redis import Redis
+from tests.fault.test_redis import Redis, started
 from tests.integration.redis.payloads import held_count, put
 from tests.proxy import Proxy
-from tests.servers import MissingServerError, missing
+from tests.rounds import rounds
 from tests.waiting import wait_until
 
-ROUNDS = int(os.environ.get("GREENCONSUME_TEST_ROUNDS", "5"))
+ROUNDS = rounds(5)
 PAUSE = float(os.environ.get("GREENCONSUME_TEST_PAUSE", "1"))
 CONSUMERS, LINKS, BATCH = 5, 2, 200
 
@@ -35,13 +35,8 @@ CONSUMERS, LINKS, BATCH = 5, 2, 200
 @pytest.fixture
 def process(tmp_path) -> Iterator[Redis]:
     """A server that writes each command to its disk before it answers."""
-    started = Redis(tmp_path)
-    try:
-        started.start()
-    except MissingServerError as exc:
-        missing(exc)
-    yield started
-    started.kill()
+    with started(tmp_path) as process:
+        yield process
 
 
 def pause(process: Redis, proxy: Proxy) -> None:

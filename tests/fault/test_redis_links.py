@@ -34,9 +34,8 @@ from tests.fault.consumers import (
     socket_count,
     stop_and_join,
 )
-from tests.fault.test_redis import Redis
+from tests.fault.test_redis import Redis, started
 from tests.integration.redis.payloads import held_count, payload, put
-from tests.servers import MissingServerError, missing
 from tests.waiting import AT_ONCE, wait_until
 
 #: Seconds that a consumer may take to be back once its server is.
@@ -45,13 +44,8 @@ BACK = 20.0
 
 @pytest.fixture
 def redis_process(tmp_path) -> Iterator[Redis]:
-    process = Redis(tmp_path)
-    try:
-        process.start()
-    except MissingServerError as exc:
-        missing(exc)
-    yield process
-    process.kill()
+    with started(tmp_path) as process:
+        yield process
 
 
 @pytest.fixture

@@ -331,7 +331,7 @@ def test_draining_stops_every_consumer_and_counts_them(events: list[AnyEvent]):
     supervisor.add(children)
     gevent.idle()
     stop.set("SIGTERM")
-    assert supervisor.drain(5.0, 1.0) == (20, 0)
+    assert supervisor.drain(5.0, 1.0, 5.0) == (20, 0)
     assert of_type(events, DrainStarted) == [DrainStarted(20, "SIGTERM", 5.0)]
     assert {ensure_lifecycle(child.consumer).stop.reason for child in children} == {"SIGTERM"}
     assert {child.state for child in children} == {ConsumerState.STOPPED}
