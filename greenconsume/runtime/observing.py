@@ -5,6 +5,7 @@ It reads and changes nothing, and must never wait: it is called while handlers r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from heapq import nsmallest
 from time import monotonic
@@ -19,7 +20,6 @@ from greenconsume.links.dialer import Dialer
 from greenconsume.links.pool import LinkPool
 from greenconsume.links.session import Holding
 from greenconsume.logs import redact
-from greenconsume.redis.link import all_links as redis_links
 from greenconsume.runtime.child import Child
 
 #: Handlers of one consumer that its status holds; all of them are asked for by its name.
@@ -73,7 +73,10 @@ def links_of(pools: Iterable[LinkPool]) -> tuple[LinkStatus, ...]:
     now = monotonic()
     dialers = [dialer for pool in pools for dialer in pool.dialers]
     pooled = {id(dialer.link) for dialer in dialers}
-    single: list[Any] = [*amqp_links, *redis_links]
+    redis: Any = sys.modules.get(
+        "greenconsume.redis.link"
+    )  # it needs an extra, and may not be there
+    single: list[Any] = [*amqp_links, *(redis.all_links if redis is not None else ())]
     return (
         *(_place_of(dialer, now) for dialer in dialers),
         *(

@@ -8,6 +8,7 @@ import importlib.resources
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,3 +194,20 @@ def test_the_modules_that_a_module_says_it_is_called_by_exist(path: Path) -> Non
     for callers in re.findall(r"Called by ((?:`[\w.]+`(?:, and by |, and |, | and )?)+)", doc):
         for name in re.findall(r"`([\w.]+)`", callers):
             assert name.rpartition(".")[2] in names | {"consumers"}, f"{name} is no module"
+
+
+def test_what_needs_no_extra_works_without_all_of_them():
+    """Who installs no extra has no redis: nothing but `redis://` may ask for it."""
+    code = "\n".join(
+        [
+            "import sys",
+            "for name in ('redis', 'gunicorn', 'prometheus_client', 'opentelemetry', 'rich'):",
+            "    sys.modules[name] = None",
+            "import greenconsume",
+            "greenconsume.patch_all()",
+            "import greenconsume.cli",
+            "runtime = greenconsume.Runtime('memory://')",
+            "assert runtime.control.status().links == ()",
+        ]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
