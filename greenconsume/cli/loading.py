@@ -33,7 +33,8 @@ def runtime_of(
     Args:
         spec: What names a Runtime, a consumer class or instance, or a function that returns one of these:
             called here if it takes no arguments, else by the runtime, with the connection.
-        options: `replicas`, and `broker` and whatever else `Runtime` is called with.
+        options: `replicas`, and `broker` and whatever else `Runtime` is called with. Without `broker` the
+            target must have one of its own.
         given: Those of the options that the user gave. Only these apply to what has its own.
         handled: How messages are handled, as far as the user says so.
 
@@ -49,7 +50,7 @@ def runtime_of(
         if isinstance(target, Runtime):
             _apply(target, handled, **given)
             return target
-        return _made_of(target, given, handled, **options)
+        return _made_of(spec, target, given, handled, **options)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
 
@@ -106,13 +107,25 @@ def _is_factory(target: Any) -> bool:
 
 
 def _made_of(
-    target: object, given: dict[str, Any], handled: ConsumerOptions, replicas: int, **options: Any
+    spec: str,
+    target: object,
+    given: dict[str, Any],
+    handled: ConsumerOptions,
+    replicas: int,
+    **options: Any,
 ) -> Runtime:
-    runtime = Runtime(options=handled, **options)
     own = None if isinstance(target, type) else getattr(target, "connection", None)
-    if isinstance(own, kombu.Connection) and "broker" in given:
+    has_kombus = isinstance(own, kombu.Connection)
+    broker = options.get("broker", own if has_kombus else "memory://")
+    runtime = Runtime(options=handled, **{**options, "broker": broker})
+    if has_kombus and "broker" in given:
         _redirect(own, runtime.connection)
     runtime.spawn(target, replicas)
+    if own is None and "broker" not in options:  # only now: it may be no consumer at all
+        raise click.UsageError(
+            f'{spec} does not say from which broker it consumes: add broker="amqp://…", or name a Runtime '
+            'that has one (broker="memory://" is this process alone)'
+        )
     return runtime
 
 

@@ -63,7 +63,8 @@ def consumers(
             given up. "report": one line in gunicorn's log, and HTTP is served on without them. "exit": the
             worker also ends, in order and not within its first 10 seconds, and gunicorn starts another.
         **options: What `Runtime` and `ConsumerOptions` take, `broker` and `concurrency` for two (`rate` is
-            that of each consumer), and `replicas`, for a target that is no Runtime.
+            that of each consumer), and `replicas`, for a target that is no Runtime. Such a target needs
+            `broker`, unless it is a consumer that has a connection.
 
     Raises:
         TypeError: `target` is no string.

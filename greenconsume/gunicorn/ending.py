@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _SAME = 1.0
 #: The longest time between two signs of life to the arbiter, in seconds.
 _BEAT = 1.0
+#: Seconds that a drain has at least. With `graceful_timeout = 0` the arbiter kills its workers at once, but
+#: only when it ends itself: a worker that ends alone has its time.
+_LEAST_GRACE = 1.0
 
 
 class WorkerClassError(GreenconsumeError):
@@ -109,7 +112,7 @@ class Ending:
             self._begin()
 
     def _begin(self) -> None:
-        grace = self._worker.cfg.graceful_timeout
+        grace = max(_LEAST_GRACE, self._worker.cfg.graceful_timeout)
         within = max(0.0, grace - min(1.0, grace / 10))
         self._due = monotonic() + grace
         why = "max_requests" if self.stage is Stage.RETIRING else "gunicorn ends this worker"

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 #: Seconds that the drain of a worker takes at the longest whose code has changed.
 _RELOAD = 2.0
+#: How a worker fares that has no time to end.
+_NO_GRACE = (
+    "graceful_timeout = 0: when gunicorn ends, it kills this worker at once, with every handler that runs, "
+    "and the broker hands their messages out again; set it to the seconds that handlers need"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,8 @@ class Host:
     def start(self) -> None:
         """Load the runtime and have it start, beside the worker. Switches: as the target's import does."""
         _log_with(self._worker.log)
+        if not self._worker.cfg.graceful_timeout:
+            self._worker.log.warning("greenconsume: %s", _NO_GRACE)
         patch_all()  # mends what was imported before the worker patched itself
         try:
             require_patched()

@@ -23,6 +23,7 @@ from greenconsume.events import DrainFinished, Event, subscribe
 from greenconsume.gunicorn.host import Host, Manner
 from greenconsume.gunicorn.turns import Turns
 from greenconsume.handling.options import OPTIONS, ConsumerOptions
+from greenconsume.runtime.arguments import check_options
 from greenconsume.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -40,12 +41,7 @@ def start(
     """Have a worker run consumers beside HTTP; see `consumers`. Switches: as the target's import does."""
 
     def make() -> Runtime:
-        _check_names(options)
-        given = dict(options)
-        said = {name: given.pop(name) for name in OPTIONS if name in given}
-        handled = replace(given.pop("options", ConsumerOptions()), **said)
-        defaults = {"replicas": 1, "broker": "memory://"}
-        return runtime_of(target, defaults | given, given, handled)
+        return _make(target, options)
 
     manner = Manner(exits, otherwise="the worker ends" if exits else "HTTP is served on")
     Host(worker, target, make, turns, manner).start()
@@ -79,6 +75,16 @@ def start_alone(worker: Worker, orders: dict[str, Any], send: Callable[[str], No
         _watch_files(host)
     host.start()
     host.on_end(lambda: send("failed" if host.failed else "abandoned" if abandoned else "clean"))
+
+
+def _make(target: str, options: dict[str, Any]) -> Runtime:
+    _check_names(options)
+    given = {name: value for name, value in options.items() if (name, value) != ("broker", None)}
+    said = {name: given.pop(name) for name in OPTIONS if name in given}
+    handled = given.pop("options", None)
+    check_options(handled)
+    handled = replace(handled or ConsumerOptions(), **said)
+    return runtime_of(target, {"replicas": 1} | given, given, handled)
 
 
 def _check_names(options: Iterable[str]) -> None:

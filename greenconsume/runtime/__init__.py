@@ -14,6 +14,7 @@ It must never wait inside `stop`, nor run a user's code in the hub. Read `runtim
     greenlet         spawn: one consumer in a greenlet
     adapter          how a plain kombu mixin becomes ours
     targets          what may be spawned
+    arguments        what else may be said, checked where it enters
     signals          SIGTERM and SIGINT go down the ladder of the drain
     hub_watch        the warning that something blocks every greenlet
     bound            a stop that has to end sooner than the timeouts say

@@ -24,6 +24,7 @@ from greenconsume.mixins import request_stop
 from greenconsume.patching import require_patched
 from greenconsume.runtime import forker
 from greenconsume.runtime.adapter import adapt
+from greenconsume.runtime.arguments import check_options
 from greenconsume.stopping import FORK
 from greenconsume.transports import registry
 
@@ -40,11 +41,13 @@ def spawn(consumer: object, options: ConsumerOptions | None = None) -> ConsumerG
     Raises:
         NotPatchedError: The process is not patched by gevent.
         InvalidConsumerError: `consumer` is none.
+        TypeError: `options` are none.
         AlreadyRunningError: It has a greenlet already.
         ArbiterError: This process is gunicorn's arbiter.
 
     Switches: never. From any greenlet.
     """
+    check_options(options)
     greenlet = ConsumerGreenlet(consumer)
     forker.enter(greenlet)
     ensure_engine(greenlet.consumer).surround(options)

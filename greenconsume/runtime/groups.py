@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from greenconsume.errors import ControlError, UnknownConsumerError
 from greenconsume.handling.options import ConsumerOptions
+from greenconsume.runtime.arguments import check_options
 from greenconsume.runtime.child import Child
 
 
@@ -39,7 +40,12 @@ class Groups:
         replicas: int,
         options: ConsumerOptions | None,
     ) -> list[Child]:
-        """Make a child for each replica of a target."""
+        """Make a child for each replica of a target.
+
+        Raises:
+            TypeError: `options` are none.
+        """
+        check_options(options)
         name = getattr(target, "__name__", None) or type(target).__name__
         is_instance = not isinstance(target, type) and hasattr(target, "get_consumers")
         self._groups[name] = _Group(make, options, is_instance)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,12 @@ from greenconsume.handling.slots import Slots
 from greenconsume.links.brokers import connection_to
 from greenconsume.patching import require_patched
 from greenconsume.runtime import forker
+from greenconsume.runtime.arguments import (
+    check_counts,
+    check_seconds,
+    checked_restart,
+    options_with,
+)
 from greenconsume.runtime.bound import DrainBound
 from greenconsume.runtime.child import Child
 from greenconsume.runtime.control import Control
@@ -85,7 +90,7 @@ class Runtime:
 
     Raises:
         UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
-        TypeError: `broker` is neither a URL nor a connection.
+        TypeError: `broker` is neither a URL nor a connection, or `options` or `restart` is of another kind.
         ValueError: A number is out of its range, or `admin` is an address that cannot be used.
     """
 
@@ -107,15 +112,15 @@ class Runtime:
         rate: str | None = None,
         max_hub_lag: float | None = None,
     ) -> None:
-        _check_counts(links=links, max_handlers=max_handlers, max_messages=max_messages)
-        _check_seconds(block_warning=block_warning, max_hub_lag=max_hub_lag)
+        check_counts(links=links, max_handlers=max_handlers, max_messages=max_messages)
+        check_seconds(block_warning=block_warning, max_hub_lag=max_hub_lag)
         ConsumerOptions(rate=rate)  # to say now what is wrong with it
         self.connection = connection_to(broker)
         self._groups = Groups()
         self.children = self._groups.children
         self.links = links
-        self.restart = restart or RestartPolicy()
-        self.options = _with_around(options or ConsumerOptions(), around)
+        self.restart = checked_restart(restart)
+        self.options = options_with(options, around)
         self.max_handlers = max_handlers
         self.block_warning, self.freeze_gc = block_warning, freeze_gc
         self.max_messages = max_messages
@@ -147,6 +152,7 @@ class Runtime:
 
         Raises:
             InvalidConsumerError: `target` is no consumer, and makes none.
+            TypeError: `options` are none.
             ForkedError: The runtime was started in another process.
             Exception: What the class or factory raised, if the runtime runs.
 
@@ -369,23 +375,3 @@ class Runtime:
     def _check_process(self) -> None:
         if self._pid is not None and os.getpid() != self._pid:
             raise ForkedError("this Runtime")
-
-
-def _with_around(options: ConsumerOptions, around: Sequence[Around]) -> ConsumerOptions:
-    if not around:
-        return options
-    return replace(options, around=(*around, *options.value_of("around")))
-
-
-def _check_counts(links: int, **counts: int | None) -> None:
-    if not links >= 1:
-        raise ValueError(f"links must be 1 or more, not {links!r}")
-    for name, count in counts.items():
-        if count is not None and not count >= 1:
-            raise ValueError(f"{name} must be 1 or more, or None, not {count!r}")
-
-
-def _check_seconds(**times: float | None) -> None:
-    for name, seconds in times.items():
-        if seconds is not None and not seconds > 0:
-            raise ValueError(f"{name} must be more than 0 seconds, or None, not {seconds!r}")

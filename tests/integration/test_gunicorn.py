@@ -84,6 +84,38 @@ def test_a_class_is_given_options_as_an_object_and_by_name(amqp_url, queue_name,
     server.wait_log("stopping 1 consumers within 3.0 s")
 
 
+def test_a_class_for_which_no_broker_is_said_is_refused(start):
+    """Messages in memory would be lost without a word, and are for this process alone."""
+    server = start("post_worker_init = consumers('tests.webapp:Worker')\n", consuming=0)
+    server.wait_log("tests.webapp:Worker does not say from which broker it consumes: add broker=")
+    assert "; HTTP is served on" in server.log
+
+
+@pytest.mark.parametrize(
+    ("said", "broker"),
+    [
+        ("'tests.webapp:Worker', broker='memory://', options=None", "memory"),
+        ("'own:worker'", "amqp"),
+    ],
+)
+def test_memory_can_be_asked_for_and_a_consumer_may_have_its_own_connection(
+    tmp_path, start, said, broker
+):
+    (tmp_path / "own.py").write_text(
+        "import kombu\nfrom tests.webapp import *\nworker = Worker(kombu.Connection(BROKER))\n"
+    )
+    conf = f"pythonpath = {str(tmp_path)!r}\npost_worker_init = consumers({said})\n"
+    server = start(conf)
+    server.wait_log(f"in this worker, on {broker}://")
+
+
+def test_options_that_are_none_are_one_line(start):
+    conf = "post_worker_init = consumers('tests.webapp:runtime', options={'concurrency': 3})\n"
+    server = start(conf, consuming=0)
+    server.wait_log("TypeError: options must be a ConsumerOptions, not {'concurrency': 3}: write")
+    assert "Traceback" not in server.log
+
+
 #: A worker of which the first is told to end by itself, here.
 TELL_ONCE = """import os, signal
 def tell_once(folder):

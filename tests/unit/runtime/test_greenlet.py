@@ -46,6 +46,15 @@ class Plain(kombu.mixins.ConsumerMixin):
     on_message = Counting.on_message
 
 
+def test_options_that_are_none_are_refused_before_anything_starts():
+    consumer = Idle()
+    with pytest.raises(TypeError, match=r"options must be a ConsumerOptions, not \{'conc"):
+        spawn(consumer, options={"concurrency": 3})  # type: ignore[arg-type]
+    greenlet = spawn(consumer)  # it has no greenlet yet
+    greenlet.stop()
+    assert greenlet.join(10)
+
+
 @pytest.mark.parametrize("kind", [Counting, Plain])
 def test_a_spawned_consumer_consumes_until_it_is_stopped(kind: type[Any], queue_name: str):
     """The whole life of one consumer over the memory transport, written for greenconsume or kombu."""

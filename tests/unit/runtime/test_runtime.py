@@ -273,6 +273,12 @@ def test_what_cannot_be_spawned_is_refused_at_once(
     assert runtime.children == []
 
 
+def test_options_of_a_spawn_that_are_none_are_refused_at_once(runtime: Runtime):
+    with pytest.raises(TypeError, match=r"options must be a ConsumerOptions, not \{'conc"):
+        runtime.spawn(Idle, options={"concurrency": 3})  # type: ignore[arg-type]
+    assert runtime.children == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -283,6 +289,13 @@ def test_what_cannot_be_spawned_is_refused_at_once(
         ({"broker": "amqp://me:s3/cr@host"}, ValueError, "the broker URL cannot be parsed"),
         ({"links": 0}, ValueError, "links must be 1 or more, not 0"),
         ({"max_handlers": 0}, ValueError, "max_handlers must be 1 or more, or None, not 0"),
+        ({"links": "2"}, ValueError, "links must be 1 or more, not '2'"),
+        ({"max_handlers": 1.5}, ValueError, "max_handlers must be 1 or more, or None, not 1.5"),
+        ({"block_warning": "2"}, ValueError, "must be more than 0 seconds, or None, not '2'"),
+        ({"around": 3}, ValueError, "around must be a list of callables"),
+        ({"restart": 3}, TypeError, "restart must be a RestartPolicy, not 3: write restart="),
+        ({"options": {"concurrency": 3}}, TypeError, "must be a ConsumerOptions, not {'concurr"),
+        ({"options": {}}, TypeError, r"not {}: write options=ConsumerOptions\("),
     ],
 )
 def test_a_runtime_that_makes_no_sense_is_refused(
