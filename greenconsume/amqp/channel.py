@@ -272,18 +272,22 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         is_known = is_stream or not is_bounded or queue in known.lasting
         ask = None if is_known else partial(probe, self._session, queue)
 
-        def register(_sig: object, tag: str) -> None:
+        def started(tag: str) -> ChannelConsumer:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
             taker, args = taker_of(self, callback), again if can_pause else None
-            consumer = ChannelConsumer(taker, no_ack, on_cancel, args, is_stream, ask)
-            self.deliveries.start(tag, consumer)
+            return ChannelConsumer(taker, no_ack, on_cancel, args, is_stream, ask)
+
+        def register(_sig: object, tag: str) -> None:
+            self.deliveries.start(tag, started(tag))
+
+        def undo(_sig: object, tag: str) -> None:
+            self.deliveries.undo_consume(tag, started(tag))
 
         args = (0, queue, consumer_tag, no_local, no_ack, exclusive, nowait, arguments)
         self.send_method(spec.Basic.Consume, argsig, args)
         if nowait:
             register(None, consumer_tag)
             return consumer_tag
-        undo = partial(self.deliveries.undo_consume, no_ack=no_ack)
         return str(self.wait(spec.Basic.ConsumeOk, callback=register, undo=undo))
 
     def basic_cancel(self, consumer_tag: str, nowait: bool = False, argsig: str = "sb") -> Any:
@@ -292,7 +296,7 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
             return None  # the broker has stopped it
         self.send_method(spec.Basic.Cancel, argsig, (consumer_tag, nowait))
         self.deliveries.stop(consumer_tag)
-        return None if nowait else self.wait(spec.Basic.CancelOk)
+        return None if nowait else self.wait(spec.Basic.CancelOk, self.deliveries.note_end)
 
     def basic_get(self, queue: str = "", no_ack: bool = False, argsig: str = "Bsb") -> Any:
         """Take one message, as py-amqp's."""

@@ -111,13 +111,14 @@ class Consumers:
         stream_tags: Those of consumers that read, or did read, a stream.
     """
 
-    __slots__ = ("_announced", "_stand_ins", "no_ack_tags", "running", "stream_tags")
+    __slots__ = ("_announced", "_stand_ins", "_unsure", "no_ack_tags", "running", "stream_tags")
 
     def __init__(self) -> None:
         self.running: dict[str, ChannelConsumer] = {}
         self.no_ack_tags = self.stream_tags = _NO_TAGS
         self._announced = _NO_TAGS
         self._stand_ins: dict[str, str] | None = None
+        self._unsure: dict[str, ChannelConsumer] | None = None
 
     @property
     def has_running(self) -> bool:
@@ -127,6 +128,8 @@ class Consumers:
     def start(self, tag: str, consumer: ChannelConsumer) -> None:
         """Note that the broker has started a consumer."""
         self.running[tag] = consumer
+        if self._unsure is not None:
+            self._unsure.pop(tag, None)
         if consumer.is_stream:
             self.stream_tags |= {tag}
         elif tag in self.stream_tags:
@@ -138,9 +141,10 @@ class Consumers:
         elif tag in self.no_ack_tags:
             self.no_ack_tags -= {tag}
 
-    def keep_streamed(self, tag: str) -> None:
-        """Note that this consumer reads a stream."""
-        self.stream_tags |= {tag}
+    def keep_streamed(self, tag: str, consumer: ChannelConsumer) -> None:
+        """Note that this consumer reads a stream, or did, if its tag is not another's by now."""
+        if self.running.get(tag, consumer) is consumer:
+            self.stream_tags |= {tag}
 
     def keep_settled(self, tag: str) -> None:
         """Note that what this consumer was sent, and still is, needs no settle."""
@@ -148,7 +152,27 @@ class Consumers:
 
     def stop(self, tag: str) -> ChannelConsumer | None:
         """Forget a consumer, and return it if it ran: what comes for it is not dispatched any more."""
-        return self.running.pop(tag, None)
+        consumer = self.running.pop(tag, None)
+        if consumer is not None and consumer.ask is not None:
+            if self._unsure is None:
+                self._unsure = {}
+            self._unsure[tag] = consumer
+        return consumer
+
+    def unsure(self, tag: str) -> ChannelConsumer | None:
+        """Return a consumer that was stopped before it was known if it reads a stream; else None."""
+        consumer = None if self._unsure is None else self._unsure.get(tag)
+        return None if consumer is None or consumer.ask is None else consumer
+
+    def forget_stopped(self, tag: str) -> None:
+        """Note that the broker sends nothing more to a consumer that was stopped."""
+        if self._unsure is not None and tag in self._unsure and self._unsure[tag].held is None:
+            del self._unsure[tag]
+
+    def forget_held(self) -> None:
+        """Forget what is held: it is the broker's again."""
+        for consumer in (*self.running.values(), *(self._unsure or {}).values()):
+            consumer.forget_held()
 
     def stand_in(self, tag: str) -> None:
         """Note that a consumer has a stand-in, or had: what that was sent is its."""
@@ -178,4 +202,4 @@ class Consumers:
         """Forget all, for the channel's life is over; only what needs no settle is remembered."""
         self.running.clear()
         self._announced = _NO_TAGS
-        self._stand_ins = None
+        self._stand_ins = self._unsure = None

@@ -107,10 +107,11 @@ class Deliveries:
             self._put_failure(exc, lives)
             return
         held = consumer.learn(is_stream)
+        self.consumers.forget_stopped(tag)
         if lives != self._calls.lives:
             return  # the broker's again
         if is_stream:
-            self.consumers.keep_streamed(tag)
+            self.consumers.keep_streamed(tag, consumer)
         runs, screen = self.consumers.running.get(tag) is consumer, self._inbox.screen
         for delivery in held:
             if is_stream:
@@ -153,11 +154,15 @@ class Deliveries:
         return take
 
     def _refuse(self, delivery: Delivery) -> None:
-        if self.consumers.needs_settle(delivery[0]) and not self._recovering:
-            self.hold(delivery[1])
-            if delivery[0] in self.consumers.stream_tags:
-                self._note_stream(delivery[1])
-            self.give_back(delivery[1])
+        if self._recovering or not self.consumers.needs_settle(delivery[0]):
+            return
+        self.hold(delivery[1])
+        unsure = self.consumers.unsure(delivery[0])
+        if unsure is not None and self._is_held(delivery, unsure):
+            return  # a stream would close the link for a nack
+        if delivery[0] in self.consumers.stream_tags:
+            self._note_stream(delivery[1])
+        self.give_back(delivery[1])
 
     def _note_stream(self, delivery_tag: int) -> None:
         if self._streamed is None:
@@ -202,12 +207,17 @@ class Deliveries:
         self._calls.expect(spec.Basic.QosOk, _ignore)
         self._calls.write(spec.Basic.Qos, dumps("lBb", (0, count, for_all)))
 
-    def undo_consume(self, _sig: object, consumer_tag: str, no_ack: bool) -> None:
-        """End a consumer that was started, as this reply says, for a caller who has given up."""
-        if no_ack:
-            self.consumers.keep_settled(consumer_tag)  # what still comes is settled already
+    def undo_consume(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
+        """End a consumer that the broker has started for a caller who has given up."""
+        self.consumers.start(
+            consumer_tag, consumer
+        )  # what still comes is settled as its queue wants it
         self.stop(consumer_tag)
         self._send_cancel(consumer_tag)
+
+    def note_end(self, _sig: object, consumer_tag: str) -> None:
+        """Take `CancelOk`: nothing more comes for a consumer that was stopped."""
+        self.consumers.forget_stopped(consumer_tag)
 
     def stop(self, consumer_tag: str) -> None:
         """Forget a consumer, and give its undispatched messages back."""
@@ -242,6 +252,7 @@ class Deliveries:
         """Take the broker's cancel of a consumer; return whether its `on_cancel` will be called."""
         consumer_tag = self.consumers.stood_in_for(consumer_tag) or consumer_tag
         consumer = self.consumers.stop(consumer_tag)
+        self.consumers.forget_stopped(consumer_tag)
         self._inbox.forget_paused(self, consumer_tag)
         if consumer is None or consumer.on_cancel is None:
             return False
@@ -326,8 +337,7 @@ class Deliveries:
 
     def _forget(self) -> None:
         self.epoch += 1
-        for consumer in self.consumers.running.values():
-            consumer.forget_held()
+        self.consumers.forget_held()
         self._inbox.take_back(self, self._can_go_back)
         self._ledger.clear()
         self._streamed = None

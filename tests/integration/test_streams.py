@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from gevent.event import Event
-from kombu import Queue
+from kombu import Consumer, Queue
 
 from greenconsume import ConsumerOptions, Reject, Requeue, Retry, Runtime, spawn
 from greenconsume.errors import InvalidConsumerError
 from greenconsume.events import HandlerFailed, LinkDown
+from tests.brokers import vhost_of
 from tests.integration.consumers import SOON, Recorder, consuming, green_connection, observed
 from tests.messages import declare, publish, queue_depth
 from tests.waiting import wait_until
@@ -298,3 +300,69 @@ def test_a_stream_declared_elsewhere_gets_the_prefetch_that_it_wants(amqp_url, s
         publish(amqp_url, stream, range(10))
         reader.wait_for(10)
     assert lost == []
+
+
+@pytest.mark.parametrize("goodbye", ["cancel", "announce_stop"])
+def test_who_leaves_a_stream_declared_elsewhere_before_its_first_message_loses_no_link(
+    proxy, amqp_url, stream, goodbye
+):
+    """What the broker sends before it has the cancel comes while nobody knows what the queue is."""
+    with green_connection(proxy.url) as connection:
+
+        def leave_early() -> int:
+            channel = connection.channel()
+            channel.basic_qos(0, 20, False)
+            channel.basic_consume(stream, "early", callback=print)
+            proxy.stall("to_client")
+            publish(amqp_url, stream, 20)
+            if goodbye == "cancel":
+                channel.basic_cancel("early", nowait=True)
+            else:
+                connection.connection.announce_stop()
+            proxy.resume()
+            channel.queue_declare(stream, passive=True)  # all that was sent has come
+            wait_until(lambda: not channel.unsettled_count, SOON)
+            channel.queue_declare(stream, passive=True)  # and has gone back
+            channel.close()
+            return int(connection.connection.given_back_count)
+
+        wait_until(leave_early, SOON)
+        assert connection.connection.connected
+
+
+@pytest.fixture
+def reader_url(rabbitmq, amqp_url) -> Iterator[str]:
+    """The address of a virtual host for a user who may read and write there, and declare nothing."""
+    vhost = vhost_of(amqp_url)
+    rabbitmq.eval(
+        'rabbit_auth_backend_internal:add_user(<<"reader">>, <<"reader">>, <<"test">>),'
+        f'rabbit_auth_backend_internal:set_permissions(<<"reader">>, <<"{vhost}">>, '
+        '<<"^$">>, <<".*">>, <<".*">>, <<"test">>)'
+    )
+    yield amqp_url.replace("guest:guest", "reader:reader")
+    rabbitmq.eval('rabbit_auth_backend_internal:delete_user(<<"reader">>, <<"test">>)')
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum", "stream"])
+@pytest.mark.parametrize("how", ["requeue", "give_back"])
+def test_who_may_not_declare_is_told_all_the_same_what_the_queue_is(
+    amqp_url, reader_url, queue_name, kind, how
+):
+    """An ack in the place of a requeue would lose a message; a requeue would close a stream's link."""
+    declare(amqp_url, queue_name, x_queue_type=kind)
+    got: list[Any] = []
+    with green_connection(reader_url) as connection:
+        headers = {} if kind == "stream" else {"x-stream-offset": 1}
+        connection.Producer().publish("kept", routing_key=queue_name, headers=headers)
+        channel = connection.channel()
+        channel.basic_qos(0, 1, False)
+        queue = Queue(queue_name, no_declare=True, consumer_arguments={})
+        with Consumer(channel, [queue], on_message=got.append, auto_declare=False) as consumer:
+            if kind == "stream":
+                publish(amqp_url, queue_name, ["kept"])
+            connection.drain_events(timeout=SOON)
+            consumer.cancel()
+            getattr(got[0], how)()
+        channel.queue_declare(queue_name, passive=True)  # it is flushed before, and the link lives
+    if kind != "stream":
+        assert queue_depth(amqp_url, queue_name) == 1
