@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 _SAME = 1.0
 #: The longest time between two signs of life to the arbiter, in seconds.
 _BEAT = 1.0
-#: Seconds that a drain has at least. With `graceful_timeout = 0` the arbiter kills its workers at once, but
-#: only when it ends itself: a worker that ends alone has its time.
-_LEAST_GRACE = 1.0
+#: Seconds that a drain has at least, as many as the arbiter leaves after QUIT. With `graceful_timeout = 0` it
+#: kills its workers at once, but only when it ends itself: a worker that ends alone has its time.
+_LEAST_GRACE = 2.0
 
 
 class WorkerClassError(GreenconsumeError):
