@@ -654,7 +654,8 @@ def test_a_lost_link_brings_the_consumer_back_and_is_no_line_of_its_own(started,
     assert [r for r in caplog.records if r.name == "greenconsume.mixins"] == []
 
 
-def test_a_channel_error_brings_the_consumer_back_and_is_told(started, peer, caplog):
+def test_a_channel_error_brings_the_consumer_back_and_is_told(started, peer, caplog, monkeypatch):
+    monkeypatch.setattr("greenconsume.consuming.refusals.FIRST_DELAY", 0.01)
     worker = Quick(peer.url)
     greenlet = started(worker)
     assert greenlet.ready.wait(30)
@@ -677,7 +678,11 @@ def test_a_queue_deleted_under_a_consumer_brings_it_back(started, peer):
     wait_until(greenlet.ready.is_set)
 
 
-def test_a_restart_waits_for_its_token(started, peer):
+def test_a_restart_waits_for_its_token(started, peer, monkeypatch):
+    monkeypatch.setattr(
+        "greenconsume.consuming.refusals.FIRST_DELAY", 0.0
+    )  # else it waits for that
+
     class Limited(Worker):
         restart_limit = TokenBucket(20)
 

@@ -433,8 +433,8 @@ def test_a_header_of_ours_that_somebody_else_wrote_harms_nobody(memory, queue_na
 def test_a_retry_goes_to_the_queue_of_the_callback_that_failed(tmp_path, queue_name):
     """Also on a polled transport, which does not say from which queue a message comes."""
     folder = str(tmp_path)
-    folders = dict.fromkeys(("data_folder_in", "data_folder_out"), folder)
-    folders["control_folder"] = str(tmp_path / "control")
+    folders: dict[str, Any] = dict.fromkeys(("data_folder_in", "data_folder_out"), folder)
+    folders |= {"control_folder": str(tmp_path / "control"), "polling_interval": 0.01}
     exchange, came = Exchange(f"{queue_name}-x"), []
     queues = [Queue(f"{queue_name}-{name}", exchange, "order") for name in ("mail", "bill")]
 

@@ -1024,8 +1024,11 @@ def test_a_consumer_killed_while_the_broker_is_away_takes_its_handlers_along(pee
     assert isinstance(gate.ended[0], GreenletExit)
 
 
-def test_a_channel_that_the_broker_closed_is_rebuilt_alone(peer: Peer):
+def test_a_channel_that_the_broker_closed_is_rebuilt_alone(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+):
     """HAZARDS.md row 19: its own link lives on, with everything else on it."""
+    monkeypatch.setattr("greenconsume.consuming.refusals.FIRST_DELAY", 0.01)
     gate = Gate()
     runtime = Runtime(peer.url)
     one, other = (Linked(name, gate, peer.url, concurrency=2) for name in ("one", "other"))

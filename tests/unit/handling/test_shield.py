@@ -106,6 +106,9 @@ class Worker(ConsumerProducerMixin):
         self.handle = handle
         self.options = ConsumerOptions(**options)
 
+    def consume(self, *args: Any, **kwargs: Any) -> Any:
+        return super().consume(*args, **{**kwargs, "safety_interval": 0.05})  # a stop is heard soon
+
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
         return [Consumer([Queue("q")], callbacks=[self.on_message])]
 

@@ -568,8 +568,11 @@ def test_all_brokers_of_a_failover_url_must_refuse_before_the_start_fails(
     assert isinstance(starting.get(timeout=30), BrokerRefusedError)
 
 
-def test_a_refusal_and_an_absence_in_turn_are_waited_for(door: type[Door]):
+def test_a_refusal_and_an_absence_in_turn_are_waited_for(
+    door: type[Door], monkeypatch: pytest.MonkeyPatch
+):
     """A broker that is away may let this user in when it is back."""
+    monkeypatch.setattr("greenconsume.links.backoff.FIRST_DELAY", 0.01)
     door.answers["one", "1"] = AccessRefused("no")
     door.answers["two", "2"] = ConnectionRefusedError("away")
     runtime = Runtime("door://a:1@one;door://a:2@two")
