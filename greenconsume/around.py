@@ -18,7 +18,10 @@ Around = Callable[[Any], AbstractContextManager[object]]
 
 @contextmanager
 def entered(around: Sequence[Around], subject: object) -> Iterator[None]:
-    """Enter what `around` returns for `subject`, the first outermost; leave it in the end."""
+    """Enter what `around` returns for `subject`, the first outermost; leave it in the end.
+
+    Switches: as what is entered does.
+    """
     with ExitStack() as stack:
         for make in around:
             stack.enter_context(make(subject))
@@ -54,7 +57,7 @@ class Producers:
         self._chosen: dict[object, tuple[Around, ...]] = {}
 
     def add(self, around: Sequence[Around]) -> Callable[[], None]:
-        """Enter `around`, too, from now on; return what takes it away."""
+        """Enter `around`, too, from now on; return what takes it away. Never switches."""
         mine = object()  # not the callables: somebody else may have chosen the same ones
         self._chosen[mine] = tuple(around)
         self._join()
@@ -84,5 +87,7 @@ def around_producers(around: Sequence[Around]) -> Callable[[], None]:
 
     Returns:
         What ends it.
+
+    Switches: never. From any greenlet.
     """
     return plain_producers.add(around)

@@ -33,8 +33,13 @@ _hooks: list[Hook] = []
 def subscribe(hook: Hook) -> Callable[[], None]:
     """Have `hook` called with every event from now on.
 
+    Args:
+        hook: Called in the greenlet, or the hub, that tells of the event; it must not switch.
+
     Returns:
         A function that ends the subscription.
+
+    Switches: never. From any greenlet or thread.
     """
     _hooks.append(hook)
 

@@ -36,15 +36,17 @@ class Collector(_Collector):
     Example:
         REGISTRY.register(Collector(runtime.control))
 
+    Counters end in `_total`, durations are in seconds; docs/operations.md has the names.
+
     Args:
-        process: What is shown.
+        process: What is shown, a runtime's `control`.
     """
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     def describe(self) -> list[Metric]:
-        """Return nothing: a registry need not collect them to know their names."""
+        """Return nothing: a registry need not collect them to know their names. Never switches."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -62,7 +64,7 @@ class Mirror:
     worker that has ended keep its counters. A gauge of what is gone in a worker that lives is 0.
 
     Args:
-        process: What is shown.
+        process: What is shown, a runtime's `control`.
         every: Seconds between two writes.
     """
 

@@ -59,7 +59,9 @@ def sleep(seconds: float, stop: StopSignal) -> None:
 class ConsumerMixin(_KombuConsumer):
     """A consumer: give it a `connection` and `get_consumers`, then `spawn` it or call `run`.
 
-    The interface is that of `kombu.mixins.ConsumerMixin` 5.7. Everything below `run` may switch.
+    Names, signatures, defaults and the order of calls are those of `kombu.mixins.ConsumerMixin` 5.7. The
+    hooks (`get_consumers`, `extra_context`, `on_…`) are called in the consumer's own greenlet; each may
+    switch, and what it raises ends the consumer. With `concurrency` callbacks run in greenlets of their own.
 
     Attributes:
         connection: A `kombu.Connection`; it is cloned, never used itself.
@@ -77,6 +79,12 @@ class ConsumerMixin(_KombuConsumer):
 
     def get_consumers(self, Consumer: Any, channel: Any) -> Sequence[Any]:
         """Return the `kombu.Consumer`s to consume with; called anew after every reconnect.
+
+        Their callbacks are called with `body` and `message`: the body as its content type says (of JSON a
+        dict, list, str, number, bool or None; `bytes` where it has none), and the `kombu.Message`, with
+        `headers` and `properties` (dicts), `delivery_info` (`exchange`, `routing_key`, `redelivered`), and
+        `ack`, `reject`, `requeue`, which switch over polled transports alone. With `batch_size` they are
+        called with a `Batch`.
 
         Args:
             Consumer: `kombu.Consumer`, bound to `channel` and to `on_decode_error`.
@@ -150,6 +158,14 @@ class ConsumerMixin(_KombuConsumer):
         Args:
             _tokens: What one start costs.
             **kwargs: Passed to `consume`.
+
+        Raises:
+            NotPatchedError: The process is not patched by gevent.
+            kombu.exceptions.OperationalError: `connect_max_retries` is used up.
+            TimeoutError: As `consume`.
+            Exception: What `get_consumers` or another hook raised; never what a callback raised.
+
+        Switches: yes. From any greenlet, one at a time.
         """
         registry.register()  # before kombu looks up the transport of our own connection, for good
         restart_limit = self.restart_limit
@@ -196,6 +212,8 @@ class ConsumerMixin(_KombuConsumer):
         Raises:
             TimeoutError: No message came for `timeout` seconds (`socket.timeout` is its old name).
             OSError: The link was lost, among others of `connection_errors`.
+
+        Switches: yes, while it is iterated over.
         """
         engine, stopping = ensure_engine(self), _stop_check(self)
         iterates = _is_overridden(self, "on_iteration")
@@ -213,14 +231,14 @@ class ConsumerMixin(_KombuConsumer):
 
     @contextmanager
     def consumer_context(self, **kwargs: object) -> Iterator[tuple[Any, Any, Any]]:
-        """Connect and set up the consumers; yields connection, channel and consumers."""
+        """Connect and set up the consumers; yield connection, channel and consumers. Switches: yes."""
         with self.Consumer() as (connection, channel, consumers):
             with self.extra_context(connection, channel):
                 self.on_consume_ready(connection, channel, consumers, **kwargs)
                 yield connection, channel, consumers
 
     def Consumer(self) -> AbstractContextManager[tuple[Any, Any, Any]]:
-        """Connect, and cancel and close in the end, which `close_timeout` bounds."""
+        """Connect, and cancel and close in the end, which `close_timeout` (seconds) bounds. Switches: yes."""
         return ensure_engine(self).consumers()
 
     def _consume_from(
@@ -232,15 +250,18 @@ class ConsumerMixin(_KombuConsumer):
         return entered
 
     def establish_connection(self) -> AbstractContextManager[Any]:
-        """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop."""
+        """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop.
+
+        Raises as `run`, and `StoppedError`. Switches: yes.
+        """
         return ensure_engine(self).connection(_attempt(self))
 
     def create_connection(self) -> Any:
-        """Return the connection to consume with: a clone of `connection`."""
+        """Return the connection to consume with: a clone of `connection`. Never switches."""
         return self.connection.clone()
 
     def maybe_conn_error(self, fun: Callable[[], object]) -> Any:
-        """Call `fun`, ignoring connection and channel errors."""
+        """Call `fun`, ignoring connection and channel errors. Switches: as `fun` does."""
         return ignore_errors(self, fun)
 
     @cached_property
@@ -262,29 +283,32 @@ class ConsumerMixin(_KombuConsumer):
 
 
 class ConsumerProducerMixin(_KombuConsumerProducer, ConsumerMixin):
-    """A consumer that also publishes, over another link: a consuming link publishes nothing."""
+    """A consumer that also publishes, over another link: a consuming link publishes nothing.
+
+    RabbitMQ blocks publishers by blocking their connection, and a consumer's acks would wait along.
+    """
 
     _producer_connection: Any = None
 
     def run(self, _tokens: int = 1, **kwargs: Any) -> None:
-        """Consume as `ConsumerMixin.run`; in the end the producer's connection is closed."""
+        """Consume as `ConsumerMixin.run`; in the end the producer's connection is closed. Switches: yes."""
         try:
             super().run(_tokens, **kwargs)
         finally:
             _close_producer(self)
 
     def on_consume_end(self, connection: Connection, channel: Any) -> None:
-        """Close the producer's connection."""
+        """Close the producer's connection. Switches: yes."""
         _close_producer(self)
 
     @property
     def producer(self) -> Any:
-        """A `kombu.Producer` on `producer_connection`."""
+        """A `kombu.Producer` on `producer_connection`. Switches: as that."""
         return Producer(self.producer_connection)
 
     @property
     def producer_connection(self) -> Any:
-        """The connection to publish with, made when it is first asked for."""
+        """The connection to publish with, made when it is first asked for. Switches: to connect."""
         engine = ensure_engine(self)
         if self._producer_connection is None:
             conn = self.connection.clone()

@@ -72,7 +72,14 @@ class Tracing:
 
     @contextmanager
     def process(self, message: Message | Batch) -> Iterator[None]:
-        """Enter a span around a handler: what goes into a consumer's or a runtime's `around`."""
+        """Enter a span around a handler: what goes into a consumer's or a runtime's `around`.
+
+        Args:
+            message: A `kombu.Message`, whose `headers` may have the context of who published it, or a
+                `Batch` of them.
+
+        Switches: never by itself. In the handler's greenlet.
+        """
         subject = [each for _, each in message] if isinstance(message, Batch) else [message]
         handler = current_handler()
         queue = handler.queue if handler is not None else ""
@@ -100,7 +107,13 @@ class Tracing:
 
     @contextmanager
     def send(self, publication: Publication | PlainPublication) -> Iterator[None]:
-        """Enter a span around a publication, with its context in the headers: for a publisher's `around`."""
+        """Enter a span around a publication, with its context in the headers: for a publisher's `around`.
+
+        Args:
+            publication: Its `headers`, a dict, are added to (`traceparent` and what else is propagated).
+
+        Switches: never by itself. In the greenlet that publishes.
+        """
         address = (publication.exchange, publication.routing_key)
         destination = _destination(*address)
         attributes = self._common("send") | {
@@ -136,12 +149,20 @@ class Tracing:
 
         Returns:
             What ends it.
+
+        Switches: never. From any greenlet.
         """
         return around_producers([self.send])
 
     @staticmethod
     def headers(headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return headers with the present context in them, for what `around_producers` does not reach."""
+        """Return headers with the present context in them, for what `around_producers` does not reach.
+
+        Args:
+            headers: What else is in them; it is not changed.
+
+        Switches: never. From any greenlet.
+        """
         carrier = dict(headers or {})
         propagate.inject(carrier)
         return carrier

@@ -111,7 +111,7 @@ class DeadLetter:
         return first
 
     def revived(self) -> Copy:
-        """Return the message as it was before it failed."""
+        """Return the message as it was before it failed. Never switches."""
         copy = Copy(self.body, dict(self.headers), dict(self.properties))
         if message_copy.QUEUE not in copy.headers:
             for name in [n for n in copy.headers if n.startswith(_DEATH_PREFIXES)]:
@@ -219,7 +219,7 @@ class DeadLetters:
         self.remove(letter)
 
     def remove(self, letter: DeadLetter) -> None:
-        """Remove a message for good."""
+        """Remove a message for good. Switches: over a polled transport alone."""
         self._channel.basic_ack(letter.tag)
 
 

@@ -33,6 +33,8 @@ class FailurePolicy(Protocol):
 
         Raises:
             Exception: It could not; the message is then requeued after a second.
+
+        Switches: may; no longer than the drain allows.
         """
 
 
@@ -107,10 +109,13 @@ class Requeue:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Reject the message: to its queue's dead-letter exchange, or dropped where the queue has none."""
+    """Reject the message: to its queue's dead-letter exchange, or dropped where the queue has none.
+
+    It is AMQP's `basic.reject` without `requeue`, which RabbitMQ counts as a failed delivery.
+    """
 
     def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
-        """See `FailurePolicy.apply`."""
+        """See `FailurePolicy.apply`. Switches: over a polled transport alone."""
         message.reject()
         return "rejected"
 
@@ -128,7 +133,7 @@ class ByError:
     default: FailurePolicy
 
     def apply(self, message: Message, error: BaseException, requeues: DelayedRequeues) -> str:
-        """See `FailurePolicy.apply`."""
+        """See `FailurePolicy.apply`. Switches: as the policy that the error meets."""
         return self.policy_for(error).apply(message, error, requeues)
 
     def policy_for(self, error: BaseException) -> FailurePolicy:

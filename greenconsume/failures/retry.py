@@ -98,7 +98,10 @@ class Retry:
         return tuple(delays)
 
     def delay_after(self, retries: int, error: BaseException) -> float | None:
-        """Return the seconds before a message is tried again that was `retries` times; None: give it up."""
+        """Return the seconds before a message is tried again that was `retries` times; None: give it up.
+
+        Switches: never.
+        """
         assert self.max_retries is not None
         wanted = isinstance(error, self.retry_on) and not isinstance(error, self.give_up_on)
         if not wanted or retries >= self.max_retries:

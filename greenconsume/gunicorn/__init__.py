@@ -69,6 +69,9 @@ def consumers(
     Raises:
         TypeError: `target` is no string.
         ValueError: It is no MODULE:TARGET, or another argument is out of its range.
+
+    Switches: never. In `gunicorn.conf.py`; what it returns is called by gunicorn in each worker, where it
+    switches as the target's import does, and raises only for a worker that is no gevent worker.
     """
     _check(target, only_in, on_failure)
     watch()

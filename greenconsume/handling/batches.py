@@ -32,8 +32,9 @@ from greenconsume.links.pool import LinkPool
 class Batch(Sequence[tuple[Any, Any]]):
     """The argument of a callback with `batch_size`: pairs of body and message, in their order.
 
-    Write `for body, message in batch`. A message may be settled by itself, `message.ack()`, and the rest of
-    the batch afterwards. What neither does is left to `auto_settle`, or to the failure policy.
+    Write `for body, message in batch`: bodies as callbacks get them, each with its `kombu.Message`. A message
+    may be settled by itself, `message.ack()`, and the rest of the batch afterwards. What neither does is left
+    to `auto_settle`, or to the failure policy.
 
     Args:
         pairs: The bodies, decoded, each with its `kombu.Message`.
@@ -60,17 +61,17 @@ class Batch(Sequence[tuple[Any, Any]]):
         return self._pairs[0][1].delivery_info
 
     def ack(self) -> None:
-        """Acknowledge what is not settled yet. Never switches."""
+        """Acknowledge what is not settled yet. Switches: over a polled transport alone."""
         for message in self.unsettled:
             message.ack()
 
     def reject(self) -> None:
-        """Reject what is not settled yet: to the dead-letter exchange, or dropped. Never switches."""
+        """Reject what is not settled yet: to the dead-letter exchange, or dropped. Switches: as `ack`."""
         for message in self.unsettled:
             message.reject()
 
     def requeue(self) -> None:
-        """Put what is not settled yet back into its queue. Never switches."""
+        """Put what is not settled yet back into its queue. Switches: as `ack`."""
         for message in reversed(
             self.unsettled
         ):  # where each goes to the front, they keep their order

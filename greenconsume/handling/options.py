@@ -147,12 +147,12 @@ class ConsumerOptions:
             raise InvalidOptionsError("batch_size", self.batch_size, "without partition_by", APART)
 
     def said(self) -> dict[str, Any]:
-        """Return the options that were said, by name."""
+        """Return the options that were said, by name. Never switches."""
         values = ((name, getattr(self, name)) for name in OPTIONS)
         return {name: value for name, value in values if value is not UNSET}
 
     def value_of(self, name: str) -> Any:
-        """Return what was said of one option, or else its default."""
+        """Return what was said of one option, or else its default. Never switches."""
         value = getattr(self, name)
         return OPTIONS[name].default if value is UNSET else value
 

@@ -21,6 +21,9 @@ from greenconsume.patching import require_patched
 from greenconsume.stopping import Deadline, StopSignal
 from greenconsume.transports import registry
 
+#: Seconds in which all links of a pool have closed in order, where nothing else is said.
+_GOODBYE = 5.0
+
 
 class LinkPool:
     """A few links to each broker, shared by the connections that are connected through it.
@@ -128,8 +131,8 @@ class LinkPool:
         return min(with_room, key=lambda each: each.load)
 
     def close(self, timeout: float | None = None) -> None:
-        """Drop what is left of the links, for consumers that were killed. Switches: yes."""
-        deadline = Deadline(timeout)
+        """Drop what is left of the links, within `timeout` seconds (by default 5). Switches: yes."""
+        deadline = Deadline(_GOODBYE if timeout is None else timeout)
         for dialers in self._dialers.values():
             for dialer in dialers:
                 dialer.close(deadline)

@@ -25,6 +25,8 @@ AddressedMessage = tuple[amqp.Message, str, str, bool, bool]
 class Publication(Confirm):
     """A message that was given to a `Publisher`, until the broker confirmed it or it failed.
 
+    Users wait for it, and read `message_id`, `ready` and `error`; the rest is the publisher's.
+
     Attributes:
         message_id: The message's `message_id` property; the same each time that it is written.
         ready: True once it was confirmed or has failed.
@@ -135,7 +137,7 @@ class Publication(Confirm):
     def failed(
         self, kind: type[PublishError], what: str, cause: BaseException | None = None
     ) -> PublishError:
-        """Return a new error that says what became of this message."""
+        """Return a new error that says what became of this message. Never switches."""
         text = f"message {self.message_id} to exchange {self.exchange!r}, routing key {self.routing_key!r}"
         error = kind(f"{text}, {what}", self.exchange, self.routing_key, self.message_id)
         error.__cause__ = cause

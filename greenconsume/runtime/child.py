@@ -35,6 +35,9 @@ class Wanted(enum.Enum):
 class Child:
     """One consumer of a runtime, through all its restarts.
 
+    Users read it, from any greenlet of the runtime's hub: none of its attributes switches. Its methods are
+    the runtime's.
+
     Attributes:
         name: What logs and events call it, whichever instance runs.
         group: What it was spawned from, with its replicas.
@@ -114,7 +117,10 @@ class Child:
         return self.wanted is Wanted.RETIRED
 
     def reset(self, keep_count: bool = False) -> None:
-        """Forget the restarts and errors of a former start of the runtime, or what an operator mended."""
+        """Forget the restarts and errors of a former start of the runtime, or what an operator mended.
+
+        Switches: never. Called by the runtime.
+        """
         self.error = None
         self.restart_count = self.restart_count if keep_count else 0
         self.given_up = self.ended = False
@@ -160,7 +166,10 @@ class Child:
             ensure_lifecycle(self.consumer).enter(state)
 
     def next_delay(self, policy: RestartPolicy) -> float | None:
-        """Count a restart; return how many seconds it waits, or `None` if it is one too many."""
+        """Count a restart; return how many seconds it waits, or `None` if it is one too many.
+
+        Switches: never. Called by the supervisor.
+        """
         now = monotonic()
         while self._restarts and now - self._restarts[0] >= policy.period:
             del self._restarts[0]

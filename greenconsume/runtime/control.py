@@ -47,8 +47,8 @@ class Running(Protocol):
 class Control:
     """The state of a runtime, and what can be asked of its consumers by name, while it runs.
 
-    Nothing here waits: what is asked is done a moment later, and the state tells when. From any greenlet of
-    the runtime's hub.
+    Nothing here waits or switches: what is asked is done a moment later, and the state tells when. From any
+    greenlet of the runtime's hub.
 
     Args:
         groups: The runtime's consumers.
@@ -133,6 +133,8 @@ class Control:
 
         Raises:
             UnknownConsumerError: There is none of that name.
+
+        Switches: never.
         """
         return observing.handlers_of(self._child(consumer), monotonic())
 
@@ -149,7 +151,7 @@ class Control:
     # -- steering -------------------------------------------------------------------------------
 
     def stop(self, reason: str = "stop") -> None:
-        """Drain all: as `Runtime.stop`."""
+        """Drain all: as `Runtime.stop`. Never switches."""
         self._stop(reason)
 
     def pause(self, consumer: str) -> None:
@@ -160,6 +162,8 @@ class Control:
         Raises:
             UnknownConsumerError: There is none of that name.
             ControlError: It does not run, or its queue would be deleted with its messages.
+
+        Switches: never.
         """
         child, supervisor = self._child(consumer), self._supervisor()
         if child.wanted is Wanted.PAUSED:
@@ -176,21 +180,31 @@ class Control:
         supervisor.pause(child)
 
     def resume(self, consumer: str) -> None:
-        """Have a consumer that was paused consume again. Raises as `pause`."""
+        """Have a consumer that was paused consume again.
+
+        Raises:
+            UnknownConsumerError: There is none of that name.
+            ControlError: It is not paused, or the runtime does not run.
+
+        Switches: never.
+        """
         child, supervisor = self._child(consumer), self._supervisor()
         if child.wanted is not Wanted.PAUSED:
             raise ControlError(f"consumer {consumer} is not paused: it is {child.state}")
         supervisor.resume(child)
 
     def stop_consumer(self, consumer: str) -> None:
-        """Drain one consumer; the runtime goes on, also without any. Raises as `pause`."""
+        """Drain one consumer; the runtime goes on, also without any. Raises as `resume`. Never switches."""
         child, supervisor = self._child(consumer), self._supervisor()
         self._require_present(child)
         supervisor.hold()
         supervisor.retire(child, "asked by an operator", Wanted.AS_POLICY_SAYS)
 
     def restart_consumer(self, consumer: str) -> None:
-        """Drain one consumer and start it again; also one that was stopped or given up. Raises as `pause`."""
+        """Drain one consumer and start it again; also one that was stopped or given up.
+
+        Raises as `resume`. Never switches.
+        """
         child, supervisor = self._child(consumer), self._supervisor()
         supervisor.restart(child)
 
@@ -200,6 +214,8 @@ class Control:
         Raises:
             UnknownConsumerError: Nothing of that name was spawned.
             ControlError: The runtime does not run, or it was spawned as an instance.
+
+        Switches: never.
         """
         supervisor = self._supervisor()
         present = self._groups.of(group)

@@ -98,7 +98,10 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         return self._lifecycle.state
 
     def start(self) -> None:
-        """Start the greenlet. From here on, the copy that a fork makes of it does not consume."""
+        """Start the greenlet. From here on, the copy that a fork makes of it does not consume.
+
+        Switches: never. From any greenlet of the hub.
+        """
         self._lifecycle.stop.engage()
         super().start()
 
@@ -130,13 +133,21 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
     ) -> None:
         """End the greenlet wherever it waits: the last resort, its link cannot be used after it.
 
+        Args:
+            exception: What is raised in it.
+            block: Wait until it has ended.
+            timeout: Upper bound of that wait in seconds; `None` waits for ever.
+
         Switches: if `block`.
         """
         self._mark_killed()
         super().kill(exception, block, timeout)
 
     def throw(self, *args: object) -> None:
-        """Raise an exception in the greenlet, as `gevent.Greenlet.throw`: every kill comes through here."""
+        """Raise an exception in the greenlet, as `gevent.Greenlet.throw`: every kill comes through here.
+
+        Switches: yes, into it.
+        """
         self._mark_killed()
         super().throw(*args)
 
@@ -157,7 +168,7 @@ class ConsumerGreenlet(gevent.Greenlet):  # type: ignore[misc]  # gevent is unty
         return (type(error), error, error.__traceback__) if error else super().exc_info
 
     def successful(self) -> bool:
-        """Return whether it has finished without an error."""
+        """Return whether it has finished without an error. Never switches."""
         return self._error is None and bool(super().successful())
 
     def _raise_exception(self) -> None:
@@ -211,7 +222,7 @@ class Readiness:
         return bool(gevent.Greenlet.ready(self._greenlet))
 
     def is_set(self) -> bool:
-        """Return whether the consumer consumes now."""
+        """Return whether the consumer consumes now. Never switches."""
         return bool(self._event.is_set())
 
     @property
@@ -221,6 +232,9 @@ class Readiness:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the consumer consumes, or has ended, or for `timeout` seconds.
+
+        Args:
+            timeout: Upper bound in seconds; `None` waits for ever.
 
         Returns:
             Whether it consumes now.

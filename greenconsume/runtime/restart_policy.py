@@ -24,6 +24,9 @@ class RestartPolicy:
         backoff: Seconds before the first restart; each further one within the period waits twice as long.
         max_backoff: Seconds that no restart waits longer than.
         jitter: The share of a wait that is left to chance, 0 to 1, so that a fleet does not restart in step.
+
+    Raises:
+        ValueError: `kind` is none of these, or a number is out of its range.
     """
 
     kind: Literal["transient", "permanent", "temporary"] = "transient"
@@ -49,10 +52,13 @@ class RestartPolicy:
             raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
 
     def restarts(self, error: BaseException | None) -> bool:
-        """Return whether a consumer that ended with `error`, or returned, is to be started again."""
+        """Return whether a consumer that ended with `error`, or returned, is to be started again.
+
+        Switches: never.
+        """
         return self.kind == "permanent" or (self.kind == "transient" and error is not None)
 
     def delay(self, attempt: int) -> float:
-        """Return how many seconds the `attempt`-th restart within a period waits."""
+        """Return how many seconds the `attempt`-th restart within a period waits. Never switches."""
         longest = min(self.max_backoff, self.backoff * 2.0 ** min(attempt - 1, 60))
         return longest * (1 - self.jitter * random.random())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.resources
+import inspect
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -25,6 +28,16 @@ else:
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(greenconsume.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+#: What docs/reference.md has of single modules.
+PUBLIC_ELSEWHERE = {
+    "around": ("PlainPublication", "around_producers"),
+    "events": ("emit", "subscribe"),
+    "gunicorn": ("consumers",),
+    "metrics": ("Collector", "Mirror"),
+    "otel": ("Tracing",),
+    "runtime.control": ("Control",),
+    "runtime.greenlet": ("Readiness",),
+}
 PUBLIC = {
     "Batch",
     "BlockedError",
@@ -184,6 +197,43 @@ def test_a_docstring_begins_with_what_it_does(path: Path) -> None:
         )
     ]
     assert questions == []
+
+
+def public_functions() -> Iterator[tuple[str, FunctionType]]:
+    """Yield the functions that users may call, and the methods of the classes that they may use."""
+    names = [(name, getattr(greenconsume, name)) for name in greenconsume.__all__]
+    for module, of_it in PUBLIC_ELSEWHERE.items():
+        found = importlib.import_module(f"greenconsume.{module}")
+        names += [(f"{module}.{name}", getattr(found, name)) for name in of_it]
+    for name, value in names:
+        if isinstance(value, type):
+            of_class = {each: getattr(raw, "__func__", raw) for each, raw in vars(value).items()}
+            for each, function in of_class.items():
+                if isinstance(function, FunctionType) and not each.startswith("_"):
+                    yield f"{name}.{each}", function
+        else:
+            yield name, value
+
+
+@pytest.mark.parametrize(("name", "function"), list(public_functions()), ids=str)
+def test_a_public_function_says_whether_it_switches_what_it_raises_and_its_units(
+    name: str, function: FunctionType
+) -> None:
+    """As docs/reference.md promises of every public name."""
+    doc = inspect.getdoc(function) or ""
+    if re.fullmatch(r"Consumer(Producer)?Mixin\.(on_\w+|get_consumers|extra_context)", name):
+        doc += inspect.getdoc(greenconsume.ConsumerMixin) or ""  # it says so of all hooks
+    doc = " ".join(doc.split())
+    assert re.search(r"Switches: |[Nn]ever switches|each may switch", doc), "does it switch?"
+    code = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [each.exc for each in ast.walk(code) if isinstance(each, ast.Raise) and each.exc]
+    raised = {
+        each.func.id for each in calls if isinstance(each, ast.Call) and hasattr(each.func, "id")
+    }
+    assert raised <= set(re.findall(r"\w+", doc)) | {"NotImplementedError"}, f"it raises {raised}"
+    times = {"timeout", "within", "seconds", "delay", "interval", "safety_interval"}
+    if times & set(inspect.signature(function).parameters):
+        assert re.search(r"[Ss]econds|monotonic", doc), "what is the unit?"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -577,6 +577,18 @@ def test_closing_a_pool_drops_its_links_and_its_dialers(make_pool, connections, 
     waiting.kill()
 
 
+def test_closing_a_pool_is_bounded_where_its_broker_does_not_answer(
+    make_pool, connections, make_peer, monkeypatch
+):
+    """Law 3, also where no bound is said."""
+    monkeypatch.setattr("greenconsume.links.pool._GOODBYE", 0.05)
+    pool, silent = make_pool(), make_peer(silent={"connection.close"}, heartbeat=0)
+    pool.connect(connections(silent.url), StopSignal())
+    with gevent.Timeout(30):
+        pool.close()
+    wait_until(lambda: silent.open_count == 0)
+
+
 # -- connections that connect again by themselves -----------------------------------------------------
 
 
