@@ -7,25 +7,26 @@ shown by the page, the metrics, the health answers and the commands.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from greenconsume.tally import PublishTally, Timings
 
 
-@dataclass(frozen=True, slots=True)
-class RunningHandler:
-    """A handler at work: the delivery tag of its message (a batch's first), and for how many seconds."""
+class RunningHandler(NamedTuple):
+    """A handler at work.
+
+    Attributes:
+        message: The delivery tag of its message; of a batch, the first one's.
+        seconds: For how long it has run, or since somebody looked first; None: nobody has yet.
+    """
 
     message: str
     seconds: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class ConsumerStatus:
-    """One consumer of a process.
+class ConsumerStatus(NamedTuple):
+    """One consumer of a process; a tuple, for thousands are made at each look, in a fifth of the time.
 
     Attributes:
         name: Its name, through all restarts.
@@ -191,26 +192,30 @@ class Process(Protocol):
 
 def to_json(status: ProcessStatus, **more: object) -> bytes:
     """Return a status as one JSON object, with `more` keys. Never switches."""
-    shown = _plain(status)
-    shown["consumers"] = [_plain(each) for each in status.consumers]
-    for consumer in shown["consumers"]:
-        if consumer["running"]:
-            consumer["running"] = [_plain(each) for each in consumer["running"]]
-    shown["links"] = [_plain(each) for each in status.links]
-    shown["lag"] = _plain(status.lag)
-    shown["published"] = [each.shown() for each in status.published]
-    return json.dumps({**shown, **more}, separators=(",", ":"), default=str).encode()
+    shown = {
+        **_plain(status),
+        "consumers": [_shown(each) for each in status.consumers],
+        "links": [_plain(each) for each in status.links],
+        "lag": _plain(status.lag),
+        "published": [each.shown() for each in status.published],
+        **more,
+    }
+    return _encode(shown).encode()
 
 
-_shown: dict[type, tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]] = {}
+# Of values without circles, so that none is looked for: a sixth of the time.
+_encode = json.JSONEncoder(separators=(",", ":"), default=str, check_circular=False).encode
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    # Not `dataclasses.asdict`, which copies all that is below: ten times as long.
-    kind = type(value)
-    found = _shown.get(kind)
-    if found is None:
-        names = tuple(field.name for field in fields(kind) if field.name != "timings")
-        found = _shown[kind] = (names, attrgetter(*names))
-    names, values_of = found
-    return dict(zip(names, values_of(value), strict=True))
+def _shown(consumer: ConsumerStatus) -> dict[str, Any]:
+    shown: dict[str, Any] = dict(zip(ConsumerStatus._fields, consumer, strict=True))
+    del shown["timings"]
+    if consumer.running:
+        shown["running"] = [each._asdict() for each in consumer.running]
+    return shown
+
+
+def _plain(value: ProcessStatus | LinkStatus | LagStatus) -> dict[str, Any]:
+    # Not `dataclasses.asdict`, which copies all that is below.
+    names = (field.name for field in fields(value) if field.name != "timings")
+    return {name: getattr(value, name) for name in names}

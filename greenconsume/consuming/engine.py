@@ -141,6 +141,11 @@ class Engine:
         """The numbers of messages that were in hand in its last drain, by what became of them."""
         return Outcome() if self.drain is None else self.drain.outcome
 
+    @property
+    def switched_off(self) -> bool:
+        """True while its kill switch has it consume nothing, or one message to try."""
+        return self._switch is not None and self._switch.tripped
+
     # -- a run ----------------------------------------------------------------------------------
 
     def running(self) -> Running:

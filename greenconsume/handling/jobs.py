@@ -49,7 +49,7 @@ class Job:
         key: Jobs with the same key run one after the other.
         context: The context variables of the consumer's greenlet, when the message came.
         greenlet: Where it runs; None before it started and after it ended.
-        began: When it began (`time.monotonic`), where somebody watches; else 0.
+        began: When it began (`time.monotonic`), or when somebody looked first; 0: nobody has yet.
         interrupted: What was raised in it, if something was.
         killed: It was told to end for good; what it leaves unsettled is the broker's.
         owner: The name of the consumer whose handler it is.
@@ -96,6 +96,10 @@ class Job:
     def size(self) -> int:
         """The number of messages that the handler is given."""
         return 1
+
+    def look(self, now: float) -> None:
+        """Count its seconds from now on, if it began while nobody looked. Never switches."""
+        self.began = self.began or now
 
     def run(self, work: Callable[[Job], None]) -> None:
         """Call `work` with this job, in this greenlet and in the job's own context."""

@@ -136,6 +136,11 @@ class Switch:
             self.consume_stop.clear()
 
     @property
+    def tripped(self) -> bool:
+        """True from when it trips until the consumer consumes as ever."""
+        return self.half_open or (self.consume_stop.is_set() and not self._life.stop.is_set())
+
+    @property
     def limit(self) -> int | None:
         """The number of messages that are to be consumed now; None: all."""
         return 1 if self.half_open else None

@@ -123,8 +123,9 @@ class Control:
             self._lag = LagWatch()
         if self._greenlets is None:
             self._greenlets = GreenletCount()
+        now = monotonic()
         for child in self._groups.children:
-            child.tally.watch()
+            observing.watch(child, now)
         for published in all_published():
             published.watch()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from heapq import nsmallest
 from time import monotonic
 from typing import Any
 
@@ -16,11 +15,13 @@ from greenconsume.amqp.link import all_links as amqp_links
 from greenconsume.consuming.engine import Engine, ensure_engine
 from greenconsume.events import ConsumerState
 from greenconsume.handling.jobs import Job
+from greenconsume.handling.settings import Settings
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.pool import LinkPool
 from greenconsume.links.session import Holding
 from greenconsume.logs import redact
 from greenconsume.runtime.child import Child
+from greenconsume.tally import Timings
 
 #: Handlers of one consumer that its status holds; all of them are asked for by its name.
 SHOWN_HANDLERS = 3
@@ -33,18 +34,22 @@ def status_of(child: Child, now: float) -> ConsumerStatus:
     """Return how a consumer fares."""
     tally = child.tally
     engine = ensure_engine(child.consumer) if child.consumer is not None else None
-    minute = tally.timings.last_minute(now) if tally.timings is not None else None
-    known: dict[str, Any] = _work_of(engine, now) if engine is not None else {}
-    if minute is not None:
-        known.update(
-            rate=round(minute.rate, 3),
-            p50=_rounded(minute.quantile(0.5)),
-            p99=_rounded(minute.quantile(0.99)),
-        )
+    rate, p50, p99 = _pace_of(tally.timings, now)
+    in_progress, idle, running = _work_of(engine, now)
+    waiting, unsettled, oldest, prefetch = _held_by(engine.holding if engine else None, now)
+    settings = engine.handling.settings if engine and engine.handling else None
     return ConsumerStatus(
         name=child.name,
         group=child.group,
-        state=child.state.value,
+        state=child.state,
+        queues=engine.queues if engine else (),
+        concurrency=settings.concurrency if settings else None,
+        prefetch=prefetch,
+        in_progress=in_progress,
+        idle=idle,
+        waiting=waiting,
+        unsettled=unsettled,
+        oldest_unsettled=oldest,
         received=tally.received,
         outcomes=tally.outcomes,
         errors=dict(tally.errors),
@@ -53,19 +58,29 @@ def status_of(child: Child, now: float) -> ConsumerStatus:
         retries=tally.retries,
         dead_letters=tally.dead_letters,
         restarts=child.restart_count,
+        switched_off=engine is not None and engine.switched_off,
+        held=settings is not None and _is_held(settings),
         error=_words(child.error),
+        rate=rate,
+        p50=p50,
+        p99=p99,
+        running=running,
         timings=tally.timings,
-        **known,
     )
+
+
+def watch(child: Child, now: float) -> None:
+    """Have the times of a consumer's handlers be kept; of those that run already, from now on. Idempotent."""
+    if child.tally.timings is not None:
+        return
+    child.tally.watch()
+    for job in _jobs_of(child):
+        job.look(now)
 
 
 def handlers_of(child: Child, now: float) -> tuple[RunningHandler, ...]:
     """Return all handlers of a consumer that run, the oldest first."""
-    if child.consumer is None:
-        return ()
-    handling = ensure_engine(child.consumer).handling
-    jobs = handling.running() if handling is not None else []
-    return tuple(_running(job, now) for job in sorted(jobs, key=_began))
+    return tuple(_running(job, now) for job in sorted(_jobs_of(child), key=_began))
 
 
 def links_of(pools: Iterable[LinkPool]) -> tuple[LinkStatus, ...]:
@@ -105,37 +120,54 @@ def _link_of(link: Any, reconnects: int, now: float) -> LinkStatus:
     )
 
 
-def _work_of(engine: Engine, now: float) -> dict[str, Any]:
-    """Return what the handlers of a consumer that connects or consumes do, and what waits for them."""
+def _jobs_of(child: Child) -> list[Job]:
+    if child.consumer is None:
+        return []
+    handling = ensure_engine(child.consumer).handling
+    return handling.running() if handling is not None else []
+
+
+def _pace_of(
+    timings: Timings | None, now: float
+) -> tuple[float | None, float | None, float | None]:
+    """Return the rate of the last minute, and the median and the 99th percentile of its durations."""
+    if timings is None:
+        return None, None, None
+    minute = timings.last_minute(now)
+    if not minute.count:
+        return 0.0, None, None
+    return round(minute.rate, 3), _rounded(minute.quantile(0.5)), _rounded(minute.quantile(0.99))
+
+
+def _work_of(engine: Engine | None, now: float) -> tuple[int, int, tuple[RunningHandler, ...]]:
+    """Return how many handlers of a consumer run, how many more could, and the oldest of those that run."""
+    if engine is None or engine.handling is None:
+        return 0, 0, ()
     handling = engine.handling
-    known: dict[str, Any] = {"queues": engine.queues}
-    if handling is None:
-        return known
-    settings, jobs = handling.settings, handling.running()
-    free = (settings.concurrency or 1) - len(jobs)
+    jobs = handling.running()
+    idle = 0
+    if engine.life.state is ConsumerState.CONSUMING:
+        idle, slots = handling.settings.concurrency or 1, handling.settings.shared.slots
+        idle = max(0, idle - len(jobs) if slots is None else min(idle - len(jobs), slots.free))
+    if not jobs:
+        return 0, idle, ()
+    oldest = sorted(jobs, key=_began)[:SHOWN_HANDLERS]
+    return len(jobs), idle, tuple([_running(job, now) for job in oldest])
+
+
+def _is_held(settings: Settings) -> bool:
     shared = settings.shared
-    if shared.slots is not None:
-        free = min(free, shared.slots.free)
-    known.update(
-        concurrency=settings.concurrency,
-        held=bool(settings.rate or shared.pace or (shared.intake and shared.intake.halvings)),
-        in_progress=len(jobs),
-        idle=max(0, free) if engine.life.state is ConsumerState.CONSUMING else 0,
-        running=tuple(_running(job, now) for job in nsmallest(SHOWN_HANDLERS, jobs, key=_began)),
-    )
-    if engine.holding is not None:
-        known.update(_held_by(engine.holding, now))
-    return known
+    return bool(settings.rate or shared.pace or (shared.intake and shared.intake.halvings))
 
 
-def _held_by(holding: Holding, now: float) -> dict[str, Any]:
-    oldest = holding.oldest_unsettled_at
-    return {
-        "waiting": holding.backlog,
-        "unsettled": holding.unsettled_count,
-        "oldest_unsettled": None if oldest is None else _rounded(now - oldest),
-        "prefetch": holding.prefetch_count,
-    }
+def _held_by(holding: Holding | None, now: float) -> tuple[int, int, float | None, int]:
+    """Return how many messages wait and are unsettled, the oldest one's age, and how many may be."""
+    if holding is None:
+        return 0, 0, None, 0
+    unsettled = holding.unsettled_count
+    oldest = holding.oldest_unsettled_at if unsettled else None
+    age = None if oldest is None else _rounded(now - oldest)
+    return holding.backlog, unsettled, age, holding.prefetch_count
 
 
 def _began(job: Job) -> float:
@@ -143,8 +175,8 @@ def _began(job: Job) -> float:
 
 
 def _running(job: Job, now: float) -> RunningHandler:
-    seconds = now - job.began if job.began else None
-    return RunningHandler(str(job.message.delivery_tag), _rounded(seconds))
+    seconds = round(now - job.began, 6) if job.began else None
+    return RunningHandler(str(job.message.delivery_tag), seconds)
 
 
 def _rounded(seconds: float | None) -> float | None:

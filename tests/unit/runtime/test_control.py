@@ -10,9 +10,10 @@ from gevent.event import Event
 from kombu import Connection, Queue
 from kombu.utils.limits import TokenBucket
 
-from greenconsume import ConsumerMixin, ConsumerOptions, Reject, Runtime
+from greenconsume import ConsumerMixin, ConsumerOptions, KillSwitch, Reject, Runtime
+from greenconsume.admin.health import StallWatch
 from greenconsume.errors import ControlError, UnknownConsumerError
-from greenconsume.events import ConsumerChanged, ConsumersScaled, StaleSettle, emit
+from greenconsume.events import ConsumerChanged, ConsumersScaled, KillSwitchReset, StaleSettle, emit
 from tests.unit.fakes import Idle, of_type
 from tests.waiting import AT_ONCE, NEVER, wait_until
 
@@ -247,6 +248,40 @@ def test_without_a_look_no_times_are_kept(running, publish):
     assert runtime.children[0].tally.timings is None
     assert runtime.control.status().consumers[0].rate is None
     assert runtime.control._lag is None
+
+
+def test_a_handler_that_began_before_anybody_looked_is_timed_from_the_first_look(running, publish):
+    """Else one that hangs would never stall for whoever first looks because of it."""
+    runtime = running(Work)
+    publish("wait")
+    status = runtime.control.status
+    wait_until(lambda: status().consumers[0].in_progress == 1)
+    assert status().consumers[0].running[0].seconds is None
+    runtime.control.watch()
+    first = status().consumers[0].running[0].seconds
+    assert first is not None
+    runtime.control.watch()  # does not begin anew
+    wait_until(lambda: status().consumers[0].running[0].seconds > first)
+    assert StallWatch(stall_after=0.0).stalled(status()).reasons
+    Work.let.set()
+    wait_until(lambda: status().consumers[0].outcomes["ok"] == 1)
+    assert runtime.children[0].tally.timings.count == 0  # nobody knows for how long it ran
+
+
+def test_a_consumer_whose_kill_switch_has_tripped_says_so_until_it_consumes_as_ever(
+    running, publish, events
+):
+    runtime = running(Work, options=ConsumerOptions(kill_switch=KillSwitch(0.4, 2, 0.1)))
+
+    def is_off():
+        return runtime.control.status().consumers[0].switched_off
+
+    assert not is_off()
+    publish("fail", "fail")
+    wait_until(is_off)
+    publish("go")  # the one that it tries
+    wait_until(lambda: of_type(events, KillSwitchReset))
+    assert not is_off()
 
 
 def test_a_paused_consumer_rests_and_consumes_again_as_the_same_instance(running, events):
