@@ -139,7 +139,7 @@ def _samples_of(family: Family) -> Iterator[tuple[str, Labels, float]]:
     for labels, timings in family.timings:
         before = 0
         for bound, count in zip(_BOUNDS, timings.cumulative(PLACES), strict=True):
-            # Not `labels_of`: nobody reads their text here, and they would push out all that it keeps.
+            # Not `more`: nobody reads their text here.
             yield "_bucket", Labels((*labels.pairs, ("le", bound)), ""), float(count - before)
             before = count
         yield "_sum", labels, timings.total

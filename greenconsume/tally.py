@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from operator import sub
 from time import monotonic
@@ -82,8 +82,8 @@ class Timings:
                 since, before, messages = max(at, now - WINDOW - _STEP), counts, by_then
         # What was counted until the end of the last step holds from there on.
         if self._next <= now - WINDOW or self.messages == messages:
-            return LastMinute([], 0, 1.0)
-        new = list(map(sub, self._counts, before))
+            return LastMinute((), 0, 1.0)
+        new = map(sub, self._counts, before)
         return LastMinute(new, self.messages - messages, max(now - since, 1e-9))
 
 
@@ -95,11 +95,11 @@ class LastMinute:
         messages: How many messages they were for.
     """
 
-    __slots__ = ("_counts", "_seconds", "count", "messages")
+    __slots__ = ("_seconds", "_sums", "count", "messages")
 
-    def __init__(self, counts: list[int], messages: int, seconds: float) -> None:
-        self._counts, self._seconds = counts, seconds
-        self.count, self.messages = sum(counts), messages
+    def __init__(self, counts: Iterable[int], messages: int, seconds: float) -> None:
+        self._sums, self._seconds = list(accumulate(counts)), seconds
+        self.count, self.messages = self._sums[-1] if self._sums else 0, messages
 
     @property
     def rate(self) -> float:
@@ -111,11 +111,9 @@ class LastMinute:
         if not self.count:
             return None
         rank = share * self.count
-        for index, number in enumerate(self._counts):
-            if number and rank <= number:
-                return _inside(index, rank / number)
-            rank -= number
-        return BOUNDS[-1]
+        place = min(bisect_left(self._sums, rank), len(self._sums) - 1)
+        before = self._sums[place - 1] if place else 0
+        return _inside(place, (rank - before) / (self._sums[place] - before))
 
 
 def _inside(index: int, share: float) -> float:

@@ -127,9 +127,12 @@ class App:
     # -- looking --------------------------------------------------------------------------------
 
     def _now(self) -> ProcessStatus:
-        self._process.watch()
-        found: ProcessStatus = self._snapshots.get("status", self._process.status)
+        found: ProcessStatus = self._snapshots.get("status", self._look)
         return found
+
+    def _look(self) -> ProcessStatus:
+        self._process.watch()
+        return self._process.status()
 
     def _probe(
         self, environ: Mapping[str, Any], question: Callable[[ProcessStatus], health.Answer]

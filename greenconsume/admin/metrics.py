@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import Literal
 
 from greenconsume.admin.status import ConsumerStatus, LinkStatus, ProcessStatus
@@ -24,7 +25,7 @@ PLACES = [BOUNDS.index(bound) for bound in BUCKETS]
 #: How the labels of a bucket end.
 _ENDS = [f'{bound}"}} ' for bound in BUCKETS]
 
-#: Labels that are kept: they are the same at each scrape.
+#: Consumers whose labels are kept: they are the same at each scrape.
 _KEPT = 1 << 14
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -52,19 +53,27 @@ class Labels:
         """The values, in the order of the names."""
         return tuple(value for _, value in self.pairs)
 
+    def more(self, name: str, value: str) -> Labels:
+        """Return these labels and one more."""
+        return Labels((*self.pairs, (name, value)), f'{self.text},{name}="{_escaped(value)}"')
 
-@lru_cache(_KEPT)
+
 def labels_of(*pairs: tuple[str, str]) -> Labels:
     """Return the labels of these names and values. Never switches."""
     return Labels(pairs, ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs))
 
 
 @lru_cache(_KEPT)
-def _more(labels: Labels, name: str, value: str) -> Labels:
-    return labels_of(*labels.pairs, (name, value))
+def labels_of_consumer(
+    name: str, queues: tuple[str, ...], outcomes: tuple[str, ...]
+) -> tuple[Labels, tuple[Labels, ...]]:
+    """Return a consumer's labels, and with them those of each of its outcomes. Never switches."""
+    labels = labels_of(("consumer", name), ("queue", ",".join(queues)))
+    return labels, tuple(labels.more("status", each) for each in outcomes)
 
 
-_Labelled = list[tuple[Labels, ConsumerStatus]]
+#: A consumer, its labels, and those of each of its outcomes.
+_Labelled = list[tuple[ConsumerStatus, Labels, tuple[Labels, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class Family:
 def families(status: ProcessStatus) -> list[Family]:
     """Return all metrics of a process. Never switches."""
     labelled: _Labelled = [
-        (labels_of(("consumer", each.name), ("queue", ",".join(each.queues))), each)
+        (each, *labels_of_consumer(each.name, each.queues, tuple(each.outcomes or ())))
         for each in status.consumers
     ]
     return [
@@ -134,16 +143,20 @@ _OF_CONSUMERS: tuple[tuple[str, Kind, str, str], ...] = (
         "dead_letters",
     ),
     ("consumer_restarts", "counter", "How often the consumer was started again", "restarts"),
-    ("consumer_switched_off", "gauge", "Its kill switch has tripped", "switched_off"),
 )
 
 
 def _plain_families(labelled: _Labelled) -> Iterator[Family]:
     for name, kind, words, attribute in _OF_CONSUMERS:
-        rows = [(labels, _number(getattr(each, attribute))) for labels, each in labelled]
+        value_of = attrgetter(attribute)
+        rows = [(labels, value_of(each) or 0) for each, labels, _ in labelled]
         yield Family(f"greenconsume_{name}", kind, words, rows)
+    off: list[tuple[Labels, float]] = [
+        (labels, int(each.switched_off)) for each, labels, _ in labelled
+    ]
+    yield Family("greenconsume_consumer_switched_off", "gauge", "Its kill switch has tripped", off)
     up: list[tuple[Labels, float]] = [
-        (labels, int(each.state == "consuming")) for labels, each in labelled
+        (labels, int(each.state == "consuming")) for each, labels, _ in labelled
     ]
     yield Family("greenconsume_consumer_consuming", "gauge", "The consumer consumes", up)
 
@@ -154,9 +167,9 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "counter",
         "Messages that were handled, by how",
         [
-            (_more(labels, "status", how), number)
-            for labels, each in labelled
-            for how, number in (each.outcomes or {}).items()
+            row
+            for each, _, by_outcome in labelled
+            for row in zip(by_outcome, (each.outcomes or {}).values(), strict=True)
         ],
     )
     yield Family(
@@ -164,8 +177,8 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "counter",
         "Messages that failed, by the exception's class",
         [
-            (_more(labels, "exception_type", error), number)
-            for labels, each in labelled
+            (labels.more("exception_type", error), number)
+            for each, labels, _ in labelled
             for error, number in (each.errors or {}).items()
         ],
     )
@@ -173,7 +186,9 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
         "greenconsume_received_processed_messages_duration_seconds",
         "histogram",
         "Seconds that handlers took, a batch as one",
-        timings=[(labels, each.timings) for labels, each in labelled if each.timings is not None],
+        timings=[
+            (labels, each.timings) for each, labels, _ in labelled if each.timings is not None
+        ],
     )
 
 
@@ -231,18 +246,25 @@ def _text(found: Iterable[Family]) -> Iterator[str]:
     for family in found:
         name = f"{family.name}_total" if family.kind == "counter" else family.name
         yield f"# HELP {name} {family.help}.\n# TYPE {name} {family.kind}\n"
-        for labels, value in family.rows:
-            yield f"{name}{{{labels.text}}} {value}\n" if labels.text else f"{name} {value}\n"
-        for labels, timings in family.timings:
-            yield _histogram(name, labels.text, timings)
+        # A list for each family, not a yield for each row: there are tens of thousands.
+        yield "".join(
+            [
+                f"{name}{{{labels.text}}} {value}\n" if labels.text else f"{name} {value}\n"
+                for labels, value in family.rows
+            ]
+        )
+        yield "".join([_histogram(name, *each) for each in family.timings])
 
 
-def _histogram(name: str, inner: str, timings: Timings) -> str:
-    comma, braced = ("," if inner else ""), (f"{{{inner}}}" if inner else "")
-    start, (*counts, count) = f'{name}_bucket{{{inner}{comma}le="', timings.cumulative(PLACES)
-    lines = [f"{start}{end}{number}\n" for end, number in zip(_ENDS, counts, strict=True)]
-    lines.append(f'{start}+Inf"}} {count}\n{name}_count{braced} {count}\n')
-    return "".join(lines) + f"{name}_sum{braced} {timings.total}\n"
+def _histogram(name: str, labels: Labels, timings: Timings) -> str:
+    comma, braced = (",", f"{{{labels.text}}}") if labels.text else ("", "")
+    start = f'{name}_bucket{{{labels.text}{comma}le="'
+    *counts, count = timings.cumulative(PLACES)
+    buckets = [f"{end}{number}\n" for end, number in zip(_ENDS, counts, strict=True)]
+    return (
+        f'{start}{start.join(buckets)}{start}+Inf"}} {count}\n'
+        f"{name}_count{braced} {count}\n{name}_sum{braced} {timings.total}\n"
+    )
 
 
 def _escaped(value: str) -> str:

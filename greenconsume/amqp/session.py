@@ -248,7 +248,7 @@ class Session:
     @property
     def unsettled_count(self) -> int:
         """The number of deliveries that are not settled."""
-        return sum(each.unsettled_count for each in self.channels.values())
+        return sum([each.unsettled_count for each in self.channels.values()])
 
     @property
     def oldest_unsettled_at(self) -> float | None:
@@ -259,7 +259,7 @@ class Session:
     @property
     def prefetch_count(self) -> int:
         """The largest prefetch of its channels; 0: without a limit."""
-        return max((each.prefetch_count for each in self.channels.values()), default=0)
+        return max([each.prefetch_count for each in self.channels.values()], default=0)
 
     @property
     def given_back_count(self) -> int:

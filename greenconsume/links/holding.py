@@ -33,7 +33,7 @@ class VirtualHolding:
     def unsettled_count(self) -> int:
         """The number of messages that are not settled."""
         # kombu's own takes out what was settled (`_dirty`) when it next looks.
-        return sum(len(qos._delivered) - len(qos._dirty) for qos in self._limits())
+        return sum([len(qos._delivered) - len(qos._dirty) for qos in self._limits()])
 
     @property
     def prefetch_count(self) -> int:
@@ -42,10 +42,8 @@ class VirtualHolding:
         return sum(limits) if all(limits) else 0
 
     def _limits(self) -> list[Any]:
-        found = (getattr(channel, "_qos", None) for channel in self._transport.channels)
-        return [
-            qos for qos in found if qos is not None
-        ]  # kombu makes it when it is first asked for
+        found = [getattr(channel, "_qos", None) for channel in self._transport.channels]
+        return [each for each in found if each is not None]  # kombu makes it when it is asked for
 
 
 def holding_of(conn: object) -> Holding | None:

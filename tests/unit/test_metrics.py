@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from greenconsume.admin.address import Address
-from greenconsume.admin.metrics import exposition, families, labels_of
+from greenconsume.admin.metrics import exposition, families, labels_of_consumer
 from greenconsume.admin.status import LagStatus
 from greenconsume.metrics import Collector, Mirror
-from greenconsume.tally import PublishTally, Timings
+from greenconsume.tally import PublishTally, Tally, Timings
 from tests.unit.admin.fakes import Asking, FakeProcess, consumer, link
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana-dashboard.json"
@@ -72,11 +72,20 @@ def test_a_mirror_without_a_folder_is_no_error(process, monkeypatch):
 
 
 def test_the_buckets_of_a_mirror_push_no_labels_out_that_are_kept(process):
-    labels_of.cache_clear()
+    labels_of_consumer.cache_clear()
     families(process.status())
-    kept = labels_of.cache_info().currsize
+    kept = labels_of_consumer.cache_info().currsize
     Mirror(process).write()
-    assert labels_of.cache_info().currsize == kept
+    assert labels_of_consumer.cache_info().currsize == kept
+
+
+def test_labels_of_10_000_consumers_are_made_once():
+    many = [consumer(f"Orders-{number}", outcomes=Tally().outcomes) for number in range(10_000)]
+    labels_of_consumer.cache_clear()
+    for _ in range(2):
+        families(FakeProcess(*many).status())
+    assert labels_of_consumer.cache_info().misses == len(many)
+    labels_of_consumer.cache_clear()
 
 
 SCRIPT = """
