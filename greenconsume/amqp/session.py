@@ -316,7 +316,7 @@ class Session:
             channel.core.ask_to_close()
             channel.collect()
         self._leave()
-        if not self.link.sessions:
+        if not self.link.sessions and self.link.failure is None:
             self.link.is_closing = True
             self.link.fail(self.link.lost())
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from time import monotonic
 
 import gevent
 from gevent.event import Event
@@ -24,6 +25,10 @@ from greenconsume.stopping import Deadline, StopSignal, wait
 #: Consumers come back to a new link spread over this many seconds each, up to MAX_SPREAD in all.
 SPREAD = 0.001
 MAX_SPREAD = 2.0
+#: A link that is lost sooner than this many seconds after its dial was no success. The first such loss may
+#: be chance; from the second in a row on, each counts as a failed attempt, which a delay follows. Else a
+#: broker that accepts connections only to end them would be dialled as fast as it answers.
+MIN_LIFE = 1.0
 
 
 class Dialer:
@@ -51,6 +56,9 @@ class Dialer:
         self._attempts: list[_Attempt] = []
         self._waiting_count = 0
         self._succeeded = False
+        self._dialled_at = 0.0
+        self._brief_count = 0  # links in a row that were lost within MIN_LIFE
+        self._delays = backoff.delays(longest_delay)
 
     @property
     def is_live(self) -> bool:
@@ -169,25 +177,44 @@ class Dialer:
 
     def _dial(self, connection: Connection) -> None:
         failed = FailedAttempts(connection, self._on_refused)
+        brief = self._brief_loss()
         try:
-            for retries, delay in enumerate(backoff.delays(self._longest_delay)):
+            for retries, delay in enumerate(self._delays):
                 if not connection.completes_cycle(retries):
                     delay = 0.0  # the next of the failover URLs is tried at once
-                if self._dial_once(connection, failed, delay):
+                if brief is not None:
+                    self._fail(connection, failed, brief, delay)
+                    brief = None
+                elif self._dial_once(connection, failed, delay):
                     return
         finally:
             if self._dialling is gevent.getcurrent():
                 self._dialling = None
+
+    def _brief_loss(self) -> BaseException | None:
+        """Return why the last link was lost, if it and the one before it hardly lived; else begin anew."""
+        link, age = self.link, monotonic() - self._dialled_at
+        is_brief = link is not None and not link.is_closing and age < MIN_LIFE
+        self._brief_count = self._brief_count + 1 if is_brief else 0
+        if self._brief_count < 2 or link is None:
+            self._delays = backoff.delays(self._longest_delay)
+            return None
+        return link.lost()
+
+    def _fail(
+        self, connection: Connection, failed: FailedAttempts, error: BaseException, delay: float
+    ) -> None:
+        failed.tell(connection, error, delay)
+        self._end_attempts(error, delay)
+        connection.maybe_switch_next()
+        gevent.sleep(delay)
 
     def _dial_once(self, connection: Connection, failed: FailedAttempts, delay: float) -> bool:
         """Dial; return whether that was the last time."""
         try:
             link = connection.transport.dial()
         except backoff.connect_errors(connection) as exc:
-            failed.tell(connection, exc, delay)
-            self._end_attempts(exc, delay)
-            connection.maybe_switch_next()
-            gevent.sleep(delay)
+            self._fail(connection, failed, exc, delay)
             return False
         except Exception as exc:  # no broker's error, so trying again is no remedy: for who waits
             self._end_attempts(exc, None)
@@ -198,7 +225,7 @@ class Dialer:
         link.make_room(self.session_size)
         self.uri = link.uri
         self.reconnect_count += self._succeeded
-        self.link, self._succeeded = link, True
+        self.link, self._succeeded, self._dialled_at = link, True, monotonic()
         self._end_attempts(None, None)
         return True
 

@@ -36,9 +36,13 @@ class Field:
         self.server: Any = redis.Redis.from_url(url)
         self.queue = queue
         self.published = 0
+        self._others = self._clients()
         self._url = url
         self._notes = folder / "notes"
         self._notes.touch()
+
+    def _clients(self) -> set[str]:
+        return {client["id"] for client in self.server.client_list()}
 
     def fill(self, count: int) -> None:
         """Publish until so many messages wait."""
@@ -50,6 +54,12 @@ class Field:
     def start(self, prefetch: int, *options: object) -> subprocess.Popen[bytes]:
         arguments = (self._url, self.queue, prefetch, self._notes, *options)
         return subprocess.Popen([sys.executable, PROCESS, *map(str, arguments)])
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill with -9, and wait until the server has read what the kernel still had to send."""
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        wait_until(lambda: self._clients() <= self._others)
 
     def wait_for_more(self) -> None:
         """Wait until a handler has noted another message."""
@@ -103,9 +113,7 @@ def test_a_kill_9_under_load_loses_nothing(field, prefetch):
         process = field.start(prefetch)
         field.wait_for_more()
         gevent.sleep(random.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        gevent.sleep(0.02)  # what the kernel has of it reaches the server
+        field.kill(process)
         assert field.lost == set()
         handled = field.handled
         assert len(handled) == len(set(handled))

@@ -13,7 +13,7 @@ from gevent.event import Event
 from kombu import Connection
 from kombu.exceptions import OperationalError
 
-from greenconsume.amqp.link import Link
+from greenconsume.amqp.link import Link, LinkLostError
 from greenconsume.errors import StoppedError, UnsupportedTransportError
 from greenconsume.events import ConnectFailed, LinkDown, LinkUp, subscribe
 from greenconsume.links import backoff
@@ -385,6 +385,70 @@ def test_a_link_that_is_lost_as_soon_as_it_is_up_is_dialled_again(pool, connecti
     assert peer.connection_count == 2
     assert connection.connected
     assert [str(error) for error in errors] == ["the new link was lost at once"]
+
+
+@pytest.fixture
+def every_life_is_short(monkeypatch):
+    """Take each link that is lost for one that hardly lived, however slow the machine is."""
+    monkeypatch.setattr(dialer_module, "MIN_LIFE", NEVER)
+
+
+def lose_at_once(connection):
+    """Connections accepted only to be ended: the link is lost as soon as somebody has it."""
+    link_of(connection).fail(ConnectionResetError("cut"))
+    connection.collect()
+
+
+@pytest.mark.usefixtures("short_delays", "every_life_is_short")
+def test_links_that_hardly_live_are_dialled_with_a_delay_from_the_second_on(
+    pool, connections, peer
+):
+    connection, told = connections(peer.url), []
+
+    def connect():
+        greenlet = connecting(pool, connection, on_failed_attempt=lambda *args: told.append(args))
+        assert greenlet.get(timeout=30) is None
+
+    with recording() as events:
+        for _ in range(2):
+            connect()
+            lose_at_once(connection)
+            assert told == []
+        for lost_count in range(1, 4):
+            connect()
+            assert len(told) == lost_count
+            lose_at_once(connection)
+    assert {(type(error), delay) for error, delay in told} == {(LinkLostError, 0.005)}
+    assert len(of_type(events, ConnectFailed)) == 3
+    assert peer.connection_count == 5
+
+
+@pytest.mark.usefixtures("short_delays", "every_life_is_short")
+def test_a_broker_that_ends_its_connections_at_once_is_left_for_the_next_of_the_failover_urls(
+    pool, connections, make_peer
+):
+    first, second = make_peer(), make_peer()
+    url = f"{first.url};{second.url}"
+    for _ in range(2):
+        connection = connections(url)
+        assert connecting(pool, connection).get(timeout=30) is None
+        lose_at_once(connection)
+    assert (first.connection_count, second.connection_count) == (2, 0)
+    assert connecting(pool, connections(url)).get(timeout=30) is None
+    assert (first.connection_count, second.connection_count) == (2, 1)
+
+
+@pytest.mark.usefixtures("short_delays")
+def test_a_link_that_lived_for_a_while_is_dialled_again_at_once(
+    pool, connections, peer, monkeypatch
+):
+    monkeypatch.setattr(dialer_module, "MIN_LIFE", 0.0)
+    connection, told = connections(peer.url), []
+    for _ in range(4):
+        greenlet = connecting(pool, connection, on_failed_attempt=lambda *args: told.append(args))
+        assert greenlet.get(timeout=30) is None
+        lose_at_once(connection)
+    assert told == []
 
 
 def test_what_is_no_error_of_the_brokers_is_raised_where_it_was_asked_for(pool, connections, peer):
