@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 from gevent import monkey
 
-from greenconsume.links import backoff
+from greenconsume.links import backoff, dialer
 from tests.brokers import RELEASE_VARIABLE, RabbitMQ, chosen_release, fresh_vhost, vhost_of
 from tests.leaks import LeakWatch
 from tests.peer import Peer
@@ -56,6 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait longer after a failed attempt to connect than any test lives."""
     monkeypatch.setattr(backoff, "FIRST_DELAY", NEVER)
+
+
+@pytest.fixture
+def every_link_has_lived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dial again at once after each loss, as after that of a link which has lived for a while."""
+    monkeypatch.setattr(dialer, "MIN_LIFE", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,8 @@ class Dialer:
         self._succeeded = False
         self._dialled_at = 0.0
         self._brief_count = 0  # links in a row that were lost within MIN_LIFE
-        self._delays = backoff.delays(longest_delay)
+        self._delays: Iterator[float] = iter(())
+        self._failed: FailedAttempts | None = None
 
     @property
     def is_live(self) -> bool:
@@ -176,8 +177,11 @@ class Dialer:
         raise _AttemptFailed(error, delay)
 
     def _dial(self, connection: Connection) -> None:
-        failed = FailedAttempts(connection, self._on_refused)
         brief = self._brief_loss()
+        if brief is None or self._failed is None:  # else as if the last dials had failed
+            self._delays = backoff.delays(self._longest_delay)
+            self._failed = FailedAttempts(connection, self._on_refused)
+        failed = self._failed
         try:
             for retries, delay in enumerate(self._delays):
                 if not connection.completes_cycle(retries):
@@ -192,14 +196,13 @@ class Dialer:
                 self._dialling = None
 
     def _brief_loss(self) -> BaseException | None:
-        """Return why the last link was lost, if it and the one before it hardly lived; else begin anew."""
+        """Return why the last link was lost, if it and the one before it hardly lived."""
         link, age = self.link, monotonic() - self._dialled_at
-        is_brief = link is not None and not link.is_closing and age < MIN_LIFE
-        self._brief_count = self._brief_count + 1 if is_brief else 0
-        if self._brief_count < 2 or link is None:
-            self._delays = backoff.delays(self._longest_delay)
+        if link is None or link.is_closing or age >= MIN_LIFE:
+            self._brief_count = 0
             return None
-        return link.lost()
+        self._brief_count += 1
+        return link.lost() if self._brief_count > 1 else None
 
     def _fail(
         self, connection: Connection, failed: FailedAttempts, error: BaseException, delay: float

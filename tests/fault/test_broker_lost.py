@@ -100,6 +100,7 @@ def each_loss_is_told_once(lost: list[LinkDown], records: list[logging.LogRecord
     assert len(records) < 60
 
 
+@pytest.mark.usefixtures("every_link_has_lived")
 def test_a_thousand_reconnects_leave_nothing_behind(make_peer, queue_name):
     """HAZARDS row 22: sockets leak on reconnects."""
     peer = make_peer()
@@ -127,6 +128,7 @@ def test_a_thousand_reconnects_leave_nothing_behind(make_peer, queue_name):
     assert grown < 4 << 20
 
 
+@pytest.mark.usefixtures("every_link_has_lived")
 def test_a_hundred_reconnects_of_a_shared_link_leave_nothing_behind(
     proxy, rabbitmq, amqp_url, queue_name
 ):

@@ -169,6 +169,7 @@ def test_a_broker_that_froze_has_its_consumers_back_when_it_thaws(
     assert duplicates(consumer.handled) <= 10
 
 
+@pytest.mark.usefixtures("every_link_has_lived")
 def test_a_relay_that_loses_its_links_loses_no_message(rabbitmq, proxy, amqp_url, two_queues):
     """HAZARDS row 13: what is not confirmed downstream is not acknowledged upstream."""
     source, sink = two_queues

@@ -224,6 +224,7 @@ def test_a_broker_killed_under_load_loses_nothing(
     assert duplicates(handled) <= BROKERS * (3000 + PREFETCH if kind == "classic" else PREFETCH)
 
 
+@pytest.mark.usefixtures("every_link_has_lived")
 @pytest.mark.slow
 def test_a_link_cut_under_load_loses_nothing(
     proxy: Proxy, amqp_url: str, queue_name: str, handled: Counter[Any], crowd: Any

@@ -94,6 +94,7 @@ def test_a_link_lost_while_a_handler_runs_brings_its_consumer_back(
     settled()
 
 
+@pytest.mark.usefixtures("every_link_has_lived")
 @pytest.mark.parametrize("concurrency", [None, 3])
 def test_a_cut_at_any_byte_loses_nothing(way, amqp_url, queue_name, concurrency, settled):
     """HAZARDS rows 1 and 13: a link that was cut in a frame is closed, never used again."""
