@@ -272,17 +272,17 @@ class Channel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
         is_known = is_stream or not is_bounded or queue in known.lasting
         ask = None if is_known else partial(probe, self._session, queue)
 
-        def started(tag: str) -> ChannelConsumer:
+        def register(_sig: object, tag: str) -> None:
             again = (0, queue, tag, no_local, no_ack, exclusive, True, arguments)
             taker, args = taker_of(self, callback), again if can_pause else None
-            return ChannelConsumer(taker, no_ack, on_cancel, args, is_stream, ask)
+            consumer = ChannelConsumer(taker, no_ack, on_cancel, args, is_stream, ask)
+            self.deliveries.start(tag, consumer)
 
-        def register(_sig: object, tag: str) -> None:
-            self.deliveries.start(tag, started(tag))
+        def undo(sig: object, tag: str) -> None:
+            register(sig, tag)  # what still comes is settled as its queue wants it
+            self.deliveries.undo_consume(tag)
 
-        def undo(_sig: object, tag: str) -> None:
-            self.deliveries.undo_consume(tag, started(tag))
-
+        self._session.note_consumer()
         args = (0, queue, consumer_tag, no_local, no_ack, exclusive, nowait, arguments)
         self.send_method(spec.Basic.Consume, argsig, args)
         if nowait:

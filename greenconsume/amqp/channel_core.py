@@ -73,6 +73,10 @@ class ChannelOwner(Protocol):
         """Open another channel."""
         ...
 
+    def note_consumer(self) -> None:
+        """Note that this greenlet begins to consume."""
+        ...
+
 
 class ChannelCore:
     """One channel of a link, without kombu's interface.

@@ -207,11 +207,8 @@ class Deliveries:
         self._calls.expect(spec.Basic.QosOk, _ignore)
         self._calls.write(spec.Basic.Qos, dumps("lBb", (0, count, for_all)))
 
-    def undo_consume(self, consumer_tag: str, consumer: ChannelConsumer) -> None:
-        """End a consumer that the broker has started for a caller who has given up."""
-        self.consumers.start(
-            consumer_tag, consumer
-        )  # what still comes is settled as its queue wants it
+    def undo_consume(self, consumer_tag: str) -> None:
+        """End a consumer that was started for a caller who has given up."""
         self.stop(consumer_tag)
         self._send_cancel(consumer_tag)
 

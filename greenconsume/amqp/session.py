@@ -206,6 +206,7 @@ class Session:
         if monotonic() - self._turn_began > MAX_TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
+        self._inheritance.note_drainer()
         inbox = self.inbox
         deadline: Deadline | None = None
         while True:
@@ -266,6 +267,10 @@ class Session:
         """The number of deliveries that went back to their queues because no callback took them."""
         return self.inbox.given_back_count
 
+    def note_consumer(self) -> None:
+        """Note that this greenlet begins to consume. Never switches."""
+        self._inheritance.note_consumer()
+
     def announce_stop(self) -> None:
         """Tell the broker to send no more; give back what no callback has started. Never switches."""
         for channel in list(self.channels.values()):
@@ -278,7 +283,7 @@ class Session:
         self._part = part
         self._owes_its_end = self.has_consumers
         if self._owes_its_end:
-            untold.owe(self.client, self.link.lost(part))
+            self._inheritance.bequeath(self.link.lost(part))
         own = self.link.failure if part.verdict is Verdict.GUILTY else None
         for channel in list(self.channels.values()):
             channel.core.on_link_lost(partial(self.link.lost, part), own)
@@ -294,7 +299,7 @@ class Session:
         if self.is_closing:
             return
         self.is_closing = True
-        untold.note_told(self.client)
+        untold.note_closed(self.client)
         deadline = self.waits.begin_close()
         channels = list(self.channels.values())
         try:
@@ -332,7 +337,7 @@ class Session:
     def _tell_drainer(self) -> None:
         """Raise if the link is gone, or the one that another greenlet has replaced by this one."""
         is_lost = self.link.failure is not None
-        if is_lost or self._inheritance.pending:
+        if is_lost or self._inheritance.is_owed:
             self._inheritance.settle(self.has_consumers, is_lost)
         self._tell_its_end()
 

@@ -24,7 +24,7 @@ from greenconsume.redis.keeper import ensure_keeper
 from greenconsume.redis.message import HeldMessage, message_of
 from greenconsume.redis.qos import QoS
 from greenconsume.redis.scripts import DELAY
-from greenconsume.redis.subscription import Subscription
+from greenconsume.redis.subscription import NotesConsumers, Subscription
 from greenconsume.redis.take import Delivery
 from greenconsume.redis.topology import Payload, Topology, TopologySession, TopologyTransport
 from greenconsume.stopping import Deadline
@@ -38,7 +38,7 @@ WINDOW = 16
 Waiting: TypeAlias = "tuple[Channel, Subscription, str, bytes]"
 
 
-class ChannelSession(TopologySession, Protocol):
+class ChannelSession(TopologySession, NotesConsumers, Protocol):
     """A session, as its channels see it."""
 
     channels: dict[int, Channel]
@@ -129,6 +129,7 @@ class Channel(Topology):
     ) -> str:
         """Subscribe to a queue; return the consumer's tag."""
         self._require_open()
+        self.session.note_consumer()
         self.basic_cancel(consumer_tag)
         tag = consumer_tag or f"amq.ctag-{uuid()}"
         subscription = Subscription(queue, tag, no_ack, callback)

@@ -159,6 +159,7 @@ class Session:
         if monotonic() - self._turn_began > MAX_TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
+        self._inheritance.note_drainer()
         deadline: Deadline | None = None
         while True:
             if stop is not None and stop.reason is not None:
@@ -178,7 +179,7 @@ class Session:
     def _tell_drainer(self) -> None:
         """Raise if the link is gone, or the one that another greenlet has replaced by this one."""
         is_lost = self.link.failure is not None
-        if is_lost or self._inheritance.pending:
+        if is_lost or self._inheritance.is_owed:
             self._inheritance.settle(self._has_consumers, is_lost)
         self.tell_its_end()
 
@@ -206,6 +207,10 @@ class Session:
 
     # -- the end ----------------------------------------------------------------------------------------
 
+    def note_consumer(self) -> None:
+        """Note that this greenlet begins to consume. Never switches."""
+        self._inheritance.note_consumer()
+
     def announce_stop(self) -> None:
         """Take nothing more, and give back what no callback has started. Never switches."""
         for channel in list(self.channels.values()):
@@ -215,7 +220,7 @@ class Session:
         """Wake everything that waits; what was not started goes back over the next link. Never switches."""
         self._owes_its_end = self._has_consumers
         if self._owes_its_end:
-            untold.owe(self.client, self.link.lost())
+            self._inheritance.bequeath(self.link.lost())
         for channel in list(self.channels.values()):
             channel.on_link_lost()
         self._arrival.set()
@@ -225,7 +230,7 @@ class Session:
 
         Switches: only where the server has yet to answer, up to `close_timeout`.
         """
-        untold.note_told(self.client)
+        untold.note_closed(self.client)
         try:
             close_all([channel.close for channel in self.channels.values()])
         finally:

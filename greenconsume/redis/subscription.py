@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from greenconsume.redis.message import HeldMessage
+
+
+class NotesConsumers(Protocol):
+    """A session, as far as it is told who consumes over it."""
+
+    def note_consumer(self) -> None:
+        """Note that this greenlet begins to consume."""
 
 
 @dataclass(eq=False, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
 import pytest
+from gevent.event import AsyncResult
+from gevent.queue import Queue as Steps
 from kombu import Connection, Consumer, Producer, Queue
 
 from greenconsume.amqp.link import LinkLostError
@@ -111,3 +113,106 @@ def test_who_closes_the_connection_himself_is_told_of_no_loss(proxied, queue_nam
     with pytest.raises(TimeoutError):
         connection.drain_events(timeout=0)
     connection.release()
+
+
+class Drainer:
+    """A greenlet that drains a connection that others drain as well, one step after the other."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._steps: Steps = Steps()
+        self._greenlet = gevent.spawn(self._run)
+
+    def _run(self) -> None:
+        for step, outcome in self._steps:
+            outcome.set(self._outcome_of(step))
+
+    def _outcome_of(self, step: Callable[[], object]) -> object:
+        try:
+            return step()
+        except (LinkLostError, TimeoutError) as exc:
+            return type(exc)
+
+    def do(self, step: Callable[[], object]) -> object:
+        """Have a step done, and return what it returned, or the class of what it raised."""
+        outcome: AsyncResult = AsyncResult()
+        self._steps.put((step, outcome))
+        return outcome.get(timeout=SOON)
+
+    def drain(self) -> object:
+        return self.do(lambda: self._connection.drain_events(timeout=0))
+
+    def end(self) -> None:
+        self._steps.put(StopIteration)
+        self._greenlet.get(timeout=SOON)
+
+
+@pytest.fixture
+def drained(proxied: Proxy) -> Iterator[tuple[Connection, Drainer, Drainer]]:
+    """A connection, and two greenlets that drain it."""
+    with green_connection(proxied.url) as connection:
+        first, second = Drainer(connection), Drainer(connection)
+        yield connection, first, second
+        first.end()
+        second.end()
+
+
+@pytest.mark.parametrize("replaced_by", ["publisher", "first drainer"])
+def test_each_who_drains_is_told_once(proxied, queue_name, drained, replaced_by):
+    """The second would wait for ever for what came to the consumers that it had."""
+    connection, first, second = drained
+    for each in drained[1:]:
+        each.do(consumed(connection, f"{queue_name}-{each is first}", []).consume)
+        assert each.drain() is TimeoutError
+    lose_unnoticed(connection, proxied)
+    if replaced_by == "publisher":
+        publish_elsewhere(connection, f"{queue_name}-x", "x")
+    assert first.drain() is LinkLostError
+    got: list[Any] = []
+    first.do(consumed(connection, f"{queue_name}-True", got).consume)
+    assert first.drain() is TimeoutError
+    assert second.drain() is LinkLostError
+    second.do(consumed(connection, f"{queue_name}-False", got).consume)
+    assert second.drain() is TimeoutError
+    Producer(connection).publish("body", routing_key=f"{queue_name}-False")
+    second.do(lambda: connection.drain_events(timeout=SOON))
+    assert got == ["body"]
+
+
+def test_who_has_begun_anew_is_told_of_no_loss_though_he_drained_before(
+    proxied, queue_name, drained
+):
+    connection, first, second = drained
+    for each in drained[1:]:
+        each.do(consumed(connection, queue_name, []).consume)
+        assert each.drain() is TimeoutError
+    lose_unnoticed(connection, proxied)
+    publish_elsewhere(connection, f"{queue_name}-x", "x")
+    assert first.drain() is LinkLostError
+    second.do(consumed(connection, queue_name, []).consume)
+    assert second.drain() is TimeoutError
+
+
+def test_who_drains_is_told_though_another_closed_the_lost_connection(proxied, queue_name, drained):
+    """As whoever was told may do, before he connects again."""
+    connection, first, second = drained
+    first.do(consumed(connection, queue_name, []).consume)
+    assert [first.drain(), second.drain()] == [TimeoutError, TimeoutError]
+    lose_unnoticed(connection, proxied)
+    assert first.drain() is LinkLostError
+    first.do(connection.release)
+    first.do(connection.connect)
+    assert first.drain() is TimeoutError
+    assert [second.drain(), second.drain()] == [LinkLostError, TimeoutError]
+
+
+def test_who_was_not_told_of_two_losses_is_told_of_one(proxied, queue_name, drained):
+    connection, first, second = drained
+    assert second.drain() is TimeoutError
+    for _ in range(2):
+        first.do(consumed(connection, queue_name, []).consume)
+        assert first.drain() is TimeoutError
+        lose_unnoticed(connection, proxied)
+        assert first.drain() is LinkLostError
+        connection.connect()
+    assert [second.drain(), second.drain()] == [LinkLostError, TimeoutError]
