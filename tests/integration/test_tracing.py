@@ -25,6 +25,8 @@ from greenconsume import (
 from greenconsume.otel import Tracing
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.any_broker
+
 
 @pytest.fixture
 def spans():
