@@ -230,9 +230,9 @@ def test_a_message_that_arrives_with_its_consume_ok_is_handled(amqp_url, queue_n
 def test_an_unbounded_consumer_that_falls_behind_is_paused(amqp_url, queue_name, options):
     """Its backlog stays bounded, it gets all of its messages, and its neighbour does not notice.
 
-    What the broker had sent before it heard of the pause comes on top of the bound, a few megabytes.
+    What the broker had sent before it heard of the pause comes on top of the bound, a few megabytes of 24.
     """
-    count, padding = 6000, "x" * 500
+    count, padding = 6000, "x" * 4000
     publish(amqp_url, queue_name, [[number, padding] for number in range(count)])
     backlogs: list[int] = []
 

@@ -95,11 +95,11 @@ def test_greenlets_and_messages_in_hand_are_bounded(
     rabbitmq: RabbitMQ, amqp_url: str, queue_name: str
 ):
     """HAZARDS.md row 20: the prefetch follows the concurrency, whatever the backlog."""
-    publish(amqp_url, queue_name, 3000)
+    publish(amqp_url, queue_name, 1000)
     consumer, before = Pooled(amqp_url, queue_name, Crowd(lambda: 0.01)), greenlet_count()
     seen: list[tuple[int, int]] = []
     with consuming(consumer):
-        while len(consumer.bodies) < 3000:
+        while len(consumer.bodies) < 1000:
             unacked = rabbitmq.queue_counts(amqp_url, queue_name).unacked
             seen.append((greenlet_count() - before, unacked))
     assert max(greenlets for greenlets, _ in seen) <= consumer.options.concurrency + 10
@@ -311,9 +311,9 @@ def test_a_message_unsettled_for_too_long_is_told_of_and_costs_its_own_channel_a
 
 @pytest.mark.slow
 def test_memory_does_not_grow(amqp_url: str, queue_name: str, caplog: pytest.LogCaptureFixture):
-    """100,000 messages, of which a tenth fail and a hundredth take too long."""
+    """40,000 messages, of which a tenth fail and a hundredth take too long."""
     caplog.set_level(logging.CRITICAL, "greenconsume")  # pytest keeps every record
-    count, step = 100_000, 20_000
+    count, step = 40_000, 10_000
     seen: Counter[int] = Counter()
     process, sizes = psutil.Process(), deque[int]()
 

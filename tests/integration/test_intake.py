@@ -9,6 +9,7 @@ import pytest
 from kombu import Connection, Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions, Runtime
+from greenconsume.admin import lag
 from greenconsume.consuming.engine import ensure_engine
 from greenconsume.events import IntakeChanged
 from tests.integration.consumers import observed
@@ -18,8 +19,9 @@ from tests.waiting import wait_until
 @pytest.mark.parametrize("concurrency", [None, 4])
 @pytest.mark.parametrize("broker", ["amqp_url", "redis_url"])
 def test_consumers_whose_callbacks_compute_are_sent_less_and_then_all_again(
-    request, broker, queue_name, concurrency
+    request, broker, queue_name, concurrency, monkeypatch
 ):
+    monkeypatch.setattr(lag, "INTERVAL", 0.05)
     url, count = request.getfixturevalue(broker), 300
     handled, done = [], []
 
@@ -33,7 +35,7 @@ def test_consumers_whose_callbacks_compute_are_sent_less_and_then_all_again(
             return [Consumer([Queue(queue_name)], callbacks=[self.on_order], prefetch_count=16)]
 
         def on_order(self, body, message):
-            until = monotonic() + 0.5
+            until = monotonic() + 0.2
             while monotonic() < until and not done:
                 pass  # without a turn for the hub
             gevent.sleep(0.002)
@@ -45,7 +47,7 @@ def test_consumers_whose_callbacks_compute_are_sent_less_and_then_all_again(
         for number in range(count):
             queue.put(number)
         queue.close()
-    runtime = Runtime(url, max_hub_lag=0.2)
+    runtime = Runtime(url, max_hub_lag=0.1)
     [child] = runtime.spawn(Orders)
 
     def prefetch():
