@@ -46,6 +46,9 @@ disk_free_limit.absolute = 1MB
 vm_memory_high_watermark.relative = 0.8
 """
 
+# A quorum queue tells how many messages it has now and then: every 5 s, if nothing else is said.
+ADVANCED = "[{rabbit, [{quorum_tick_interval, 100}]}]."
+
 CONNECTIONS = """
 [Pid || Pid <- rabbit_networking:connections(),
         (catch rabbit_networking:connection_info(Pid, [vhost])) =:= [{{vhost, <<"{vhost}">>}}]]
@@ -110,7 +113,7 @@ class RabbitMQ:
         folder: Path,
         release: str = INSTALLED,
         plugins: Sequence[str] = (),
-        advanced: str = "[].",
+        advanced: str = ADVANCED,
         member: Member | None = None,
     ) -> None:
         self.folder = folder

@@ -12,6 +12,7 @@ import pytest
 from gevent.event import Event
 from kombu import Connection, Queue
 from kombu import mixins as kombu_mixins
+from kombu.utils.limits import TokenBucket
 
 from greenconsume import ConsumerGreenlet, ConsumerMixin, ConsumerProducerMixin, spawn
 from greenconsume import events as happenings
@@ -26,7 +27,7 @@ SOON = 30.0
 
 
 class Recorder(ConsumerMixin):
-    """Consumes one queue, and keeps the bodies that it handled in their order.
+    """Consumes one queue, and keeps the bodies that it handled in their order; is back at once.
 
     Args:
         broker: A URL, or a kombu connection.
@@ -34,6 +35,8 @@ class Recorder(ConsumerMixin):
         handle: Called with body and message before the message is acked.
         **options: As those of `kombu.Consumer`.
     """
+
+    restart_limit = TokenBucket(1000)  # not one a second
 
     def __init__(
         self,

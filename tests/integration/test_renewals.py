@@ -8,7 +8,6 @@ import gevent
 import pytest
 from gevent.event import Event
 from kombu import Queue
-from kombu.utils.limits import TokenBucket
 
 from greenconsume import DeadLetters, Requeue
 from greenconsume.events import LinkDown, MessageRenewed
@@ -31,7 +30,6 @@ class Busy(Recorder):
             broker, Queue(queue, queue_arguments=QUORUM), self.work, prefetch_count=100
         )
         say(self, drain_timeout=0.0, cancel_timeout=1.0)
-        self.restart_limit = TokenBucket(1000)  # back at once
         self.going = Event()
         self.addresses: set[tuple[str, str]] = set()
 
