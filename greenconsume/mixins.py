@@ -250,10 +250,7 @@ class ConsumerMixin(_KombuConsumer):
         return entered
 
     def establish_connection(self) -> AbstractContextManager[Any]:
-        """Connect, trying again until it succeeds, `connect_max_retries` is used up, or a stop.
-
-        Raises as `run`, and `StoppedError`. Switches: yes.
-        """
+        """Connect, trying until it succeeds, `connect_max_retries` is used up, or a stop. Switches: yes."""
         return ensure_engine(self).connection(_attempt(self))
 
     def create_connection(self) -> Any:
