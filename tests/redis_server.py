@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tests.servers import HOST, end, find_newer_program, find_program, free_port, launch
 from tests.waiting import wait_until
@@ -115,3 +116,9 @@ class RedisServers:
         """End them all."""
         for server in self._servers.values():
             server.close()
+
+
+def as_user(url: str, user: str, password: str) -> str:
+    """Return the address for a user of the server who has a password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{user}:{password}@{parts.hostname}:{parts.port}").geturl()

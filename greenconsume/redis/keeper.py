@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
 
 import gevent
@@ -22,7 +22,7 @@ from redis import exceptions
 from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.ledger import Ledger, number_of
 from greenconsume.redis.link import Link
-from greenconsume.redis.restore import restore
+from greenconsume.redis.restore import Outcome, restore
 from greenconsume.redis.scripts import BEAT, DUE, REFRESH, REFRESH_BINDING, SWEEP_BINDINGS
 from greenconsume.stopping import Deadline, wait
 
@@ -42,6 +42,8 @@ LOOK = 100
 BINDING_INTERVAL, SWEEP_INTERVAL = 20 * 60.0, 60.0
 #: How many fields one refresh names.
 _CHUNK = 500
+#: Seconds for which what the server refuses to restore for us is left to others, who may be let.
+_REFUSED_FOR = 300.0
 
 
 class Keeper:
@@ -57,7 +59,13 @@ class Keeper:
         self._beat_at = self._refresh_at = self._due_at = self._bindings_at = self._sweep_at = 0.0
         self._kept_at = 0.0
         self._lease = ledger.keyspace.visibility_timeout / REFRESHES
-        self._overdue: list[bytes] = []  # what was named by the last look
+        self._passed_count = 0  # of what is overdue, behind which the next look begins
+        self._refused: set[bytes] = set()  # fields, and owners of such
+        self._refused_until = 0.0
+        self._owed: dict[
+            str, bool
+        ] = {}  # what this process could not put back, and whether it is counted
+        self._owed_at = 0.0
         self._known: Link | None = None  # the link that was last spoken over
 
     def start(self) -> None:
@@ -86,9 +94,6 @@ class Keeper:
                     self._look(link)
             except RecoverableConnectionError:
                 continue  # the link was lost; the next one will do
-            except (exceptions.ResponseError, OSError) as exc:
-                logger.error("what is held in Redis cannot be looked after: %s", exc)
-                self._postpone(monotonic() + BEAT_INTERVAL)
             wait(ledger.changed, Deadline(self._seconds_left(link)))
 
     def _seconds_left(self, link: Link | None) -> float | None:
@@ -96,7 +101,8 @@ class Keeper:
             return None  # until it is gone, or another comes
         refresh_at = self._refresh_at if self._ledger.held else float("inf")
         # What is swept, and the bindings, can wait for the next beat.
-        least = min(self._beat_at, refresh_at, self._due_at, self._keep_at)
+        owed_at = self._owed_at if self._owed else float("inf")
+        least = min(self._beat_at, refresh_at, self._due_at, self._keep_at, owed_at)
         return max(0.0, least - monotonic())
 
     @property
@@ -107,48 +113,76 @@ class Keeper:
             return float("inf")
         return self._kept_at + max(least / 1000 / KEEPS, MIN_INTERVAL)
 
-    def _postpone(self, to: float) -> None:
-        self._beat_at, self._refresh_at = max(self._beat_at, to), max(self._refresh_at, to)
-        self._due_at, self._bindings_at = max(self._due_at, to), max(self._bindings_at, to)
-        self._sweep_at, self._kept_at = max(self._sweep_at, to), max(self._kept_at, to)
-
     def _look(self, link: Link) -> None:
         if link is not self._known:
             # Others know this process by its connection, and may have taken it for dead meanwhile.
-            self._beat(link)
+            self._try(self._beat, link)
             if self._known is not None:
-                self._refresh(link)
+                self._refresh_at = 0.0
+            self._bindings_at = self._kept_at = 0.0
             self._known = link
-        self._settle(link)
         now = monotonic()
-        if now >= self._bindings_at:
-            self._refresh_bindings(link)
         if now >= self._refresh_at:
-            self._refresh(link)
+            self._try(self._refresh, link)
+        self._try(self._settle, link)
+        if now >= self._bindings_at:
+            self._try(self._refresh_bindings, link)
         if now >= self._due_at:
-            self._bring_back(link)
+            self._try(self._bring_back, link)
         if now >= self._beat_at:
-            self._beat(link)
+            self._try(self._beat, link)
         if now >= self._keep_at:
-            self._keep_queues(link)
+            self._try(self._keep_queues, link)
         if now >= self._sweep_at:  # behind the refresh of our own
-            self._sweep(link)
+            self._try(self._sweep, link)
+
+    def _try(self, step: Callable[[Link], None], link: Link) -> None:
+        """Do one thing; the others do not wait for one that the server refuses."""
+        try:
+            step(link)
+        except RecoverableConnectionError:
+            raise
+        except (exceptions.ResponseError, OSError) as exc:
+            logger.error("what is held in Redis cannot be looked after: %s", exc)
 
     # -- what this process has to say ---------------------------------------------------------------
 
     def _settle(self, link: Link) -> None:
-        """Put back what failed, and what a lost link may have taken."""
+        """Put back what failed, and what a lost link may have taken; later again what was refused."""
         ledger = self._ledger
         while ledger.failed or ledger.doubtful:
             fields, doubtful = sorted(ledger.failed, key=number_of), list(ledger.doubtful)
-            if fields:
-                self._touch(link, restore(link, ledger.keyspace, fields))
-            if doubtful:
-                self._touch(link, restore(link, ledger.keyspace, doubtful, counted=False))
+            self._put_back(link, fields, counted=True)
+            self._put_back(link, doubtful, counted=False)
             ledger.note_returned(fields, doubtful)
+        if self._owed and monotonic() >= self._owed_at:
+            for counted in (True, False):
+                owed = [field for field, how in self._owed.items() if how is counted]
+                self._put_back(link, sorted(owed, key=number_of), counted)
+
+    def _put_back(self, link: Link, fields: list[str], counted: bool) -> None:
+        if fields:
+            back = restore(link, self._ledger.keyspace, fields, counted)
+            self._note_refused(back)
+            self._touch(link, back.touched)
+            for field in fields:
+                self._owed.pop(field, None)
+            self._owed |= dict.fromkeys(map(_text, dict(back.refused)), counted)
+            self._owed_at = monotonic() + BEAT_INTERVAL
+
+    def _note_refused(self, back: Outcome) -> None:
+        """Tell what was refused, once for a while."""
+        if monotonic() >= self._refused_until:
+            self._refused.clear()
+            self._refused_until = monotonic() + _REFUSED_FOR
+        for field, why in back.refused:
+            if (known := _text(field).encode()) not in self._refused:
+                logger.error("a message cannot be restored (field %r): %s", field, why)
+                self._refused.add(known)
 
     def _refresh(self, link: Link) -> None:
         ledger = self._ledger
+        self._refresh_at = monotonic() + self._lease
         fields = list(ledger.held)
         for start in range(0, len(fields), _CHUNK):
             chunk = fields[start : start + _CHUNK]
@@ -160,30 +194,29 @@ class Keeper:
                     "%d messages were not refreshed for %g s and went to others: they are handled twice",
                     *(len(gone), ledger.keyspace.visibility_timeout),
                 )
-        self._refresh_at = monotonic() + self._lease
 
     def _refresh_bindings(self, link: Link) -> None:
         """Keep the bindings of expiring queues that are consumed, which are swept away in time."""
+        self._bindings_at = monotonic() + BINDING_INTERVAL
         space = self._ledger.keyspace
         for (exchange, member), ttl in self._ledger.expiring_bindings.items():
             keys = (space.bindings(exchange), space.binding_deadlines)
             link.call_script(REFRESH_BINDING, keys, (member, exchange, ttl))
-        self._bindings_at = monotonic() + BINDING_INTERVAL
 
     def _keep_queues(self, link: Link) -> None:
         """Keep what waits in expiring queues that are consumed, also while nobody has room for it."""
+        self._kept_at = monotonic()
         for queue, expires in self._ledger.expiring_queues.items():
             for key in self._ledger.keyspace.keys(queue):
                 link.send(("PEXPIRE", key, expires), matters=False)
-        self._kept_at = monotonic()
 
     def _sweep(self, link: Link) -> None:
         """Delete bindings of expiring queues that nobody has refreshed: messages would pile up there."""
+        self._sweep_at = monotonic() + SWEEP_INTERVAL
         space = self._ledger.keyspace
         arguments = (*space.binding_prefixes, LOOK)
         # A user who may not do it has others who may.
         link.run(SWEEP_BINDINGS, (space.binding_deadlines,), arguments, matters=False)
-        self._sweep_at = monotonic() + SWEEP_INTERVAL
 
     # -- what others have left ------------------------------------------------------------------------
 
@@ -195,36 +228,54 @@ class Keeper:
             link.greeting.client_id or "0",
             space.visibility_timeout,
             LOOK,
+            self._passed_count,
         )
-        overdue, owners, due = link.call_script(BEAT, keys, arguments, matters=False)
         self._beat_at = monotonic() + min(
             BEAT_INTERVAL, max(1.0, space.visibility_timeout / REFRESHES)
         )
+        overdue, owners, due = link.call_script(BEAT, keys, arguments, matters=False)
         if due:
             self.expect(float(due))
-        fields = [field for field in overdue if field.decode() not in self._ledger.held]
-        if fields:
-            fields.sort(key=_number_in)
-            timeout = space.visibility_timeout
-            back = restore(link, space, fields, untouched_for=timeout)
-            self._touch(link, back)
-            if back:
-                logger.warning(
-                    "%d messages that nobody had settled in %g s are back", len(fields), timeout
-                )
-            if len(overdue) == LOOK and overdue != self._overdue:  # else none could be moved
-                self._beat_at = 0.0
-            self._overdue = overdue
+        self._restore_overdue(link, overdue)
         silent = [
             (name, client.decode())
             for name, age, client in owners
-            if float(age) > DEAD_AFTER and name.decode() != self._ledger.owner
+            if float(age) > DEAD_AFTER and _text(name) != self._ledger.owner
         ]
         if silent:
             self._inherit(link, silent)
 
+    def _restore_overdue(self, link: Link, overdue: list[bytes]) -> None:
+        ledger, timeout = self._ledger, self._ledger.keyspace.visibility_timeout
+        fields = [
+            field
+            for field in overdue
+            if _text(field) not in ledger.held and field not in self._refused
+        ]
+        refused_count = 0
+        if fields:
+            fields.sort(key=_number_in)
+            back = restore(link, ledger.keyspace, fields, untouched_for=timeout)
+            refused_count = len(back.refused)
+            self._note_refused(back)
+            self._touch(link, back.touched)
+            if back.touched:
+                count = len(fields) - refused_count
+                logger.warning(
+                    "%d messages that nobody had settled in %g s are back", count, timeout
+                )
+        if len(overdue) == LOOK:  # there is more, behind those that stay
+            self._passed_count += len(overdue) - len(fields) + refused_count
+            self._beat_at = 0.0
+        else:
+            self._passed_count = 0
+
     def _inherit(self, link: Link, silent: list[tuple[bytes, str]]) -> None:
-        """Restore what was held by those of the silent whose connection is gone."""
+        """Restore what was held by those of the silent whose connection is gone.
+
+        Where this is refused their note stays: they are another user's, and he finds them by it.
+        """
+        silent = [each for each in silent if each[0] not in self._refused]
         try:
             listed = link.call("CLIENT", "LIST", "ID", *(client for _, client in silent))
         except exceptions.ResponseError:
@@ -235,10 +286,16 @@ class Keeper:
             if client in connected:
                 continue
             fields = sorted(self._fields_of(link, owner), key=_number_in)
-            if fields:
-                self._touch(link, restore(link, self._ledger.keyspace, fields))
-                logger.warning("%d messages of a process that is gone are back", len(fields))
-            link.call("HDEL", self._ledger.keyspace.owners, owner)
+            back = restore(link, self._ledger.keyspace, fields)
+            self._note_refused(back)
+            self._touch(link, back.touched)
+            if back.touched:
+                count = len(fields) - len(back.refused)
+                logger.warning("%d messages of a process that is gone are back", count)
+            if back.refused:
+                self._refused.add(owner)
+            else:
+                link.call("HDEL", self._ledger.keyspace.owners, owner)
 
     def _fields_of(self, link: Link, owner: bytes) -> list[bytes]:
         cursor: bytes = b"0"
@@ -255,6 +312,7 @@ class Keeper:
     def _bring_back(self, link: Link) -> None:
         space = self._ledger.keyspace
         keys = (space.delayed, space.delayed_index)
+        self._due_at = monotonic() + BEAT_INTERVAL
         touched, due, refusal = link.call_script(DUE, keys, (LOOK,))
         self._due_at = float("inf")
         self._touch(link, [key.decode() for key in touched])
@@ -278,6 +336,11 @@ def ensure_keeper(ledger: Ledger) -> Keeper:
         found = _keepers[ledger] = Keeper(ledger)
     found.start()
     return found
+
+
+def _text(field: bytes | str) -> str:
+    # What is not ours may be any bytes.
+    return field if isinstance(field, str) else field.decode(errors="replace")
 
 
 def _number_in(field: bytes) -> tuple[int, int]:

@@ -31,9 +31,16 @@ CHUNK = 50
 _TAIL = b',"",'
 
 
+class Outcome(NamedTuple):
+    """The lists that got something, and the fields of what the server refused to move, which stay."""
+
+    touched: set[str]
+    refused: list[tuple[bytes | str, exceptions.ResponseError]]
+
+
 class _Move(NamedTuple):
     field: bytes | str
-    key: str
+    keys: list[str]
     side: str
     payload: bytes
 
@@ -44,7 +51,7 @@ def restore(
     fields: Sequence[bytes | str],
     counted: bool = True,
     untouched_for: float | None = None,
-) -> set[str]:
+) -> Outcome:
     """Put messages back, the first of `fields` being the next to be taken.
 
     Args:
@@ -54,16 +61,13 @@ def restore(
         counted: They were not settled, and that is counted; else they go back unaltered.
         untouched_for: Seconds since they were refreshed, or they stay; None: in any case.
 
-    Returns:
-        The lists that got one.
-
     Raises:
         LinkLostError: The link was lost; to say it again does no harm.
-        redis.exceptions.ResponseError: The server refuses it.
+        redis.exceptions.ResponseError: The server tells nothing of what is held.
 
     Switches: yes.
     """
-    touched: set[str] = set()
+    outcome = Outcome(set(), [])
     backwards = list(reversed(fields))
     for start in range(0, len(backwards), CHUNK):
         chunk = backwards[start : start + CHUNK]
@@ -73,49 +77,49 @@ def restore(
             if entry is None:
                 link.send(("ZREM", keyspace.index, field))  # left of one that was acknowledged
             else:
-                moves += _moves(link, keyspace, field, entry, counted, touched)
+                moves += _moves(link, keyspace, field, entry, counted)
         if moves:
-            run = _run if untouched_for is None else _run_what_may_be
-            touched |= run(link, keyspace, moves, untouched_for)
-    return touched
+            _run_what_may_be(link, keyspace, moves, untouched_for, outcome)
+    return outcome
 
 
 def _run_what_may_be(
-    link: Link, keyspace: Keyspace, moves: list[_Move], untouched_for: float | None
-) -> set[str]:
-    """Move what the server lets this user move. What is overdue may be for others to restore."""
+    link: Link,
+    keyspace: Keyspace,
+    moves: list[_Move],
+    untouched_for: float | None,
+    outcome: Outcome,
+) -> None:
+    """Move what the server lets this user move: one that is refused is in nobody's way."""
     try:
-        return _run(link, keyspace, moves, untouched_for)
+        outcome.touched.update(_run(link, keyspace, moves, untouched_for))
+        return
     except exceptions.ResponseError as exc:
         if len(moves) == 1:
-            logger.error("a message cannot be restored (field %r): %s", moves[0].field, exc)
-            return set()
+            outcome.refused.append((moves[0].field, exc))
+            return
     for move in moves:
-        _run_what_may_be(link, keyspace, [move], untouched_for)
-    return {move.key for move in moves}  # those too that were moved before the refusal
+        outcome.touched.update(move.keys)  # some were moved before the refusal
+        _run_what_may_be(link, keyspace, [move], untouched_for, outcome)
 
 
 def _run(
     link: Link, keyspace: Keyspace, moves: list[_Move], untouched_for: float | None
 ) -> set[str]:
-    keys = (keyspace.unacked, keyspace.index, *(move.key for move in moves))
+    keys = (keyspace.unacked, keyspace.index, *(key for move in moves for key in move.keys))
     arguments: list[Any] = ["" if untouched_for is None else untouched_for]
     for move in moves:
-        arguments += (move.field, move.side, move.payload)
+        arguments += (move.field, move.side, move.payload, len(move.keys))
     moved = link.call_script(MOVE, keys, arguments)
-    return {move.key for move, done in zip(moves, moved, strict=True) if done}
+    return {key for move, done in zip(moves, moved, strict=True) if done for key in move.keys}
 
 
 def _moves(
-    link: Link,
-    keyspace: Keyspace,
-    field: bytes | str,
-    entry: bytes,
-    counted: bool,
-    touched: set[str],
+    link: Link, keyspace: Keyspace, field: bytes | str, entry: bytes, counted: bool
 ) -> list[_Move]:
     try:
         payload, exchange, routing_key = json.loads(entry)
+        # kombu notes no queue, only how it was routed, which may be to several.
         queues = [routing_key] if not exchange else _lookup(link, keyspace, exchange, routing_key)
         raw = _raw_of(keyspace, entry, payload, queues[0])
         priority = keyspace.priority_of(payload)
@@ -124,13 +128,11 @@ def _moves(
             limit = keyspace.delivery_limit
             if limit is not None and count > limit:
                 return [_bury(keyspace, field, raw, queues[0], count)]
+    except OSError:
+        raise  # the link was lost, or does not answer
     except Exception as exc:  # what is no message of kombu's
         return _move_as_it_is(link, keyspace, field, entry, exc)
-    if len(queues) > 1:  # kombu notes no queue, only how it was routed
-        for key in [keyspace.key(queue, priority) for queue in queues[1:]]:
-            link.send(("RPUSH", key, raw))
-            touched.add(key)
-    return [_Move(field, keyspace.key(queues[0], priority), "R", raw)]
+    return [_Move(field, [keyspace.key(queue, priority) for queue in queues], "R", raw)]
 
 
 def _move_as_it_is(
@@ -145,7 +147,7 @@ def _move_as_it_is(
         # Else it would be in the way of others at the next look, and the one after that.
         link.run(REFRESH, (keyspace.index,), (field,))
         return []
-    return [_Move(field, keyspace.key(name), "R", head[1:])]
+    return [_Move(field, [keyspace.key(name)], "R", head[1:])]
 
 
 def _raw_of(keyspace: Keyspace, entry: bytes, payload: object, queue: str) -> bytes:
@@ -163,7 +165,7 @@ def _bury(keyspace: Keyspace, field: bytes | str, raw: bytes, queue: str, count:
         queue,
     )
     dead = buried(raw, queue, "delivery_limit")
-    return _Move(field, keyspace.key(f"{queue}.dead"), "L", dead)
+    return _Move(field, [keyspace.key(f"{queue}.dead")], "L", dead)
 
 
 def _lookup(link: Link, keyspace: Keyspace, exchange: str, routing_key: str) -> list[str]:

@@ -144,29 +144,33 @@ end
 
 #: Moves unacknowledged messages elsewhere, changed. KEYS: unacked, its index, then where each goes to.
 #: ARGV[1]: only what was last refreshed ARGV[1] seconds ago or earlier; empty: all. Then for each message
-#: its field, the side of the list it goes to, L or R, and what is put there. Returns for each whether it
-#: was moved.
+#: its field, the side of the lists it goes to, L or R, what is put there, and how many lists these are; it
+#: goes to all of them or to none. Returns for each whether it was moved.
 MOVE = Script.of(
     _NOW
     + """
-local moved = {}
-for i = 3, #KEYS do
-  local field, side, payload = ARGV[3 * i - 7], ARGV[3 * i - 6], ARGV[3 * i - 5]
+local moved, first = {}, 3
+for i = 2, #ARGV, 4 do
+  local field, side, payload, last = ARGV[i], ARGV[i + 1], ARGV[i + 2], first + ARGV[i + 3] - 1
   local score = redis.call('ZSCORE', KEYS[2], field)
   local due = ARGV[1] == '' or not score or tonumber(score) <= now - tonumber(ARGV[1])
-  moved[i - 2] = 0
+  moved[#moved + 1] = 0
   if due and redis.call('HEXISTS', KEYS[1], field) == 1 then
     redis.call('ZREM', KEYS[2], field)
-    local done = redis.pcall(side .. 'PUSH', KEYS[i], payload)
-    if type(done) == 'table' and done.err then
-      if score then redis.call('ZADD', KEYS[2], score, field) end
-      return done
+    for j = first, last do
+      local done = redis.pcall(side .. 'PUSH', KEYS[j], payload)
+      if type(done) == 'table' and done.err then
+        for k = j - 1, first, -1 do redis.call(side .. 'POP', KEYS[k]) end
+        if score then redis.call('ZADD', KEYS[2], score, field) end
+        return done
+      end
     end
     redis.call('HDEL', KEYS[1], field)
-    moved[i - 2] = 1
+    moved[#moved] = 1
   elseif due then
     redis.call('ZREM', KEYS[2], field)
   end
+  first = last + 1
 end
 return moved
 """
@@ -190,14 +194,14 @@ return lost
 
 #: Says that an owner of leases lives, and asks what is overdue. KEYS: the index, the owners, the index of
 #: what is delayed. ARGV: the owner or an empty text, its connection's id, the visibility timeout, how many
-#: overdue fields to name. Returns those fields, the owners with the seconds since they were heard of, the
-#: seconds until the next delayed message is due (empty: none).
+#: overdue fields to name, and behind how many. Returns those fields, the owners with the seconds since they
+#: were heard of, the seconds until the next delayed message is due (empty: none).
 BEAT = Script.of(
     _NOW
     + """
 if ARGV[1] ~= '' then redis.call('HSET', KEYS[2], ARGV[1], stamp .. ' ' .. ARGV[2]) end
 local limit = now - tonumber(ARGV[3])
-local overdue = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', limit, 'LIMIT', 0, tonumber(ARGV[4]))
+local overdue = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', limit, 'LIMIT', ARGV[5], ARGV[4])
 local owners = {}
 local known = redis.call('HGETALL', KEYS[2])
 for i = 1, #known, 2 do

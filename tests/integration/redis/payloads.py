@@ -1,10 +1,13 @@
-"""Owns messages as they are in a Redis list, as kombu writes them."""
+"""Owns messages as they are in a Redis database, as kombu writes them, and what is seen of them there."""
 
 from __future__ import annotations
 
 import base64
 import json
+from time import time
 from typing import Any
+
+from greenconsume.redis.keyspace import Keyspace
 
 
 def payload(body: Any, priority: int = 0, **headers: Any) -> bytes:
@@ -46,3 +49,19 @@ def body_of(raw: bytes) -> Any:
 def held_count(server: Any) -> int:
     """How many messages are unacknowledged, in the hash or still in its index."""
     return max(int(server.hlen("unacked")), int(server.zcard("unacked_index")))
+
+
+def abandon(
+    server: Any, queue: str, *bodies: Any, age: float = 7200.0, owner: str = "gone."
+) -> None:
+    """Leave messages unacknowledged, as a process does that was killed."""
+    for number, body in enumerate(bodies, 1):
+        field = f"{owner}{number}"
+        server.hset("unacked", field, b"[" + payload(body) + Keyspace.tail_of(queue))
+        server.zadd("unacked_index", {field: time() - age})
+
+
+def refreshed_at(server: Any) -> float:
+    """When somebody last said that the oldest of what is held is at work."""
+    [(_, at)] = server.zrange("unacked_index", 0, 0, withscores=True)
+    return at

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from kombu import Consumer, Queue
@@ -15,6 +14,7 @@ from greenconsume.errors import BrokerRefusedError
 from greenconsume.events import ConsumerState
 from tests.integration.consumers import Inbox, Recorder, green_connection
 from tests.integration.redis.payloads import bodies_in, held_count, put
+from tests.redis_server import as_user
 
 SECRET = "h0rse"
 
@@ -27,11 +27,6 @@ def user(server: Any) -> Iterator[str]:
     )
     yield "orders"
     server.acl_deluser("orders")
-
-
-def as_user(url: str, user: str, password: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{user}:{password}@{parts.hostname}:{parts.port}").geturl()
 
 
 def test_a_wrong_password_fails_the_start(redis_url, queue_name, user, caplog):

@@ -5,7 +5,6 @@ links.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import count
 from time import time
 from typing import Any
@@ -13,14 +12,19 @@ from typing import Any
 import gevent
 import pytest
 from gevent.event import Event
-from kombu import Connection, Consumer, Exchange, Producer, Queue
+from kombu import Connection, Consumer, Producer, Queue
 
 from greenconsume.amqp.link import LinkLostError
-from greenconsume.redis import keeper
 from greenconsume.redis.keyspace import Keyspace
 from tests.integration.consumers import Inbox, Recorder, consuming, green_connection
-from tests.integration.redis.payloads import bodies_in, body_of, held_count, payload, put
-from tests.integration.redis.test_credentials import as_user
+from tests.integration.redis.payloads import (
+    abandon,
+    bodies_in,
+    body_of,
+    held_count,
+    put,
+    refreshed_at,
+)
 from tests.options import say
 from tests.waiting import wait_until
 
@@ -34,29 +38,6 @@ def plain(url: str, **options: Any) -> Connection:
 
 def green(url: str, **options: Any) -> Connection:
     return green_connection(url, transport_options=options)
-
-
-def abandon(
-    server: Any, queue: str, *bodies: Any, age: float = 7200.0, owner: str = "gone."
-) -> None:
-    """Leave messages unacknowledged, as a process does that was killed."""
-    for number, body in enumerate(bodies, 1):
-        field = f"{owner}{number}"
-        server.hset("unacked", field, b"[" + payload(body) + Keyspace.tail_of(queue))
-        server.zadd("unacked_index", {field: time() - age})
-
-
-def refreshed_at(server: Any) -> float:
-    """When somebody last said that the oldest of what is held is at work."""
-    [(_, at)] = server.zrange("unacked_index", 0, 0, withscores=True)
-    return at
-
-
-@pytest.fixture
-def quick(monkeypatch) -> None:
-    """Look often at what is overdue, and take the silent for dead soon."""
-    monkeypatch.setattr(keeper, "BEAT_INTERVAL", 0.1)
-    monkeypatch.setattr(keeper, "DEAD_AFTER", 0.3)
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
@@ -152,73 +133,6 @@ def test_what_is_no_message_comes_back_as_it_was(redis_url, server, queue_name, 
         wait_until(lambda: len(found) == 4)
         wait_until(lambda: held_count(server) == 0)
     assert found == [b"no json", b"7", b'{"a": ","","', b"[]"]
-
-
-def test_what_nobody_can_restore_is_not_in_the_way_of_others(
-    redis_url, server, queue_name, quick, caplog
-):
-    for number in range(keeper.LOOK + 1):
-        server.hset("unacked", f"alien.{number}", "no entry")
-        server.zadd("unacked_index", {f"alien.{number}": 1})
-    abandon(server, queue_name, "x")
-    with consuming(consumer := Recorder(redis_url, queue_name)):
-        consumer.wait_for(1)
-        wait_until(lambda: server.zcount("unacked_index", 0, 10) == 0)
-    assert server.hlen("unacked") == keeper.LOOK + 1
-    assert caplog.text.count("cannot be restored") == keeper.LOOK + 1
-
-
-@pytest.fixture
-def restricted(redis_url, server, queue_name) -> Iterator[str]:
-    """The address of the server for a user who may touch his own queues only."""
-    keys = [f"{queue_name}*", "unacked*", "_kombu*", "_greenconsume*"]
-    server.acl_setuser(
-        queue_name, enabled=True, passwords=["+h0rse"], keys=keys, commands=["+@all"]
-    )
-    yield as_user(redis_url, queue_name, "h0rse")
-    server.acl_deluser(queue_name)
-
-
-def test_what_a_user_may_not_restore_is_not_in_the_way_of_his_own(
-    server, queue_name, restricted, quick
-):
-    """Users of one database who may each use their own queues restored nothing, if both had something."""
-    abandon(server, "others", "y", age=9000.0, owner="theirs.")
-    abandon(server, queue_name, "x")
-    with consuming(consumer := Recorder(restricted, queue_name)):
-        assert consumer.wait_for(1) == ["x"]
-        wait_until(lambda: server.hkeys("unacked") == [b"theirs.1"])
-    assert bodies_in(server, "others") == []
-
-
-def test_a_retry_of_another_user_is_not_in_the_way_of_ones_own(
-    server, queue_name, restricted, quick
-):
-    """What came before the refused one was put back, and nobody told of it; what came after it was not."""
-    queues = (f"{queue_name}.first", "others", f"{queue_name}.last")
-    for number, queue in enumerate(queues, 1):
-        server.hset("_greenconsume.delayed", number, f"{queue}\n".encode() + payload(number))
-        server.zadd("_greenconsume.delayed_index", {number: number})
-    consumers = [Recorder(restricted, queue) for queue in (queues[0], queues[2])]
-    with consuming(*consumers):
-        assert [consumer.wait_for(1) for consumer in consumers] == [[1], [3]]
-    assert server.hkeys("_greenconsume.delayed") == [b"2"]
-    assert server.zrange("_greenconsume.delayed_index", 0, -1, withscores=True) == [(b"2", 2.0)]
-
-
-def test_what_plain_kombu_restores_into_two_queues_wakes_the_consumers_of_both(
-    connection, server, queue_name, quick
-):
-    """The server tells nobody of his own changes."""
-    exchange = Exchange(f"{queue_name}.exchange", "direct")
-    queues = [Queue(f"{queue_name}.{n}", exchange, "k") for n in range(2)]
-    inbox = Inbox(connection)
-    consumers = [Consumer(connection.channel(), [queue], callbacks=[inbox]) for queue in queues]
-    for consumer in consumers:
-        consumer.consume()
-    server.hset("unacked", "kombus", f'[{payload("x").decode()}, "{exchange.name}", "k"]')
-    server.zadd("unacked_index", {"kombus": 1})
-    assert inbox.drain(2) == ["x", "x"]
 
 
 def test_a_process_that_only_is_silent_keeps_its_messages(redis_url, server, queue_name, quick):
