@@ -5,7 +5,11 @@ It must never wait. Called by `link`.
 
 from __future__ import annotations
 
-import socket
+from typing import Any
+
+#: Bytes that are sent at once where nobody waits. What TLS has no room for it wants to see again, from the
+#: same byte on and no less of it: the writer sends more than this.
+_PIECE = 16384
 
 
 class Outgoing:
@@ -31,16 +35,19 @@ class Outgoing:
         """Forget them: nobody is there to read them."""
         self._unsent.clear()
 
-    def send_now(self, sock: socket.socket) -> None:
+    def send_now(self, sock: Any) -> None:
         """Send what a socket takes without waiting; the writer sees to the rest, and to any error."""
-        raw = getattr(sock, "_sock", None)
-        if self.is_sending or not self._unsent or raw is None or hasattr(sock, "_sslobj"):
+        if self.is_sending or not self._unsent or getattr(sock, "_sock", None) is None:
             return
+        tls = getattr(sock, "_sslobj", None)
+        send = sock._sock.send if tls is None else tls.write
         data = b"".join(self._unsent)
+        sent = 0
         try:
-            sent = raw.send(data)
-        except OSError:
-            return
+            while sent < len(data):
+                sent += send(data[sent : sent + _PIECE])
+        except OSError:  # there is no room, for one
+            pass
         self._unsent[:] = [data[sent:]] if sent < len(data) else []
 
     def __bool__(self) -> bool:

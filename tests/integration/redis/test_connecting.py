@@ -6,21 +6,24 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 import redis
 import trustme
+from gevent.monkey import get_original
 from gevent.server import StreamServer
-from kombu import Connection, Exchange, Producer, Queue
+from kombu import Connection, Consumer, Exchange, Producer, Queue
 
 from greenconsume import Runtime
 from greenconsume.errors import BrokerRefusedError
 from greenconsume.events import PollingTransport
-from tests.integration.consumers import Recorder, consuming, green_connection, observed
+from greenconsume.redis.ledger import ACK_COUNT
+from tests.integration.consumers import Inbox, Recorder, consuming, green_connection, observed
 from tests.integration.redis.payloads import put
 from tests.servers import HOST, MissingServerError, end, find_program, free_port, launch, missing
-from tests.waiting import wait_until
+from tests.waiting import AT_ONCE, wait_until
 
 Start = Callable[..., int]
 
@@ -242,6 +245,37 @@ def test_who_says_so_twice_takes_any(tls_port):
     options = {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
     with green_connection(f"rediss://localhost:{tls_port}/0", ssl=options) as connection:
         assert connection.connect() is not None
+
+
+def test_acks_reach_the_server_though_the_hub_has_no_turn_over_tls_too(
+    tls_port, queue_name, tmp_path
+):
+    """Whoever was killed in a long turn had handled a whole prefetch that was not acknowledged."""
+    url = f"rediss://localhost:{tls_port}/0?ssl_ca_certs={tmp_path / 'ca.pem'}"
+    with green_connection(url) as connection:
+        server = connection.default_channel.client
+        port = server.info("server")["tcp_port"]
+        put(server, queue_name, *range(ACK_COUNT))
+        inbox = Inbox(connection, ack=False)
+        with Consumer(connection, [Queue(queue_name)], callbacks=[inbox], prefetch_count=100):
+            inbox.drain(ACK_COUNT)
+            for message in inbox.messages:
+                message.ack()
+            _keep_the_hub_until(lambda: _held_count(port) == 0)
+
+
+def _keep_the_hub_until(predicate: Callable[[], bool]) -> None:
+    deadline = monotonic() + AT_ONCE
+    while not predicate():
+        assert monotonic() < deadline
+        get_original("time", "sleep")(0.01)
+
+
+def _held_count(port: int) -> int:
+    with get_original("socket", "socket")() as plain:
+        plain.connect((HOST, port))
+        plain.sendall(b"HLEN unacked\r\n")
+        return int(plain.recv(100).strip(b":\r\n"))
 
 
 def _run(url: str, queue: str) -> None:
