@@ -33,7 +33,7 @@ from greenconsume.amqp.heartbeats import beat
 from greenconsume.amqp.link_reader import LinkReader
 from greenconsume.amqp.link_users import LinkUser, TakesDeliveries
 from greenconsume.amqp.link_writer import LinkWriter
-from greenconsume.amqp.secret import UPDATED
+from greenconsume.amqp.secret import UPDATED, explain
 from greenconsume.amqp.tls import TLSTransport
 from greenconsume.errors import ForkedError
 from greenconsume.events import LinkBlocked, LinkDown, LinkUp, emit
@@ -100,6 +100,7 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self._writer = LinkWriter(self)
         self._gate = self._writer.gate
         self._opened, self._closed, self.over = Event(), Event(), Event()
+        self._login_size = 0
         self.last_read = monotonic()
         all_links.add(self)
 
@@ -117,10 +118,13 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         try:
             self._open_socket()
             wait(self._opened, Deadline(self.connect_timeout))
-            if self.failure is not None:
-                raise self.failure
+            error = self.failure
             if not self._opened.is_set():
-                raise TimeoutError(f"{self.host} accepted the connection, but does not speak AMQP")
+                error = TimeoutError(
+                    f"{self.host} accepted the connection, but does not speak AMQP"
+                )
+            if error is not None:
+                raise explain(error, self._login_size)
         except BaseException as exc:  # a kill too must not leave the socket open
             self.fail(exc)
             raise
@@ -257,7 +261,10 @@ class Link(amqp.Connection):  # type: ignore[misc]  # amqp is untyped
         self, _type: int, channel: int, sig: Sig, args: bytes | str, content: amqp.Message | None
     ) -> None:
         """Write one method for py-amqp, whose `frame_writer` this is. Never switches."""
-        self.write_method(channel, sig, args.encode() if isinstance(args, str) else args, content)
+        args = args.encode() if isinstance(args, str) else args
+        if sig == spec.Connection.StartOk:
+            self._login_size = len(args)
+        self.write_method(channel, sig, args, content)
 
     def write(self, frames: list[bytes]) -> None:
         """Queue frames for the writer, which sends them at the hub's next turn. Never switches.

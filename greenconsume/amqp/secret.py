@@ -2,7 +2,8 @@
 
 RabbitMQ refuses all that a link does after its token's end, and a link carries a thousand consumers. One
 greenlet for each link whose secret can expire runs `keep_current`; it is the one that calls the user's
-credential provider, never the reader. Called by `transport`.
+credential provider, never the reader. A token may be too large for a frame, which is said in words. Called by
+`transport`, and by `link` where a handshake has failed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from amqp.exceptions import ConnectionForced, RecoverableConnectionError
+from amqp.exceptions import AccessRefused, ConnectionForced, RecoverableConnectionError
 from amqp.serialization import dumps
 from gevent.event import Event
 
@@ -27,6 +28,9 @@ UPDATE, UPDATED = (10, 70), (10, 71)
 _SHARE = 0.75
 #: Seconds to the next attempt where none, or the same token again, was to be had.
 _RETRY = 5.0
+#: The largest frame that RabbitMQ takes before one is agreed, up to 4.0, and what of it is no argument. It
+#: ends the connection without a word where it is more.
+_FIRST_FRAME, _OVERHEAD = 4096, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ def keep_current(link: Secretive, source: SecretSource) -> None:
     taken = Event()
     link.listen(UPDATED, taken.set)
     link.over.rawlink(lambda _: taken.set())  # nobody answers any more
-    secret, delay = source.first, source.delay_after(source.first)
+    secret, delay, fits = source.first, source.delay_after(source.first), True
     while delay is not None and not link.over.wait(delay):
         try:
             following = source.ask()
@@ -109,9 +113,17 @@ def keep_current(link: Secretive, source: SecretSource) -> None:
         delay = source.delay_after(following)
         if following == secret and end_of(secret) is not None:
             delay = _RETRY  # a provider that keeps its token until the end
-        elif not _hand_over(link, following, taken):
-            return
-        secret = following
+            continue
+        try:
+            if not _hand_over(link, following, taken):
+                return
+            secret, fits = following, True
+        except (
+            ValueError
+        ) as exc:  # larger than a frame; the one that the broker has is good until its end
+            if fits:
+                emit(SecretUpdated(link.uri, exc, _RETRY))
+            delay, fits = _RETRY, False
 
 
 def _hand_over(link: Secretive, secret: str, taken: Event) -> bool:
@@ -126,3 +138,25 @@ def _hand_over(link: Secretive, secret: str, taken: Event) -> bool:
         return False
     emit(SecretUpdated(link.uri, None, 0.0))
     return True
+
+
+def explain(error: BaseException, size: int) -> BaseException:
+    """Return why a handshake failed: in words, where its credentials may be too large for the broker.
+
+    Args:
+        error: What ended it.
+        size: The bytes of the arguments that had the credentials; 0: they were not sent.
+    """
+    if size + _OVERHEAD <= _FIRST_FRAME:
+        return error
+    what = f"the credentials take {size:,} bytes with what goes with them"
+    remedy = "have a token issued with less in it, or raise the broker's initial_frame_max"
+    explained = error
+    if isinstance(error.__cause__, ValueError):
+        explained = AccessRefused(f"{what}, more than fit into a frame: {remedy}")
+        explained.__cause__ = error.__cause__
+    elif isinstance(error, OSError):  # perhaps not for that: it is tried again, as ever
+        limit = f"RabbitMQ takes {_FIRST_FRAME:,} at first, and {2 * _FIRST_FRAME:,} from 4.1 on"
+        explained = type(error)(f"{error}; {what}, and {limit}: {remedy}")
+        explained.__cause__ = error
+    return explained

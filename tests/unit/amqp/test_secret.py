@@ -7,6 +7,7 @@ import json
 import time
 from itertools import chain, count, repeat
 
+import amqp
 import pytest
 from kombu import Connection
 from kombu.utils.url import parse_url
@@ -163,3 +164,61 @@ def test_a_secret_that_is_no_token_has_no_end(text):
 
 def test_a_token_that_has_ended_is_replaced_at_once():
     assert SecretSource("", str).delay_after(token(-10)) == 0.0
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_token_larger_than_a_frame_is_told_once_and_the_link_lives(
+    connect, peer, monkeypatch, repeats
+):
+    """The one that the broker has is good until its end, and the next may fit again."""
+    monkeypatch.setattr(secret, "_RETRY", 0.01)
+    first, last, large = token(0.01), token(3600), "x" * 200_000
+    huge = [token(3600, large=large, n=0 if repeats else n) for n in range(3)]
+    answers = chain([first], huge, repeat(last))
+    with recording() as events:
+        connection = connect(lambda: next(answers))
+        wait_until(lambda: updates(peer))
+        wait_until(lambda: len(of_type(events, SecretUpdated)) == 2)
+    assert updates(peer) == [last]
+    told, taken = of_type(events, SecretUpdated)
+    assert "more than fit into a frame" in str(told.error)
+    assert taken.error is None
+    assert connection.connected
+
+
+def test_a_broker_that_ends_a_handshake_with_large_credentials_is_explained(make_peer):
+    """RabbitMQ says nothing where a frame is larger than it takes before one is agreed."""
+
+    def hang_up(_frame):
+        peer.hang_up()
+        return b""
+
+    peer = make_peer(answers={"connection.start-ok": hang_up})
+    with pytest.raises(ConnectionResetError, match=r"take 5,\d+ bytes.*initial_frame_max"):
+        shake_hands(peer, "x" * 5000, connect_timeout=30.0)
+
+
+def test_a_broker_that_is_silent_after_large_credentials_is_explained(make_peer):
+    """RabbitMQ waits for eight seconds before it ends the connection; a user may wait less."""
+    peer = make_peer(silent=["connection.start-ok"])
+    with pytest.raises(TimeoutError, match=r"take 5,\d+ bytes.*initial_frame_max"):
+        shake_hands(peer, "x" * 5000, connect_timeout=0.3)
+
+
+def shake_hands(peer, password, **options):
+    registry.register()
+    with Connection(**parse_url(peer.url) | {"password": password}, **options) as connection:
+        connection.connect()
+
+
+def test_a_handshake_with_small_credentials_is_not_explained(make_peer):
+    peer = make_peer(silent=["connection.start-ok"])
+    with pytest.raises(TimeoutError) as raised:
+        shake_hands(peer, "small", connect_timeout=0.1)
+    assert "initial_frame_max" not in str(raised.value)
+
+
+def test_credentials_that_no_frame_holds_are_refused_in_words(peer):
+    with pytest.raises(amqp.AccessRefused, match=r"200,\d+ bytes.* more than fit into a frame"):
+        shake_hands(peer, "x" * 200_000)
+    assert "connection.start-ok" not in peer.names
