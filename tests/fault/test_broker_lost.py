@@ -100,6 +100,8 @@ def each_loss_is_told_once(lost: list[LinkDown], records: list[logging.LogRecord
     assert len(records) < 60
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("every_link_has_lived")
 def test_a_thousand_reconnects_leave_nothing_behind(make_peer, queue_name):
     """HAZARDS row 22: sockets leak on reconnects."""
