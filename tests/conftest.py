@@ -17,7 +17,6 @@ import pytest
 from gevent import monkey
 
 from greenconsume.links import backoff, dialer
-from tests.brokers import INSTALLED as DEBIANS
 from tests.brokers import RELEASE_VARIABLE, RabbitMQ, chosen_release, fresh_vhost, vhost_of
 from tests.leaks import LeakWatch
 from tests.peer import Peer
@@ -44,11 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("redis_server", list(PROGRAMS), indirect=True)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if chosen_release() != DEBIANS:
-        left_out = [item for item in items if item.get_closest_marker("any_broker")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         names = getattr(item, "fixturenames", ())
         if "private_rabbitmq" in names:

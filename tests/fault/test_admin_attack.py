@@ -9,14 +9,11 @@ from pathlib import Path
 from time import monotonic
 
 import gevent
-import pytest
 from kombu import Queue
 
 from greenconsume import ConsumerMixin, ConsumerOptions, Publisher, Runtime
 from greenconsume.cli.asking import ask
 from tests.servers import free_port
-
-pytestmark = pytest.mark.any_broker
 
 RATE = 300
 SECONDS = 4.0

@@ -28,8 +28,6 @@ from tests.fault.consumers import (
 from tests.messages import declare, publish, queue_depth
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 
 def in_child(action: Callable[[], object], within: float = 20.0) -> str:
     """Fork, run `action` in the child and end that at once; returns what it returned, or its traceback."""

@@ -17,8 +17,6 @@ from tests.proxy import Proxy
 from tests.servers import HOST
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 
 class Echo:
     """A server that sends back what it gets, and remembers how its connections ended."""

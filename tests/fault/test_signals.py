@@ -16,8 +16,6 @@ import pytest
 from tests.messages import publish
 from tests.waiting import AT_ONCE, wait_until
 
-pytestmark = pytest.mark.any_broker
-
 SCRIPT = """
 import sys, greenconsume
 greenconsume.patch_all()

@@ -19,8 +19,6 @@ from greenconsume import ConsumerMixin, ConsumerOptions, Reject, Runtime, curren
 from tests.messages import publish
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 COUNT = 200
 
 

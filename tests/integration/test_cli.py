@@ -21,8 +21,6 @@ from tests.messages import publish
 from tests.servers import HOST, free_port
 from tests.waiting import AT_ONCE, wait_until
 
-pytestmark = pytest.mark.any_broker
-
 SHOP = """
 import os, time
 from kombu import Queue

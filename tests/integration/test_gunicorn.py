@@ -15,8 +15,6 @@ from tests.messages import declare, publish
 from tests.servers import HOST, free_port
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 SECOND = "from tests.webapp import *\n"
 
 

@@ -16,8 +16,6 @@ from tests.messages import declare, publish, queue_depth
 from tests.servers import HOST
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
 def test_a_signal_to_the_arbiter_lets_every_handler_finish(

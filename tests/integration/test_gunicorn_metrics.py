@@ -6,12 +6,8 @@ import re
 import signal
 from contextlib import closing
 
-import pytest
-
 from tests.gunicorns import Gunicorn
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.any_broker
 
 #: Each worker has queues of its own in memory, and publishes to itself when it is asked to.
 APP = """

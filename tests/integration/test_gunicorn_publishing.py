@@ -9,12 +9,9 @@ import sys
 from time import monotonic
 
 import gevent
-import pytest
 
 from tests.messages import declare, queue_depth
 from tests.waiting import AT_ONCE, NEVER, wait_until
-
-pytestmark = pytest.mark.any_broker
 
 
 def test_many_requests_publish_over_one_connection(rabbitmq, amqp_url, queue_name, start):

@@ -14,8 +14,6 @@ from tests.browser import Browser, Page
 from tests.servers import MissingServerError, free_port, missing, need_patched
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 TOKEN = "a-token-of-some-length"
 
 

@@ -20,8 +20,6 @@ from tests.gunicorns import Gunicorn, settled
 from tests.messages import publish, queue_depth
 from tests.waiting import AT_ONCE, wait_until
 
-pytestmark = pytest.mark.any_broker
-
 
 @pytest.fixture
 def run(tmp_path: Path, amqp_url: str, queue_name: str) -> Iterator[Callable[..., Gunicorn]]:

@@ -25,8 +25,6 @@ from greenconsume import (
 from greenconsume.otel import Tracing
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.any_broker
-
 
 @pytest.fixture
 def spans():
