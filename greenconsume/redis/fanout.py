@@ -96,7 +96,9 @@ class Fanout:
                 if main.failure is not None:
                     raise main.lost()
                 protocol = main.greeting.protocol
-                link = Link(main.uri, self._dialler, subscribes=True, protocol=protocol)
+                link = Link(
+                    main.uri, self._dialler, main.heartbeat, subscribes=True, protocol=protocol
+                )
                 link.connect()
                 link.on_push.append(self._on_push)
                 link.on_end.append(self._lost)

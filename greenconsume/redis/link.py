@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from redis.connection import AbstractConnection as RedisConnection
 
 READ_SIZE = 131072
-#: A silent server is asked after so many seconds whether it lives, and left after as many without an
-#: answer.
+#: Seconds within which a server that is gone is noticed though its connection stands: a silent one is asked
+#: whether it lives.
 HEALTH_INTERVAL = 5.0
 DEFAULT_CLOSE_TIMEOUT = 5.0
 #: Seconds that a close waits for answers that do not matter: a server that is well gives them at once.
@@ -348,11 +348,6 @@ class Link(Calls):
     def heartbeat(self) -> float:
         """The seconds within which it is heard of; 0: not looked at."""
         return self._health_interval
-
-    @property
-    def is_owed(self) -> bool:
-        """True while the server has yet to answer."""
-        return bool(self._replies)
 
     def wait_for_end(self, seconds: float) -> bool:
         """Wait until it has failed, for so many seconds; return whether it has. Switches: yes."""

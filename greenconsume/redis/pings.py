@@ -10,8 +10,13 @@ from typing import Protocol
 
 from redis import exceptions
 
-#: A hub that was busy is given this long to read what had arrived before silence is judged.
+#: Parts of the interval: after so much silence a server is asked, and after so much more it is left. One that
+#: goes right after its answer is asked when the time for that is over, so within twice the second.
+_SILENCE, _PATIENCE = 0.4, 0.45
+#: Seconds to read what had arrived before silence is judged.
 _GRACE = 0.05
+#: Who wakes so many seconds late was held up, by a busy hub or machine, and could hear no answer.
+_LATE = 0.25
 
 
 class Watched(Protocol):
@@ -20,10 +25,6 @@ class Watched(Protocol):
     @property
     def last_read(self) -> float:
         """The monotonic time at which the server last said something."""
-
-    @property
-    def is_owed(self) -> bool:
-        """True while the server has yet to answer."""
 
     def wait_for_end(self, seconds: float) -> bool:
         """Wait until it has failed, for so many seconds; return whether it has. Switches: yes."""
@@ -36,23 +37,24 @@ class Watched(Protocol):
 
 
 def watch(link: Watched, interval: float) -> None:
-    """Ask a silent server every `interval` seconds, and fail the link after as many without an answer.
+    """Ask a silent server whether it lives, and fail the link if it is gone for `interval` seconds.
 
     Switches: yes; returns once the link has failed.
     """
-    asked: float | None = None  # when something was sent that wants an answer
-    while not link.wait_for_end(interval):
-        if _is_silent_since(link, asked):
+    asked: float | None = None
+    due = link.last_read + interval * _SILENCE
+    while not link.wait_for_end(max(0.0, due - monotonic())):
+        late = monotonic() - due
+        if asked is not None and link.last_read < asked:
             link.wait_for_end(_GRACE)
-        if _is_silent_since(link, asked):
+        if asked is None or link.last_read >= asked:
+            asked, due = None, link.last_read + interval * _SILENCE
+            if monotonic() >= due:
+                asked = monotonic()
+                due = asked + interval * _PATIENCE
+                link.ping()
+        elif late > _LATE:
+            due = monotonic() + interval * _PATIENCE
+        else:
             seconds = round(monotonic() - link.last_read, 1)
             link.fail(exceptions.TimeoutError(f"no answer from the server for {seconds} s"))
-            return
-        asked = None
-        if monotonic() - link.last_read >= interval * 0.9 or link.is_owed:
-            asked = monotonic()
-            link.ping()
-
-
-def _is_silent_since(link: Watched, asked: float | None) -> bool:
-    return asked is not None and link.last_read < asked
