@@ -606,7 +606,6 @@ def test_a_stop_at_every_byte_of_a_delivery_is_clean_for_a_consumer(started, mak
         assert greenlet.ready.wait(30)
         whole = data.replace(b"\x03TAG", _short(tag_of(peer)))
         whole = _resized(whole)
-        peer._line._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         at = cut if cut < len(data) - 1 else len(whole)
         peer.send(whole[:at])
         if at == len(whole):

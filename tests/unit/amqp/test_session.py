@@ -61,11 +61,6 @@ def draining(connection, stop):
     return gevent.spawn(drain)
 
 
-def without_delay(peer):
-    """Have what the peer sends leave at once, as a broker's does, though earlier bytes are on their way."""
-    peer._line._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def settled(peer):
     """What became of each delivery, by channel and tag, however the settles were merged."""
     delivered, found = Counter(), {}
@@ -120,7 +115,6 @@ def test_heartbeats_and_part_frames_do_not_extend_a_drain(connect, peer):
     """HAZARDS.md row 4."""
     connection = connect(peer)
     consuming(connection, lambda message: None)
-    without_delay(peer)
     slow = frames.deliver(1, TAG, 1, bytes(40_000))  # comes in more than a minute
 
     def trickle():
@@ -342,7 +336,6 @@ def stop_at(connect, peer, data, cut, rest_comes=True, **options):
     del peer.received[:]
     connection = connect(peer, **{"close_timeout": NEVER, **options})
     consumer, link = Stoppable(connection), connection.connection.link
-    without_delay(peer)
     sent_at = monotonic()
     peer.send(data[:cut])
     wait_until(lambda: link.last_read >= sent_at or not cut)
@@ -418,9 +411,9 @@ def test_a_stop_while_the_consume_ok_is_cut_ends_the_call(connect, make_peer):
         setting_up = gevent.spawn(consuming, connection, got.append)
         peer.wait_for("basic.consume")
         stop.set()
-        peer.send(data[cut:])
         with pytest.raises(StoppedError):
             setting_up.get(timeout=30)
+        peer.send(data[cut:])
         connection.close()
         assert got == []
         assert "basic.ack" not in peer.names
