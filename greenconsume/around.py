@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import gevent
+
 #: Takes the message, the `Batch` or the publication, and returns what is entered around it.
 Around = Callable[[Any], AbstractContextManager[object]]
 
@@ -46,15 +48,32 @@ class PlainPublication:
 
 
 class Producers:
-    """The context managers that are entered around each message of this process's plain producers.
-
-    Attributes:
-        around: As `Publisher` has it; empty, where nobody chose any.
-    """
+    """The context managers that are entered around each message of this process's plain producers."""
 
     def __init__(self) -> None:
-        self.around: tuple[Around, ...] = ()
+        self._around: tuple[Around, ...] = ()
         self._chosen: dict[object, tuple[Around, ...]] = {}
+        # The greenlets that publish within it now. No context variable: others may inherit that.
+        self._inside: set[Any] = set()
+
+    @property
+    def around(self) -> bool:
+        """True if something is to be entered around a message that is published here and now.
+
+        Nothing is around what these context managers publish themselves: it would have no end.
+        """
+        return bool(self._around) and gevent.getcurrent() not in self._inside
+
+    @contextmanager
+    def entered(self, publication: PlainPublication) -> Iterator[None]:
+        """Enter what was chosen for a message; leave it in the end. Switches: as what is entered does."""
+        current = gevent.getcurrent()
+        self._inside.add(current)
+        try:
+            with entered(self._around, publication):
+                yield
+        finally:
+            self._inside.discard(current)
 
     def add(self, around: Sequence[Around]) -> Callable[[], None]:
         """Enter `around`, too, from now on; return what takes it away. Never switches."""
@@ -69,7 +88,7 @@ class Producers:
         return remove
 
     def _join(self) -> None:
-        self.around = tuple(each for chosen in self._chosen.values() for each in chosen)
+        self._around = tuple(each for chosen in self._chosen.values() for each in chosen)
 
 
 #: Asked by the green channels, for each message that is published by their `basic_publish`.
@@ -81,6 +100,7 @@ def around_producers(around: Sequence[Around]) -> Callable[[], None]:
 
     For the whole process, from now on, the first outermost. What this package publishes is none of these:
     neither a `Publisher`'s messages, nor copies of failed ones, which keep the headers that they came with.
+    Nor is what `around` itself publishes.
 
     Args:
         around: Callables that take a `PlainPublication` and return a context manager.

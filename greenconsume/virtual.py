@@ -13,7 +13,7 @@ from typing import Any
 from kombu.transport import virtual
 from kombu.transport.base import StdChannel
 
-from greenconsume.around import PlainPublication, entered, plain_producers
+from greenconsume.around import PlainPublication, plain_producers
 
 _channel_ids = count(1)
 
@@ -72,7 +72,7 @@ def publish_plain(
     headers = dict(message.get("headers") or {})
     known = str((message.get("properties") or {}).get("message_id") or "")
     publication = PlainPublication(exchange or "", routing_key or "", known, headers)
-    with entered(plain_producers.around, publication):
+    with plain_producers.entered(publication):
         message = {**message, "headers": headers}
         publish(message, exchange=exchange, routing_key=routing_key, **options)
 

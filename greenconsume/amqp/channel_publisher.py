@@ -18,7 +18,7 @@ from greenconsume.amqp.confirms import Confirm, Confirms
 from greenconsume.amqp.deliveries import Deliveries
 from greenconsume.amqp.frames import Address, encode_publish
 from greenconsume.amqp.waits import Waits
-from greenconsume.around import PlainPublication, entered, plain_producers
+from greenconsume.around import PlainPublication, plain_producers
 from greenconsume.stopping import Deadline, StopSignal
 
 
@@ -79,7 +79,7 @@ class ChannelPublisher:
         properties = message.properties
         headers = dict(properties.get("application_headers") or {})
         known = str(properties.get("message_id") or "")
-        with entered(plain_producers.around, PlainPublication(*address[:2], known, headers)):
+        with plain_producers.entered(PlainPublication(*address[:2], known, headers)):
             properties["application_headers"] = headers
             self._publish_either(message, address, timeout, confirmed, confirm_timeout)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import flask
 import pytest
 from amqp.exceptions import ChannelError
@@ -22,6 +24,7 @@ from greenconsume import (
     Retry,
     Runtime,
 )
+from greenconsume.around import around_producers as chosen_around
 from greenconsume.otel import Tracing
 from tests.waiting import wait_until
 
@@ -250,6 +253,27 @@ def test_a_plain_producer_is_traced_by_choice_alone(url, queue_name, spans, trac
     assert "traceparent" not in publish()
     (sent,) = spans.get_finished_spans()
     assert sent.kind is SpanKind.PRODUCER
+
+
+def test_what_is_around_a_plain_producer_may_publish_plainly_itself(url, queue_name):
+    entered = []
+
+    @contextmanager
+    def audited(publication):
+        entered.append(publication.routing_key)
+        with Connection(url) as connection:
+            Producer(connection).publish("audit", routing_key=queue_name)
+        yield
+
+    end = chosen_around([audited])
+    try:
+        with Connection(url) as connection, connection.SimpleQueue(queue_name) as queue:
+            queue.put("order")
+            bodies = [queue.get(timeout=30).payload for _ in range(2)]
+    finally:
+        end()
+    assert bodies == ["audit", "order"]
+    assert entered == [queue_name]
 
 
 def test_a_confirmed_publish_of_a_plain_producer_is_traced_with_its_failure(

@@ -275,3 +275,25 @@ def test_what_two_chose_around_plain_producers_is_theirs_to_end(queue_name):
         end_mine()
         end_yours()
     assert publish() == 0
+
+
+def test_what_is_around_plain_producers_may_publish_plainly_itself(queue_name):
+    """Nothing is around that message; there was no end to it."""
+    entered = []
+
+    @contextmanager
+    def audited(publication):
+        entered.append(publication.routing_key)
+        with Connection("memory://") as connection:
+            connection.Producer().publish("before", routing_key=f"{queue_name}.audit")
+            yield
+            connection.Producer().publish("after", routing_key=f"{queue_name}.audit")
+
+    end = around_producers([audited])
+    try:
+        for _ in range(2):
+            with Connection("memory://") as connection:
+                connection.Producer().publish(1, routing_key=queue_name)
+    finally:
+        end()
+    assert entered == [queue_name] * 2
