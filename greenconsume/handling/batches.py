@@ -122,7 +122,7 @@ class Batching(Handling):
     @property
     def gathered(self) -> int:
         """The number of messages that wait in batches that have not started."""
-        return sum(len(job.pairs) for job in self._unstarted)
+        return sum(job.size for job in self._unstarted)
 
     def submit(self, consumer: Consumer, message: Message) -> None:
         """Add a message to its batch, and hand a full one over. Switches: while the pool is full."""
@@ -136,8 +136,8 @@ class Batching(Handling):
             super().submit(consumer, message)
             return
         job = self._open.get(consumer) or self._begin(consumer)
-        job.pairs.append((body, message))
-        if len(job.pairs) >= self._size:
+        job.add(body, message)
+        if job.size >= self._size:
             del self._open[consumer]
             self._hand_over(job)
 
@@ -248,20 +248,21 @@ class _Gathering(Job):
         handed_over: It has a place in the pool, or waits for one.
     """
 
-    __slots__ = ("handed_over", "pairs", "timer", "waiter")
+    __slots__ = ("handed_over", "pairs", "size", "timer", "waiter")
 
     def __init__(self, consumer: Consumer, owner: str) -> None:
         batch = Batch()
         super().__init__(batch, consumer, ALONE, owner)
         self.pairs = batch._pairs
+        self.size = 0
         self.timer: Any = None
         self.waiter: Any = None
         self.handed_over = False
 
-    @property
-    def size(self) -> int:
-        """The number of messages in it."""
-        return len(self.pairs)
+    def add(self, body: Any, message: Message) -> None:
+        """Take one more. Never switches."""
+        self.pairs.append((body, message))
+        self.size += 1
 
     def cancel_timer(self) -> None:
         """Stop the timer, if it was not stopped before."""

@@ -55,7 +55,10 @@ class Job:
         owner: The name of the consumer whose handler it is.
         outer: The jobs that drain in their handlers, and so run this one: what shields it shields them.
         shields: While it is not 0, interrupts wait.
+        size: The number of messages that the handler is given. No property: each message asks for it twice.
     """
+
+    size = 1
 
     __slots__ = (
         "_pending",
@@ -91,11 +94,6 @@ class Job:
         self.shields = 0
         self.outer: tuple[Job, ...] = ()
         self._pending: BaseException | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of messages that the handler is given."""
-        return 1
 
     def look(self, now: float) -> None:
         """Count its seconds from now on, if it began while nobody looked. Never switches."""
