@@ -34,10 +34,10 @@ _END = 0xCE
 #
 # `_unsettled` holds the deliveries in the order of their tags, and so in the broker's. `flush` walks it from
 # its start while each delivery has a settle. That prefix can be told in runs: a run of acks is one Ack of its
-# last tag, a run of requeues or rejects one Nack. Where the way changes a new run begins, whose `multiple`
-# then covers itself alone, because the run before it has been told and is unsettled no more. So the frames
-# must be sent in this order. The walk ends at the first delivery that is still open. What was settled behind
-# it is told one by one: any `multiple` there would cover the open one.
+# last tag, a run of what is given back one Nack; rejects have a frame each. Where the way changes a new run
+# begins, whose `multiple` then covers itself alone, because the run before it has been told and is unsettled
+# no more. So the frames must be sent in this order. The walk ends at the first delivery that is still open.
+# What was settled behind it is told one by one: any `multiple` there would cover the open one.
 #
 # Deliveries of `no_ack` consumers take tags, too, but the broker counts them as settled at once: they are
 # in neither set, and a `multiple` that passes over their tags means nothing for them.
