@@ -65,14 +65,6 @@ def test_a_connection_may_be_used_again_after_its_end(rabbitmq, amqp_url, queue_
     assert socket.getdefaulttimeout() is None
 
 
-def test_collect_never_touches_the_default_timeout(connection, monkeypatch):
-    """HAZARDS row 21: others connect meanwhile."""
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda *_: pytest.fail("it is everybody's"))
-    connection.connect()
-    connection.collect()
-    assert not connection.connected
-
-
 def test_channels_have_ids_of_their_own_and_give_them_back(rabbitmq, amqp_url, connection):
     channels = [connection.channel() for _ in range(50)]
     assert len({channel.channel_id for channel in channels}) == 50

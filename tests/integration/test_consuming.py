@@ -10,7 +10,6 @@ from statistics import median
 from time import monotonic
 from typing import Any
 
-import gevent
 import kombu
 import pytest
 from gevent.event import Event
@@ -29,66 +28,9 @@ from tests.integration.consumers import (
     pause_for,
 )
 from tests.messages import delete_queue, publish, queue_depth
-from tests.waiting import AT_ONCE, NEVER, wait_until
+from tests.waiting import wait_until
 
 # -- limits and timeouts --------------------------------------------------------------------------
-
-
-def test_limit_counts_messages_and_not_idle_ticks(amqp_url, queue_name):
-    """HAZARDS row 25."""
-    consumer = Recorder(amqp_url, queue_name)
-    ticks: list[None] = []
-    consumer.on_iteration = lambda: ticks.append(None)
-
-    def consume() -> list[None]:
-        return list(consumer.consume(limit=3, safety_interval=0.01))
-
-    greenlet = gevent.spawn(consume)
-    wait_until(lambda: len(ticks) > 5)
-    publish(amqp_url, queue_name, 5)
-    assert len(greenlet.get(timeout=SOON)) == 3
-    assert consumer.bodies == [0, 1, 2]
-    wait_until(lambda: queue_depth(amqp_url, queue_name) == 2)
-
-
-def test_timeout_is_idle_time_that_is_not_rounded_up(amqp_url, queue_name):
-    """HAZARDS row 25."""
-    consumer = Recorder(amqp_url, queue_name)
-    publish(amqp_url, queue_name, 2)
-    handled = consumer.consume(timeout=0.3, safety_interval=NEVER)
-    next(handled)
-    next(handled)
-    began = monotonic()
-    with pytest.raises(socket.timeout):
-        next(handled)
-    assert 0.3 <= monotonic() - began < AT_ONCE
-    assert consumer.bodies == [0, 1]
-
-
-def test_heartbeats_do_not_put_a_timeout_off(amqp_url, queue_name):
-    """HAZARDS row 4: with heartbeat=1 the broker sends two in the time of the wait."""
-    consumer = Recorder(green_connection(amqp_url, heartbeat=1), queue_name)
-    began = monotonic()
-    with pytest.raises(socket.timeout):
-        for _ in consumer.consume(timeout=1.3, safety_interval=NEVER):
-            pass
-    assert 1.3 <= monotonic() - began < AT_ONCE
-
-
-def test_messages_that_keep_coming_put_a_timeout_off(amqp_url, queue_name):
-    consumer = Recorder(amqp_url, queue_name)
-    publish(amqp_url, queue_name, 1)
-    with green_connection(amqp_url) as connection:
-        producer = Producer(connection.channel())
-
-        def publish_later(body: int, _message: Any) -> None:
-            if body < 5:
-                gevent.spawn_later(0.1, producer.publish, body + 1, routing_key=queue_name)
-
-        consumer.handle = publish_later
-        with pytest.raises(socket.timeout):
-            list(consumer.consume(timeout=0.2))
-    assert consumer.bodies == [0, 1, 2, 3, 4, 5]
 
 
 def test_on_iteration_is_called_every_safety_interval_while_idle(amqp_url, queue_name):
@@ -162,34 +104,6 @@ def test_several_queues_and_consumers_of_one_mixin_are_all_served(amqp_url, queu
         wait_until(lambda: len(seen) == 6)
     assert {body for _, body in seen} == set(names)
     assert {name for name, _ in seen} == set(names[::2])
-
-
-def test_the_hooks_are_called_in_kombus_order(amqp_url, queue_name):
-    calls: list[str] = []
-
-    class Telling(Recorder):
-        def on_connection_revived(self) -> None:
-            calls.append("revived")
-
-        def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:
-            calls.append("get_consumers")
-            return super().get_consumers(Consumer, channel)
-
-        def on_consume_ready(self, *args: Any, **kwargs: Any) -> None:
-            calls.append(f"ready {kwargs}")
-
-        def on_task(self, body: Any, message: Any) -> None:
-            calls.append("message")
-            message.ack()
-
-        def on_consume_end(self, *args: Any) -> None:
-            calls.append("end")
-
-    publish(amqp_url, queue_name, 1)
-    messages = Telling(amqp_url, queue_name).consume(limit=1, colour="green")
-    calls.extend("yield" for _ in messages)
-    ready = "ready {'colour': 'green'}"
-    assert calls == ["revived", "get_consumers", ready, "message", "yield", "end"]
 
 
 def test_a_stop_leaves_the_contexts_in_kombus_order(amqp_url, queue_name):

@@ -22,7 +22,7 @@ def test_a_simple_queue_puts_gets_and_is_empty(connection, queue_name):
     with connection.SimpleQueue(queue_name) as simple:
         assert len(simple) == 0
         for body in ({"a": 1}, ["two"]):
-            simple.put(body)
+            simple.put(body, serializer="json", compression="zlib")
         wait_until(lambda: simple.qsize() == 2)
         assert len(simple) == 2
         message = simple.get(timeout=SOON)
@@ -32,8 +32,8 @@ def test_a_simple_queue_puts_gets_and_is_empty(connection, queue_name):
         assert simple.clear() == 0
         with pytest.raises(Empty):
             simple.get_nowait()
-        with pytest.raises(Empty):
-            simple.get(timeout=0.02)
+        with pytest.raises(simple.Empty):
+            simple.get(block=True, timeout=0.02)
 
 
 def test_a_simple_buffer_holds_what_nobody_acks(connection, queue_name):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import gevent
-import pytest
 from gevent.pool import Pool
 from kombu import Connection, Consumer, Exchange, Producer, Queue, eventloop, uuid
 from kombu.pools import connections, producers, reset
@@ -338,20 +337,6 @@ def test_a_worker_comes_back_by_itself(
         rabbitmq.close_connections(amqp_url)
         publish(amqp_url, queue_name, ["after"])
         wait_until(lambda: "after" in worker.done, SOON)
-
-
-@pytest.mark.parametrize("kind", ["queue", "buffer"])
-def test_a_simple_queue(connection, queue_name, kind):
-    make = connection.SimpleQueue if kind == "queue" else connection.SimpleBuffer
-    with make(queue_name) as simple:
-        for number in range(3):
-            simple.put({"n": number}, serializer="json", compression="zlib")
-        for number in range(3):
-            message = simple.get(block=True, timeout=SOON)
-            assert message.payload == {"n": number}
-            message.ack()
-        with pytest.raises(simple.Empty):
-            simple.get(block=True, timeout=0.01)
 
 
 def test_a_loop_without_a_mixin(amqp_url, connection, queue_name):

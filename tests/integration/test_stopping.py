@@ -102,19 +102,6 @@ def test_a_stop_wakes_a_consumer_that_overrides_on_iteration(amqp_url, queue_nam
         assert monotonic() - began < AT_ONCE
 
 
-def test_a_shadowed_should_stop_is_seen_within_the_safety_interval(amqp_url, queue_name):
-    class Shadowing(Recorder):
-        should_stop = False
-
-        def run(self, *args: Any, **kwargs: Any) -> None:
-            super().run(*args, safety_interval=0.1, **kwargs)
-
-    consumer = Shadowing(amqp_url, queue_name)
-    with consuming(consumer) as [greenlet]:
-        consumer.should_stop = True
-        assert greenlet.join(30)
-
-
 def test_a_consumer_runs_again_after_a_stop(amqp_url, queue_name):
     consumer = Recorder(amqp_url, queue_name)
     for body in ("first", "second"):
