@@ -211,12 +211,12 @@ def test_consumers_are_back_soon_after_their_server_and_lose_nothing_that_it_kep
         wait_until(lambda: held_count(server) == 0)
 
 
+@pytest.mark.usefixtures("every_link_has_lived")
 def test_two_hundred_reconnects_leave_nothing_behind(
     redis_process, make_proxy, queue_name, monkeypatch
 ):
     """HAZARDS row 22."""
     monkeypatch.setattr("greenconsume.links.backoff.FIRST_DELAY", 0.01)
-    monkeypatch.setattr("greenconsume.links.dialer.MIN_LIFE", 0.0)  # these are cut on purpose
     proxy = make_proxy(redis_process.url)
     consumer = Collector(Connection(proxy.url), queue_name)
     consumer.restart_limit = Unlimited()
