@@ -39,6 +39,7 @@ Where it is written. A package imports only what stands below it, and says what 
     hub          what keeps gevent's hub waiting while only a thread or a signal could wake it
     stopping     StopSignal and Deadline: what ends every wait
     patching     patch_all, require_patched: gevent's patching and its check
+    checks       what counts as a number where arguments are checked
     errors       every exception, under GreenconsumeError
 
 Read `events`, `stopping`, `mixins` and `runtime` first; they hold the ideas. Importing this package

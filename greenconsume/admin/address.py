@@ -49,12 +49,14 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse(text: str) -> Address:
+def parse(text: object) -> Address:
     """Return the address that `text` says: `HOST:PORT`, `[::1]:PORT` or `unix:/PATH`.
 
     Raises:
         AddressError: It says none.
     """
+    if not isinstance(text, str):
+        raise AddressError(f"{text!r} is no admin address: write HOST:PORT, or unix:/run/shop.sock")
     if text.startswith(UNIX):
         path = text.removeprefix(UNIX)
         if not os.path.isabs(path):

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kombu import Message
 
+from greenconsume.checks import is_count, is_seconds
 from greenconsume.errors import HandlerHung, PoisonMessageError
 from greenconsume.failures.queue_names import DEAD_LETTER, check_dead_letter
 from greenconsume.failures.recoverer import Recoverer
@@ -77,10 +78,10 @@ class Requeue:
     dead_letter: str = DEAD_LETTER
 
     def __post_init__(self) -> None:
-        if not self.delay >= 0:
+        if not is_seconds(self.delay):
             raise ValueError(f"Requeue(delay) must be 0 seconds or more, not {self.delay!r}")
         count = self.max_deliveries
-        if count is not None and (type(count) is not int or count < 2):
+        if count is not None and not is_count(count, 2):
             raise ValueError(f"Requeue(max_deliveries) must be 2 or more, or None, not {count!r}")
         check_dead_letter(self.dead_letter, "Requeue")
 

@@ -28,13 +28,13 @@ def dead_letter_queue(pattern: str, queue: str) -> str:
     return pattern.replace("{queue}", _fitted(queue, MAX_BYTES - rest))
 
 
-def check_dead_letter(pattern: str, whose: str) -> None:
+def check_dead_letter(pattern: object, whose: str) -> None:
     """Refuse what can be no name of a dead-letter queue.
 
     Raises:
         ValueError: It is empty, the queue's own, or too long.
     """
-    if not pattern or pattern == "{queue}":
+    if not isinstance(pattern, str) or pattern in ("", "{queue}"):
         raise ValueError(f"{whose}(dead_letter) must name another queue, not {pattern!r}")
     if len(pattern.replace("{queue}", "").encode()) > MAX_BYTES - 64:
         raise ValueError(f"{whose}(dead_letter) is too long for the name of a queue: {pattern!r}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from kombu import Message
 
+from greenconsume.checks import is_count, is_number, is_seconds
 from greenconsume.errors import GreenconsumeError
 from greenconsume.failures.policies import FailurePolicy, each_policy
 from greenconsume.failures.queue_names import DEAD_LETTER, check_dead_letter
@@ -70,10 +71,13 @@ class Retry:
     dead_letter: str = field(default=DEAD_LETTER, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.delays, Sequence):
+            raise ValueError(f"Retry(delays) must be a list of seconds, not {self.delays!r}")
         count = (len(self.delays) or 5) if self.max_retries is None else self.max_retries
-        if type(count) is not int or count < 0:
+        if not is_count(count, 0):
             raise ValueError(f"Retry(max_retries) must be a whole number, 0 or more, not {count!r}")
-        if not (self.initial >= 0 and self.factor >= 1 and self.max_delay >= 0):
+        waits = (self.initial, self.max_delay)
+        if not (all(map(is_seconds, waits)) and is_number(self.factor, 1)):
             raise ValueError(
                 "Retry wants initial and max_delay of 0 seconds or more and a factor of 1 or more, "
                 f"not {self.initial!r}, {self.max_delay!r} and {self.factor!r}"
@@ -84,7 +88,7 @@ class Retry:
         object.__setattr__(self, "max_retries", count)
         object.__setattr__(self, "delays", tuple(self.delays) or self._backoff(count))
         for delay in self.delays:
-            if not 0 <= delay <= MAX_DELAY:
+            if not (is_seconds(delay) and delay <= MAX_DELAY):
                 raise ValueError(f"Retry(delays): {delay!r} is not between 0 and {MAX_DELAY:g} s")
 
     def _backoff(self, count: int) -> tuple[float, ...]:

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from greenconsume.checks import is_count
 from greenconsume.gunicorn.turns import ensure_turns
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _check(target: object, only_in: object, on_failure: str) -> None:
     module, _, name = target.partition(":")
     if not (module and name):
         raise ValueError(problem)
-    if only_in is not None and not (isinstance(only_in, int) and only_in >= 1):
+    if only_in is not None and not is_count(only_in):
         raise ValueError(f"only_in must be 1 or more, or None, not {only_in!r}")
     if on_failure not in ("report", "exit"):
         raise ValueError(f'on_failure must be "report" or "exit", not {on_failure!r}')

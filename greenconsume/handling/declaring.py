@@ -11,9 +11,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from numbers import Real
 from typing import Any, Final, Protocol
 
+from greenconsume.checks import is_count, is_seconds
 from greenconsume.errors import InvalidOptionsError
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.pace import rate_of
@@ -77,7 +77,7 @@ class Count:
         if value is None and self.none:
             return
         # A bool is an int, and means something else.
-        if type(value) is not int or value < self.least or value > (self.most or value):
+        if not (is_count(value, self.least) and value <= (self.most or value)):
             raise InvalidOptionsError(name, value, self.allowed)
 
 
@@ -103,12 +103,8 @@ class Seconds:
         """See `Kind.check`."""
         if value is None and self.optional:
             return
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_number and self._in_range(value)):
+        if not is_seconds(value, self.above_zero):
             raise InvalidOptionsError(name, value, self.allowed)
-
-    def _in_range(self, value: Any) -> bool:
-        return bool(value > 0 if self.above_zero else value >= 0)  # also refuses nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from time import monotonic
 
 from kombu import Consumer
 
+from greenconsume.checks import is_count, is_number, is_seconds
 from greenconsume.events import KillSwitchReset, KillSwitchTripped, emit
 from greenconsume.lifecycle import Lifecycle
 from greenconsume.stopping import StopCheck, StopSignal
@@ -43,15 +44,15 @@ class KillSwitch:
     pause: float = 30.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 1:
+        if not (is_number(self.threshold) and self.threshold < 1):
             raise ValueError(
                 f"KillSwitch(threshold) must be 0 or more and less than 1, not {self.threshold!r}"
             )
-        if type(self.window) is not int or self.window < 1:
+        if not is_count(self.window):
             raise ValueError(
                 f"KillSwitch(window) must be a whole number, 1 or more, not {self.window!r}"
             )
-        if not self.pause >= 0:
+        if not is_seconds(self.pause):
             raise ValueError(f"KillSwitch(pause) must be 0 seconds or more, not {self.pause!r}")
 
 

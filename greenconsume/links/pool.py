@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 from kombu import Connection
 
+from greenconsume.checks import is_count
 from greenconsume.links.backoff import MAX_PUBLISHING_DELAY, OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
 from greenconsume.links.polled_stop import polled_stop
@@ -38,7 +39,7 @@ class LinkPool:
     """
 
     def __init__(self, links: int = 1, on_refused: OnRefused | None = None) -> None:
-        if links < 1:
+        if not is_count(links):
             raise ValueError(f"links must be at least 1, not {links!r}")
         self.size = links
         self._on_refused = on_refused

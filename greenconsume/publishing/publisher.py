@@ -26,6 +26,7 @@ from kombu.utils import json as kombu_json
 
 from greenconsume.amqp.transport import Transport
 from greenconsume.around import Around, entered
+from greenconsume.checks import is_count, is_seconds
 from greenconsume.errors import ForeignThreadError, ForkedError, PublishError, StoppedError
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
@@ -75,7 +76,7 @@ class Publisher:
 
     Raises:
         UnsupportedTransportError: The broker's transport is unknown, or blocks the whole process.
-        TypeError: `broker` is neither a URL nor a connection.
+        TypeError: `broker` is neither a URL nor a connection, or another argument is of another kind.
         ValueError: A number is out of its range.
     """
 
@@ -94,6 +95,7 @@ class Publisher:
         around: Sequence[Around] = (),
     ) -> None:
         _check_numbers(max_unconfirmed, timeout, max_retries)
+        _check_kinds(exchange, links, around)
         connection = connection_to(broker)
         self.uri: str = connection.as_uri()
         self._timeout = timeout
@@ -303,12 +305,25 @@ def _close_used() -> None:
                 pass
 
 
+def _check_kinds(exchange: object, links: object, around: object) -> None:
+    if not isinstance(exchange, str | Exchange | None):
+        raise TypeError(f"exchange must be a name, an Exchange or None, not {exchange!r}")
+    if not isinstance(links, LinkPool | None):
+        raise TypeError(f"links must be a LinkPool or None, not {links!r}")
+    if (
+        isinstance(around, str)
+        or not isinstance(around, Sequence)
+        or not all(map(callable, around))
+    ):
+        raise TypeError(f"around must be a list of callables, not {around!r}")
+
+
 def _check_numbers(max_unconfirmed: int, timeout: float | None, max_retries: int | None) -> None:
-    if not max_unconfirmed >= 1:
+    if not is_count(max_unconfirmed):
         raise ValueError(f"max_unconfirmed must be 1 or more, not {max_unconfirmed!r}")
-    if not (timeout is None or timeout > 0):
+    if not (timeout is None or is_seconds(timeout, above_zero=True)):
         raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout!r}")
-    if not (max_retries is None or max_retries >= 0):
+    if not (max_retries is None or is_count(max_retries, 0)):
         raise ValueError(f"max_retries must be 0 or more, or None, not {max_retries!r}")
 
 

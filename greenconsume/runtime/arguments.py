@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from greenconsume.around import Around
+from greenconsume.checks import is_count, is_seconds
 from greenconsume.handling.options import ConsumerOptions
 from greenconsume.runtime.restart_policy import RestartPolicy
 
@@ -62,10 +62,10 @@ def check_counts(links: int, **counts: int | None) -> None:
     Raises:
         ValueError: One is not.
     """
-    if not _is_number(links, int) or links < 1:
+    if not is_count(links):
         raise ValueError(f"links must be 1 or more, not {links!r}")
     for name, count in counts.items():
-        if count is not None and (not _is_number(count, int) or count < 1):
+        if count is not None and not is_count(count):
             raise ValueError(f"{name} must be 1 or more, or None, not {count!r}")
 
 
@@ -76,9 +76,5 @@ def check_seconds(**times: float | None) -> None:
         ValueError: One is not.
     """
     for name, seconds in times.items():
-        if seconds is not None and not (_is_number(seconds, (int, float)) and seconds > 0):
+        if seconds is not None and not is_seconds(seconds, above_zero=True):
             raise ValueError(f"{name} must be more than 0 seconds, or None, not {seconds!r}")
-
-
-def _is_number(value: object, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from time import monotonic
 
 import gevent
 
+from greenconsume.checks import is_seconds
 from greenconsume.stopping import Rungs
 
 #: Seconds that are kept for killing what is left and for saying goodbye to the broker.
@@ -31,7 +32,7 @@ class DrainBound:
     __slots__ = ("_at", "within")
 
     def __init__(self, within: float) -> None:
-        if not within >= 0:
+        if not is_seconds(within):
             raise ValueError(f"within must be 0 seconds or more, not {within!r}")
         self.within = within
         self._at = monotonic()

@@ -9,6 +9,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from greenconsume.checks import is_count, is_number, is_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
@@ -39,16 +41,17 @@ class RestartPolicy:
     def __post_init__(self) -> None:
         if self.kind not in ("transient", "permanent", "temporary"):
             raise ValueError(f"kind must be transient, permanent or temporary, not {self.kind!r}")
-        if not self.max_restarts >= 0:
+        if not is_count(self.max_restarts, 0):
             raise ValueError(f"max_restarts must be 0 or more, not {self.max_restarts!r}")
-        if not self.period > 0:
+        if not is_seconds(self.period, above_zero=True):
             raise ValueError(f"period must be more than 0 seconds, not {self.period!r}")
-        if not 0 <= self.backoff <= self.max_backoff:
+        waits = (self.backoff, self.max_backoff)
+        if not (all(map(is_seconds, waits)) and self.backoff <= self.max_backoff):
             raise ValueError(
                 "backoff must be between 0 and max_backoff seconds, "
                 f"not {self.backoff!r} with a max_backoff of {self.max_backoff!r}"
             )
-        if not 0 <= self.jitter <= 1:
+        if not (is_number(self.jitter) and self.jitter <= 1):
             raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
 
     def restarts(self, error: BaseException | None) -> bool:

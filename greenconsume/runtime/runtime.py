@@ -113,7 +113,7 @@ class Runtime:
         max_hub_lag: float | None = None,
     ) -> None:
         check_counts(links=links, max_handlers=max_handlers, max_messages=max_messages)
-        check_seconds(block_warning=block_warning, max_hub_lag=max_hub_lag)
+        check_seconds(block_warning=block_warning, max_hub_lag=max_hub_lag, stall_after=stall_after)
         ConsumerOptions(rate=rate)  # to say now what is wrong with it
         self.connection = connection_to(broker)
         self._groups = Groups()

@@ -10,7 +10,8 @@ from kombu import Connection, Producer, Queue
 from kombu import mixins as kombu_mixins
 
 import greenconsume.mixins
-from greenconsume import ConsumerOptions, spawn
+from greenconsume import ConsumerOptions, Runtime, spawn
+from greenconsume.events import ConsumerState
 from tests.waiting import wait_until
 
 MIXINS = ["ConsumerMixin", "ConsumerProducerMixin"]
@@ -78,6 +79,8 @@ OWN: dict[str, Any] = {
     "_links": 0,
     "_name": "orders",
 }
+#: Names that kombu itself has on its mixin that publishes.
+OF_NO_PRODUCER = {"_producer_connection": "cable", "producer": "a farm"}
 
 
 def shapes_of(name: str) -> list[dict[str, Any]]:
@@ -86,7 +89,8 @@ def shapes_of(name: str) -> list[dict[str, Any]]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"{name} is not greenconsume's to call")
 
-    return [{name: OWN[name]}, {"set_in_init": {name: OWN[name]}}, {name: method}]
+    own = {**OWN, **OF_NO_PRODUCER}[name]
+    return [{name: own}, {"set_in_init": {name: own}}, {name: method}]
 
 
 def consumer_of(mixin: type[Any], attributes: dict[str, Any]) -> Any:
@@ -142,7 +146,7 @@ def test_a_consumer_that_runs_has_one_attribute_of_ours(mixin):
     assert set(vars(ours)) - own == {"_greenconsume", "restart_limit"}
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [*OWN, *OF_NO_PRODUCER])
 @pytest.mark.parametrize("module", [greenconsume.mixins, kombu_mixins], ids=["ours", "adapted"])
 def test_a_name_of_the_users_means_nothing_to_us(module, name):
     """HAZARDS row 32: such a class failed, or silently received nothing."""
@@ -155,6 +159,27 @@ def test_a_name_of_the_users_means_nothing_to_us(module, name):
 def test_all_names_at_once_mean_nothing_to_us(module, mixin):
     consumes(consumer_of(getattr(module, mixin), dict(OWN)))
     consumes(consumer_of(getattr(module, mixin), {"set_in_init": dict(OWN)}))
+
+
+@pytest.mark.parametrize("module", [greenconsume.mixins, kombu_mixins], ids=["ours", "adapted"])
+def test_all_names_at_once_mean_nothing_to_a_runtime_that_shows_and_steers(module):
+    consumer = consumer_of(module.ConsumerMixin, {**OWN, **OF_NO_PRODUCER})
+    runtime = Runtime("memory://")
+    (child,) = runtime.spawn(consumer)
+    with runtime:
+        control = runtime.control
+        control.watch()
+        control.pause(child.name)
+        wait_until(lambda: child.state is ConsumerState.PAUSED)
+        assert [str(each.state) for each in control.status().consumers] == ["paused"]
+        control.resume(child.name)
+        wait_until(lambda: child.state is ConsumerState.CONSUMING)
+        control.restart_consumer(child.name)
+        wait_until(lambda: child.restart_count == 1 and child.state is ConsumerState.CONSUMING)
+        assert control.handlers_of(child.name) == ()
+        with Connection("memory://") as connection:
+            Producer(connection.channel()).publish(1, routing_key=consumer.queue.name)
+        wait_until(lambda: consumer.bodies == [1])
 
 
 @pytest.mark.parametrize("concurrency", ["4", 0, -1, None])

@@ -121,7 +121,7 @@ def test_a_short_token_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "9191", "localhost", ":9191", "a:b", "unix:run.sock", "h:70000"]
+    "text", ["", 9191, "9191", "localhost", ":9191", "a:b", "unix:run.sock", "h:70000"]
 )
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(AddressError, match="write"):

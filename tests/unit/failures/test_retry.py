@@ -72,6 +72,10 @@ def test_a_handler_timeout_is_retried_by_default():
         ({"factor": 0.5}, "factor"),
         ({"dead_letter": ""}, "another queue"),
         ({"dead_letter": "{queue}"}, "another queue"),
+        ({"dead_letter": 3}, "another queue, not 3"),
+        ({"delays": ["1s"]}, "'1s' is not between 0"),
+        ({"delays": 5}, "a list of seconds, not 5"),
+        ({"initial": "1s"}, "initial"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments, complaint):

@@ -139,6 +139,8 @@ def test_half_open_it_has_the_broker_send_one_message():
         {"window": True},
         {"pause": -1},
         {"pause": float("nan")},
+        {"threshold": "half"},
+        {"pause": "1m"},
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments):

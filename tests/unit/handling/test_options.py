@@ -291,6 +291,8 @@ def test_a_negative_delay_is_refused():
         Requeue(-1)
     with pytest.raises(ValueError, match="0 seconds or more, not nan"):
         Requeue(float("nan"))
+    with pytest.raises(ValueError, match="0 seconds or more, not '1s'"):
+        Requeue("1s")  # type: ignore[arg-type]
 
 
 # -- partitions ---------------------------------------------------------------------------------------

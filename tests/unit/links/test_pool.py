@@ -257,6 +257,8 @@ def test_a_shared_link_that_was_lost_is_shared_again(connected, peer):
 def test_a_pool_needs_a_link():
     with pytest.raises(ValueError, match="at least 1, not 0"):
         LinkPool(links=0)
+    with pytest.raises(ValueError, match="at least 1, not '2'"):
+        LinkPool(links="2")
 
 
 # -- trying again -------------------------------------------------------------------------------------

@@ -952,6 +952,13 @@ def test_without_confirms_an_error_is_that_of_the_message(publish_to, memory_bro
         (ValueError, "memory://", {"max_unconfirmed": 0}),
         (ValueError, "memory://", {"timeout": 0}),
         (ValueError, "memory://", {"max_retries": -1}),
+        (ValueError, "memory://", {"max_unconfirmed": "9"}),
+        (ValueError, "memory://", {"timeout": "2s"}),
+        (ValueError, "memory://", {"max_retries": 1.5}),
+        (TypeError, "memory://", {"links": 2}),
+        (TypeError, "memory://", {"exchange": 3}),
+        (TypeError, "memory://", {"around": [3]}),
+        (TypeError, "memory://", {"around": 3}),
     ],
 )
 def test_wrong_arguments_are_refused_where_they_enter(error, broker, options):

@@ -46,6 +46,10 @@ def test_jitter_spreads_the_waits_and_lengthens_none():
         ({"backoff": -1}, "backoff must be between 0 and max_backoff seconds, not -1"),
         ({"backoff": 31.0}, "not 31.0 with a max_backoff of 30.0"),
         ({"jitter": 1.5}, "jitter must be between 0 and 1, not 1.5"),
+        ({"jitter": "half"}, "jitter must be between 0 and 1, not 'half'"),
+        ({"max_restarts": "3"}, "max_restarts must be 0 or more, not '3'"),
+        ({"period": None}, "period must be more than 0 seconds, not None"),
+        ({"backoff": "1s"}, "backoff must be between 0 and max_backoff seconds, not '1s'"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any], message: str):

@@ -289,6 +289,11 @@ def test_options_of_a_spawn_that_are_none_are_refused_at_once(runtime: Runtime):
         ({"broker": "amqp://me:s3/cr@host"}, ValueError, "the broker URL cannot be parsed"),
         ({"links": 0}, ValueError, "links must be 1 or more, not 0"),
         ({"max_handlers": 0}, ValueError, "max_handlers must be 1 or more, or None, not 0"),
+        (
+            {"stall_after": -1},
+            ValueError,
+            "stall_after must be more than 0 seconds, or None, not -1",
+        ),
         ({"links": "2"}, ValueError, "links must be 1 or more, not '2'"),
         ({"max_handlers": 1.5}, ValueError, "max_handlers must be 1 or more, or None, not 1.5"),
         ({"block_warning": "2"}, ValueError, "must be more than 0 seconds, or None, not '2'"),
@@ -968,6 +973,8 @@ def test_a_bound_leaves_a_sooner_drain_alone(events: list[AnyEvent]):
 def test_a_bound_below_zero_is_refused(runtime: Runtime):
     with pytest.raises(ValueError, match="within must be 0 seconds or more, not -1"):
         runtime.stop(within=-1)
+    with pytest.raises(ValueError, match="within must be 0 seconds or more, not '1s'"):
+        runtime.stop(within="1s")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rung", "cancel_timeout"), [("cancel", 0.2), ("kill", NEVER)])
