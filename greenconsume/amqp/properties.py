@@ -6,6 +6,7 @@ py-amqp itself is asked. Does no I/O. Called by `frames`.
 
 from __future__ import annotations
 
+import reprlib
 from struct import Struct
 from struct import error as struct_error
 from typing import Any
@@ -68,6 +69,22 @@ def encode_properties(message: amqp.Message) -> bytes:
             parts.append(dumps(_FORMATS[name], (value,)))
     parts[0] = _flags.pack(flags)
     return b"".join(parts)
+
+
+def refused_part(exchange: object, routing_key: object, message: amqp.Message) -> str:
+    """Return which part of a message AMQP cannot hold, in words; empty where nobody can tell."""
+    for name, text in (("exchange", exchange), ("routing key", routing_key)):
+        size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else 0
+        if size > 255:
+            return f"its {name} takes {size} bytes, and AMQP allows 255"
+    for name, value in message.properties.items():
+        try:
+            encode_properties(amqp.Message(b"", **{name: value}))
+        except FrameSyntaxError as exc:  # a table's, which names the header
+            return str(exc)
+        except Exception:  # whatever py-amqp or Python raises, which names nothing
+            return f"its property {name!r} cannot be {reprlib.repr(value)}"
+    return ""
 
 
 def _order(names: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:

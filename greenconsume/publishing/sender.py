@@ -38,11 +38,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from time import monotonic
 
+import amqp
 import gevent
 from amqp.exceptions import AMQPError, ChannelError, ConnectionForced, RecoverableConnectionError
 from gevent.event import Event
 
 from greenconsume.amqp.channel_publisher import ChannelPublisher
+from greenconsume.amqp.properties import refused_part
 from greenconsume.amqp.transport import LinkLostError
 from greenconsume.errors import (
     PublishError,
@@ -278,8 +280,16 @@ def _write(channel: ChannelPublisher | PlainChannel, publication: Publication) -
     except (ChannelError, RecoverableConnectionError):
         raise
     except Exception as exc:  # whatever py-amqp raises for a value that AMQP has no type for
-        raise publication.failed(PublishError, f"cannot be published: {exc}", exc) from exc
+        what = f"cannot be published: {_refused_part_of(publication) or exc}"
+        raise publication.failed(PublishError, what, exc) from exc
     publication.written_count += 1
+
+
+def _refused_part_of(publication: Publication) -> str:
+    message = publication.message
+    if not isinstance(message, amqp.Message):  # a polled transport's
+        return ""
+    return refused_part(publication.exchange, publication.routing_key, message)
 
 
 def _refusal_in(error: BaseException, of_link: bool) -> AMQPError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from datetime import datetime
@@ -263,6 +264,25 @@ def test_what_cannot_be_encoded_is_an_error_of_that_message_alone(publish_to, br
             publisher.publish("bad", **options)
         publisher.publish("good", "q")
     assert bodies(broker) == [b"good"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"routing_key": "k" * 256}, "its routing key takes 256 bytes"),
+        ({"exchange": "é" * 128}, "its exchange takes 256 bytes"),
+        ({"priority": 300}, "its property 'priority' cannot be 300"),
+        ({"timestamp": "soon"}, "its property 'timestamp' cannot be 'soon'"),
+        ({"app_id": "x" * 256}, "its property 'app_id' cannot be 'xxx"),
+        ({"headers": {"x": object()}}, "the header 'x' cannot be sent"),
+        ({"headers": {"x": [float("nan")]}}, "the header 'x' cannot be sent: nan is no number"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(publish_to, broker, options, part):
+    """struct's own words are of no use: `ubyte format requires 0 <= number <= 255`."""
+    publisher = publish_to(broker)
+    with pytest.raises(PublishError, match=re.escape(part)):
+        publisher.publish("bad", **options)
 
 
 # -- what the broker says no to ---------------------------------------------------------------------
