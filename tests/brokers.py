@@ -56,7 +56,7 @@ CONNECTIONS = """
 
 
 class QueueCounts(NamedTuple):
-    """What a queue holds, and how many consume from it."""
+    """The numbers of a queue: its messages, and who consumes from it."""
 
     ready: int
     unacked: int
@@ -147,7 +147,7 @@ class RabbitMQ:
 
     @property
     def running(self) -> bool:
-        """Whether the node's process lives, paused or not."""
+        """True while the node's process lives, paused or not."""
         return self._node is not None and self._node.poll() is None
 
     def url(self, vhost: str = "/") -> str:
@@ -180,7 +180,7 @@ class RabbitMQ:
             raise AssertionError(f"RabbitMQ did not start:\n{log[-4000:]}")
 
     def ready(self) -> bool:
-        """Whether the node answers a client's first bytes now."""
+        """Return whether the node answers a client's first bytes now."""
         try:
             with socket.create_connection((HOST, self.tls_port), 1.0):
                 pass

@@ -91,12 +91,12 @@ class Gunicorn:
 
     @property
     def log(self) -> str:
-        """What arbiter and workers have printed."""
+        """The text that arbiter and workers have printed."""
         return self._log.read_text(errors="replace")
 
     @property
     def journal(self) -> list[Entry]:
-        """What the handlers have noted."""
+        """The notes of the handlers."""
         found = []
         for line in (
             self._journal.read_text().rpartition("\n")[0].splitlines()
@@ -177,7 +177,7 @@ class Gunicorn:
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of messages, by a journal."""
+    """The fate of messages, by a journal."""
 
     begun: int
     finished: int

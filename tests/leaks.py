@@ -19,7 +19,7 @@ HAS_PROC = os.path.isdir(FDS)
 
 
 class LeakWatch:
-    """What was there when a test began; afterwards, what has come since and is still there.
+    """A look at what there is when a test begins, and at what has come since and is still there.
 
     Greenlets are those that gevent started (`gevent.Greenlet`, and threads, which are greenlets
     once patched); a bare `greenlet.greenlet` is not seen. Threads of gevent's own pool, which

@@ -55,7 +55,7 @@ class UnavailableError(Exception):
 
 
 def available() -> bool:
-    """Whether the servers are here, complete."""
+    """Return whether the servers are here, complete."""
     return STAMP.is_file() and STAMP.read_text() == _stamp()
 
 

@@ -17,5 +17,5 @@ def say(consumer: Any, **options: Any) -> None:
 
 
 def settings_of(consumer: object) -> Settings:
-    """What a consumer's options come to."""
+    """Return what a consumer's options come to."""
     return ensure_engine(consumer).settings()

@@ -151,7 +151,7 @@ class Peer:
 
     @property
     def open_count(self) -> int:
-        """How many connections are open now."""
+        """The number of connections that are open now."""
         return len(self._handlers)
 
     def frames(self, name: str) -> list[Frame]:

@@ -57,7 +57,7 @@ class Proxy:
 
     @property
     def open_count(self) -> int:
-        """How many clients are connected now."""
+        """The number of clients that are connected now."""
         return len(self._pairs)
 
     def record(self) -> dict[int, bytearray]:

@@ -73,7 +73,7 @@ class RedisServer:
         return database
 
     def ready(self) -> bool:
-        """Whether the server answers now."""
+        """Return whether the server answers now."""
         try:
             return self._ask("PING").startswith(b"+PONG")
         except OSError:

@@ -15,11 +15,11 @@ class Ground(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The number of its process."""
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens on."""
 
     def add(self) -> str:
         """Return the address of a fresh place."""

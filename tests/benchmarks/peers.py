@@ -22,7 +22,7 @@ Options = dict[str, Any]
 
 
 class Peer(NamedTuple):
-    """What it takes to run a peer: packages that must be there, gevent's patching, its own messages."""
+    """The needs of a peer's run: packages that must be there, gevent's patching, its own messages."""
 
     needs: tuple[str, ...]
     run: Callable[[Options, Meter], object]

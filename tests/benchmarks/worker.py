@@ -166,7 +166,7 @@ def handlers(options: Options) -> dict[str, float]:
 
 
 def bound(options: Options) -> dict[str, float]:
-    """What gevent does of it without any broker: the same sleeps in the same pool."""
+    """Measure what gevent does of it without any broker: the same sleeps in the same pool."""
     done = Event()
     meter = Meter(options["messages"], done.set)
     sleepers = Pool(options["handlers"])
@@ -207,7 +207,7 @@ def wait(options: Options) -> None:
 
 
 def acks(options: Options) -> list[tuple[float, int]]:
-    """When, and with which tag, the callback acked the last message of each burst."""
+    """Return when, and with which tag, the callback acked the last message of each burst."""
     acked: list[tuple[float, int]] = []
     done = Event()
     meter = Meter(options["messages"], done.set)
@@ -278,7 +278,7 @@ SENDERS = {"kombu_pool": pooled, "shared_producer": one_producer, "publisher": o
 
 
 def idle(options: Options) -> dict[str, float]:
-    """What `consumers` that wait cost: memory, CPU, sockets; how long they take to start and stop."""
+    """Measure what `consumers` that wait cost: memory, CPU, sockets; how long they take to start and stop."""
     ready, delivered = Event(), Event()
     process = psutil.Process()
     starting = Meter(options["consumers"], ready.set)

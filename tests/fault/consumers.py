@@ -78,7 +78,7 @@ def everything(handled: Counter[Any], count: int) -> Callable[[], bool]:
 
 
 def duplicates(handled: Counter[Any]) -> int:
-    """How many messages were handled more often than once, each time counted."""
+    """Return how many messages were handled more often than once, each time counted."""
     return sum(times - 1 for times in handled.values())
 
 
@@ -199,12 +199,12 @@ class Unlimited:
 
 
 def alive(kind: type[Any]) -> int:
-    """How many objects of a type the collector cannot collect."""
+    """Return how many objects of a type the collector cannot collect."""
     gc.collect()
     return sum(isinstance(each, kind) for each in gc.get_objects())
 
 
 def socket_count() -> int:
-    """How many sockets this process has."""
+    """Return how many sockets this process has."""
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))

@@ -31,7 +31,7 @@ STALL_AFTER = 0.3
 
 
 class Probes:
-    """What a probe of a runtime is answered."""
+    """The answers that a runtime gives to a probe."""
 
     def __init__(self, address: str) -> None:
         self.address = address

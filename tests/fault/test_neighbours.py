@@ -98,7 +98,7 @@ def test_what_rabbitmq_4_3_refuses_costs_the_neighbours_their_link_once_at_most(
 
 
 class Offender(Collector):
-    """Its handler makes the broker close the connection, on the channel that its message came from."""
+    """A consumer whose handler makes the broker close the connection, on its message's own channel."""
 
     def on_task(self, body: Any, message: Any) -> None:
         flow_off(message.channel, "")

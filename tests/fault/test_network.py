@@ -1,4 +1,4 @@
-"""What networks do: cut, cut in mid-frame, half-open, stalled, slow. Nothing is lost; consumers come back."""
+"""Tests networks that cut, cut in mid-frame, stall, are half-open or slow: nothing is lost."""
 
 from __future__ import annotations
 

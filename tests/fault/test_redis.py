@@ -104,7 +104,7 @@ def publish(url: str, queue: str, bodies: Any) -> None:
 
 
 def left_over(url: str, queue: str) -> int:
-    """How many messages are in a queue, or were delivered and not settled."""
+    """Return how many messages are in a queue, or were delivered and not settled."""
     with Connection(url) as connection:
         client = connection.default_channel.client
         return int(client.llen(queue)) + int(client.hlen("unacked"))

@@ -76,7 +76,7 @@ class Field:
 
     @property
     def held(self) -> dict[bytes, int]:
-        """What is unacknowledged, by field."""
+        """The entries that are unacknowledged, by field."""
         tail = len(f',"","{self.queue}"]')
         entries = self.server.hgetall("unacked").items()
         return {field: body_of(entry[1:-tail]) for field, entry in entries}
@@ -87,7 +87,7 @@ class Field:
         return set(range(self.published)) - everywhere
 
     def put_back_what_is_held(self) -> None:
-        """What a restorer would do, without the wait for the visibility timeout."""
+        """Do what a restorer would do, without the wait for the visibility timeout."""
         tail, handled = len(f',"","{self.queue}"]'), set(self.handled)
         for entry in self.server.hvals("unacked"):
             if body_of(entry[1:-tail]) not in handled:

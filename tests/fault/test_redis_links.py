@@ -118,7 +118,7 @@ def test_a_stop_does_not_wait_for_a_take_that_a_stopped_server_has_yet_to_answer
 
 
 def lists(server: Any, keys: list[str]) -> list[list[bytes]]:
-    """What is in some lists, that which was put there first first."""
+    """Return what is in some lists, the oldest entry first."""
     return [list(reversed(server.lrange(key, 0, -1))) for key in keys]
 
 
@@ -156,7 +156,7 @@ def test_a_half_open_connection_is_noticed_in_time_while_its_consumer_only_waits
 
 
 def ping_count(server: Any) -> int:
-    """How many pings a server has got."""
+    """Return how many pings a server has got."""
     return int(server.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"])
 
 

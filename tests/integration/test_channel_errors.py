@@ -1,4 +1,4 @@
-"""What the broker takes amiss on a channel: it costs one consumer its channel, and its neighbours nothing."""
+"""Tests what the broker takes amiss on a channel: one consumer loses its channel, its neighbours nothing."""
 
 from __future__ import annotations
 

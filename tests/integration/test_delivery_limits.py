@@ -1,4 +1,4 @@
-"""What a quorum queue counts towards its delivery limit, on each broker: the table of docs/brokers.md."""
+"""Tests what a quorum queue counts towards its delivery limit, by broker: the table of docs/brokers.md."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ CONCURRENCY, SECONDS = 500, 0.05
 
 
 class Book:
-    """What all consumers together have started, finished and been interrupted in."""
+    """A record of what all consumers together have started, finished and been interrupted in."""
 
     def __init__(self) -> None:
         self.started: list[Any] = []

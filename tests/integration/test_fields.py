@@ -91,7 +91,7 @@ def publish_all_fields(url: str, queue: str) -> None:
 
 
 def encoded_fields(encoded: bytes) -> dict[str, bytes]:
-    """What the fields of a message's headers look like on the wire, ours and the broker's apart."""
+    """Return what the fields of a message's headers look like on the wire, ours and the broker's apart."""
     headers = decode_properties(encoded, exact=True)["application_headers"]
     return {
         name: message_copy.encode_properties(amqp.Message(application_headers={name: value}))

@@ -1,4 +1,4 @@
-"""What a user's code raises, and what becomes of the message, on a real broker and on the others."""
+"""Tests what a user's code raises, and what becomes of the message, on a real broker and on the others."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Crowd:
 
 
 def greenlet_count() -> int:
-    """How many greenlets live."""
+    """Return how many greenlets live."""
     return sum(isinstance(each, gevent.Greenlet) and not each.dead for each in gc.get_objects())
 
 

@@ -1,4 +1,4 @@
-"""What kombu builds on its interface, over a green link: simple queues, common helpers, transactions."""
+"""Tests what kombu builds on its interface, over a green link: simple queues, helpers, transactions."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_a_timeout_on_a_polled_transport_is_idle_time(polled, queue_name):
 
 @pytest.fixture
 def looks(monkeypatch) -> list[float]:
-    """When kombu's file transport looked into a queue."""
+    """Return when kombu's file transport looked into a queue."""
     times: list[float] = []
     get: Callable[..., Any] = kombu_filesystem.Channel._get
 

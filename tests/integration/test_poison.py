@@ -43,7 +43,7 @@ def quorum(name: str, **arguments: Any) -> Queue:
 
 
 def depth(url: str, queue: str) -> int:
-    """How many messages are ready in a queue, none if there is no such queue."""
+    """Return how many messages are ready in a queue, none if there is no such queue."""
     try:
         return queue_depth(url, queue)
     except amqp.NotFound:

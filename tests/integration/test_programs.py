@@ -127,7 +127,7 @@ class Fibonacci(ConsumerProducerMixin):
 
 
 class Caller:
-    """Its client: an exclusive queue, and `drain_events` until the answer is there."""
+    """The client of that: an exclusive queue, and `drain_events` until the answer is there."""
 
     def __init__(self, connection: Connection, name: str) -> None:
         self.connection = connection

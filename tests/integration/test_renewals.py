@@ -1,4 +1,4 @@
-"""What drains, lost links and kills cost on a queue that counts: no message, handled or not."""
+"""Tests what drains, lost links and kills cost on a queue that counts: no message, handled or not."""
 
 from __future__ import annotations
 

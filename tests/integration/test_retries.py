@@ -575,7 +575,7 @@ def test_a_handler_that_fails_while_its_consumer_stops_is_retried(amqp_url, queu
 
 
 class Cost(NamedTuple):
-    """What handling some thousand messages took, in seconds."""
+    """The seconds that handling some thousand messages took."""
 
     wall: float
     cpu: float

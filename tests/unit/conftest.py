@@ -22,7 +22,7 @@ settings.load_profile("patient")
 
 @pytest.fixture
 def events() -> Iterator[list[Event]]:
-    """What is told while the test runs."""
+    """The events that are told while the test runs."""
     with recording() as events:
         yield events
 

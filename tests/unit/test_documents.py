@@ -1,4 +1,4 @@
-"""What the documents say of the code, and the code of the documents."""
+"""Tests what the documents say of the code, and the code of the documents."""
 
 from __future__ import annotations
 

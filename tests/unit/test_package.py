@@ -1,4 +1,4 @@
-"""What the package promises as a package: its names, its files, its bounds, its shape."""
+"""Tests what the package promises as a package: its names, its files, its bounds, its shape."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ else:
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(greenconsume.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 #: What docs/reference.md has of single modules.
 PUBLIC_ELSEWHERE = {
     "around": ("PlainPublication", "around_producers"),
@@ -184,13 +185,20 @@ def function_lengths(path: Path) -> Iterator[tuple[str, int]]:
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT))
+
+
+@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=named)
 def test_a_docstring_begins_with_what_it_does(path: Path) -> None:
     """A verb, or for a class or property a noun: never a question that the reader has to finish."""
     questions = [
         f"{node.name}: {doc.splitlines()[0]}"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith(
+            "test_"
+        )  # whose name says what is true, and whose docstring more of it
         and (doc := ast.get_docstring(node))
         and re.match(
             r"(What|Whether|How|Who|Where|When|If|It|Its|There|That|None|No|Nothing)\b", doc

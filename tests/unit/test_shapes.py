@@ -36,7 +36,7 @@ def shape(make: Shape) -> Shape:
 
 
 class Work:
-    """What each of the consumers does; a base that knows nothing of kombu."""
+    """The work of each of the consumers; a base that knows nothing of kombu."""
 
     def prepare(self) -> None:
         """Set the attributes past whatever the class makes of an assignment."""

@@ -1,4 +1,4 @@
-"""What a process is told that gevent has not patched, or not far or early enough.
+"""Tests what a process is told that gevent has not patched, or not far or early enough.
 
 These tests run in a process that is not patched, and each starts its own.
 """

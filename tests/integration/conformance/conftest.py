@@ -87,5 +87,5 @@ def _folder(folder: Path) -> Callable[[], Connection]:
 
 @pytest.fixture
 def is_polled(kind: str) -> bool:
-    """Whether the transport can only be polled."""
+    """Return whether the transport can only be polled."""
     return kind in POLLED

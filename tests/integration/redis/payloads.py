@@ -47,7 +47,7 @@ def body_of(raw: bytes) -> Any:
 
 
 def held_count(server: Any) -> int:
-    """How many messages are unacknowledged, in the hash or still in its index."""
+    """Return how many messages are unacknowledged, in the hash or still in its index."""
     return max(int(server.hlen("unacked")), int(server.zcard("unacked_index")))
 
 
@@ -62,6 +62,6 @@ def abandon(
 
 
 def refreshed_at(server: Any) -> float:
-    """When somebody last said that the oldest of what is held is at work."""
+    """Return when somebody last said that the oldest of what is held is at work."""
     [(_, at)] = server.zrange("unacked_index", 0, 0, withscores=True)
     return at

@@ -1,4 +1,4 @@
-"""What cannot be restored: because it is for another user, or the key is no list, or nobody can read it."""
+"""Tests what cannot be restored: it is for another user, its key is no list, or nobody can read it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_requeue_that_the_server_refuses_keeps_nobody_from_his_lease(
 
 
 def leases(server: Any) -> list[float]:
-    """When what is held was last said to be at work, the oldest first."""
+    """Return when what is held was last said to be at work, the oldest first."""
     return [at for _, at in server.zrange("unacked_index", 0, -1, withscores=True)]
 
 

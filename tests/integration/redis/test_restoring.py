@@ -1,5 +1,5 @@
-"""What is held and not settled: refreshed, restored, counted, set aside; beside plain kombu and across lost
-links.
+"""Tests what is held and not settled: refreshed, restored, counted, set aside; beside plain kombu and
+across lost links.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much the server is asked for messages."""
+"""Tests how much the server is asked for messages."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class FakeProcess:
 
 
 class Reply(NamedTuple):
-    """What a request was answered with."""
+    """The answer to a request."""
 
     code: int
     headers: dict[str, str]

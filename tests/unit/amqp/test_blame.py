@@ -1,4 +1,4 @@
-"""Who is told to have lost a link for all, by what was pending when the broker closed it."""
+"""Tests who is told to have lost a link for all, by what was pending when the broker closed it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def tag_of(consumer):
 
 
 def settles(peer):
-    """How often each message was acked, requeued and rejected, as a broker understands it."""
+    """Return how often each message was acked, requeued and rejected, as a broker understands it."""
     counts, open_tags = Counter(), {}
     for frame in peer.received:
         tags = open_tags.setdefault(frame.channel, set())

@@ -1,4 +1,4 @@
-"""What waits for confirms, held against a broker that answers for every message once."""
+"""Tests what waits for confirms, held against a broker that answers for every message once."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def cut(stream, places):
 
 
 def decoded(stream):
-    """What py-amqp makes of a stream that our parser cut into frames."""
+    """Return what py-amqp makes of a stream that our parser cut into frames."""
     got = []
     connection = SimpleNamespace(bytes_recv=0)
     handle = frame_handler(connection, lambda *args: got.append(args))

@@ -63,7 +63,7 @@ class InboxMachine(RuleBasedStateMachine):
 
     @rule(owner=OWNER, tag=TAG)
     def take_back(self, owner: str, tag: str) -> None:
-        """What one channel gives back is its own, in its order; the errors and all the others stay."""
+        """Check that one channel gives back its own, in its order; the errors and all others stay."""
         taken = self.inbox.take_back(owner, lambda delivery: delivery[0] == tag)
         wanted = [
             each

@@ -22,7 +22,7 @@ HOW = st.sampled_from([ACK, REQUEUE, REJECT, GIVE_BACK])
 
 
 class BrokerChannel:
-    """What a broker holds for one channel: what it has delivered, and what became of it."""
+    """A broker's side of one channel: what it has delivered, and what became of it."""
 
     def __init__(self) -> None:
         self.unsettled: list[int] = []

@@ -42,7 +42,7 @@ anything = {name: usual | scalars for name, usual in values.items()}
 
 
 def outcome(function, *args):
-    """What a function returns, or what it raises: type and words."""
+    """Return what a function returns, or what it raises: type and words."""
     try:
         return function(*args)
     except Exception as exc:  # compared with what py-amqp raises

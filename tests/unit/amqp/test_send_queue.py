@@ -1,4 +1,4 @@
-"""What a link sends next: every channel's frames in their order, and no channel for ever."""
+"""Tests what a link sends next: every channel's frames in their order, and no channel for ever."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def draining(connection, stop):
 
 
 def settled(peer):
-    """What became of each delivery, by channel and tag, however the settles were merged."""
+    """Return what became of each delivery, by channel and tag, however the settles were merged."""
     delivered, found = Counter(), {}
     for frame in peer.received:
         if frame.name in ("basic.ack", "basic.reject", "basic.nack"):

@@ -1,4 +1,4 @@
-"""How the command line reads its arguments, and what it makes of MODULE:TARGET."""
+"""Tests how the command line reads its arguments, and what it makes of MODULE:TARGET."""
 
 from __future__ import annotations
 

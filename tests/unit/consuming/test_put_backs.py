@@ -1,4 +1,4 @@
-"""What the broker is told of each message that goes back: that it has failed, or has not (law 11).
+"""Tests what the broker is told of each message that goes back: that it has failed, or has not (law 11).
 
 From RabbitMQ 4.3 on a quorum queue counts a `basic.reject` towards its delivery limit, a `basic.nack` not.
 """

@@ -1,4 +1,4 @@
-"""What a broker's refusals mean for a consumer, and how long it waits before it asks again."""
+"""Tests what a broker's refusals mean for a consumer, and how long it waits before it asks again."""
 
 from __future__ import annotations
 

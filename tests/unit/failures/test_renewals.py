@@ -1,4 +1,4 @@
-"""What a queue that counts says of a message, against a scripted peer: who renews it, and who handles it."""
+"""Tests who renews a message of a queue that counts, and who handles it, against a scripted peer."""
 
 from __future__ import annotations
 

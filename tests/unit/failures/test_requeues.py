@@ -1,4 +1,4 @@
-"""What becomes of a message that its handler did not settle, over memory and over a scripted peer."""
+"""Tests what becomes of a message that its handler did not settle, over memory and over a scripted peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `Retry` makes of its arguments, what a copy keeps, and retries where the broker cannot delay."""
+"""Tests what `Retry` makes of its arguments, what a copy keeps, and retries where the broker cannot delay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a handler's error besides its traceback."""
+"""Tests what is said of a handler's error besides its traceback."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def put(channel):
 
 @pytest.fixture
 def depth(channel):
-    """How many messages wait in a consumer's queue."""
+    """Return how many messages wait in a consumer's queue."""
     return lambda consumer: channel._size(consumer.queue.name)
 
 
@@ -139,14 +139,14 @@ def raising(error):
 
 
 def refusal(**options):
-    """What options that make no sense say."""
+    """Return what options that make no sense say."""
     with pytest.raises(InvalidConsumerError) as refused:
         Gatherer(**options)
     return str(refused.value)
 
 
 def refusal_of(consumer):
-    """What a consumer that makes no sense says when it is run."""
+    """Return what a consumer that makes no sense says when it is run."""
     with pytest.raises(InvalidConsumerError) as refused:
         consumer.run()
     return str(refused.value)
@@ -230,7 +230,7 @@ def test_a_batch_on_amqp_is_acked_in_one_frame(peer, started):
 
 
 def deliverer(peer, count=1):
-    """What has a peer deliver to the consumer that was the `count`-th to say basic.consume."""
+    """Return what has a peer deliver to the consumer that was the `count`-th to say basic.consume."""
     consumer_tag = peer.wait_for("basic.consume", count=count).args[2]
     return lambda tag, body: peer.deliver(1, consumer_tag, tag, json.dumps(body).encode())
 

@@ -69,12 +69,12 @@ class Desk(ConsumerMixin):
 
     @property
     def depth(self):
-        """How many messages wait in the queue."""
+        """The number of messages that wait in the queue."""
         return self.channel._size(self.queue.name)
 
     @property
     def unsettled(self):
-        """How many messages were delivered and not settled."""
+        """The number of messages that were delivered and not settled."""
         return len(self.channel.qos._delivered)
 
     def close(self):

@@ -97,12 +97,12 @@ class Desk:
 
     @property
     def depth(self) -> int:
-        """How many messages wait in the queue."""
+        """The number of messages that wait in the queue."""
         return int(self.channel._size(self.queue.name))
 
     @property
     def unsettled(self) -> int:
-        """How many messages were delivered to the worker, and are not settled."""
+        """The number of messages that were delivered to the worker, and are not settled."""
         return len(self.worker.consumers[0].channel.qos._delivered)
 
     @property

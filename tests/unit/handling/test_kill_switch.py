@@ -1,4 +1,4 @@
-"""When a kill switch trips, waits, tries and resets."""
+"""Tests when a kill switch trips, waits, tries and resets."""
 
 from __future__ import annotations
 

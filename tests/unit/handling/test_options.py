@@ -1,4 +1,4 @@
-"""How a consumer's handlers run: what its options say, else its runtime's, else the defaults; checked."""
+"""Tests options: a consumer's own, else its runtime's, else the defaults; and how they are checked."""
 
 from __future__ import annotations
 

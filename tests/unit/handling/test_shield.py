@@ -25,7 +25,7 @@ from tests.waiting import wait_until
 
 
 class Wire:
-    """What a transport's I/O goes through: it waits while it is held up, and sees who is in it."""
+    """A stand-in for the wire of a transport: it waits while it is held up, and sees who is in it."""
 
     def __init__(self) -> None:
         self.open = Event()
@@ -159,7 +159,7 @@ def writing(what: str, ended: list[BaseException]) -> Callable[[Any, Any, Any], 
 
 @pytest.fixture(params=["ack", "reject", "put"])
 def what(request: pytest.FixtureRequest, wire: Wire) -> str:
-    """What a handler is in the midst of, with the wire held up."""
+    """The write that a handler is in the midst of, with the wire held up."""
     put(1)
     wire.begun.clear()
     wire.done.clear()

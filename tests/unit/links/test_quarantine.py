@@ -1,4 +1,4 @@
-"""Who is kept apart, for how long, and which messages are known to close a link."""
+"""Tests who is kept apart, for how long, and which messages are known to close a link."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a server is, as a URL says it, and what is verified of it."""
+"""Tests where a server is, as a URL says it, and what is verified of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a silent server is asked whether it lives, and when it is left, by a clock of the test's own."""
+"""Tests when a silent server is asked whether it lives, and when it is left, by a clock of the test's own."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_without_seconds_nobody_watches(events):
 
 
 class Computing(ConsumerMixin):
-    """Its callback never waits."""
+    """A consumer whose callback never waits."""
 
     def __init__(self, queue: str, concurrency: int | None) -> None:
         self.connection = Connection("memory://localhost")

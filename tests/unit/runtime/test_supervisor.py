@@ -75,7 +75,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def again(consumer: Any) -> Any:
-    """What makes the same instance each time."""
+    """Return what makes the same instance each time."""
     return lambda: consumer
 
 
