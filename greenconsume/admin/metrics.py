@@ -194,8 +194,7 @@ def _detailed_families(labelled: _Labelled) -> Iterator[Family]:
 
 def _link_families(status: ProcessStatus) -> Iterator[Family]:
     labelled: list[tuple[Labels, LinkStatus]] = [
-        (labels_of(("link", str(number)), ("broker", link.uri)), link)
-        for number, link in enumerate(status.links, 1)
+        (labels_of(("link", str(link.number)), ("broker", link.uri)), link) for link in status.links
     ]
     for name, kind, words, attribute in (
         ("link_up", "gauge", "The link is connected", "up"),

@@ -99,6 +99,7 @@ class LinkStatus:
         reconnects: How often it was connected again.
         silent: Seconds since its reader last read something; None if nothing is to be expected.
         heartbeat: The seconds of its heartbeat; 0: none.
+        number: What tells it apart from the process's other links; it keeps it while it is shown.
     """
 
     uri: str
@@ -108,6 +109,7 @@ class LinkStatus:
     reconnects: int = 0
     silent: float | None = None
     heartbeat: float = 0.0
+    number: int = 1
 
 
 @dataclass(frozen=True, slots=True)

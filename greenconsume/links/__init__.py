@@ -9,6 +9,7 @@ Read `pool`, then `dialer`::
     quarantine    consumers that are kept apart
     session       what the sessions of AMQP and Redis have in common
     holding       how many messages a connection holds
+    numbers       which link is which, where they are shown
     brokers       the addresses of brokers, checked
     unpooled      connecting over a transport that has no links to share
     polled_stop   the stop of a consumer that can only be asked

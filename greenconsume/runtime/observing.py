@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from operator import attrgetter
 from time import monotonic
 from typing import Any
 
@@ -17,6 +18,7 @@ from greenconsume.events import ConsumerState
 from greenconsume.handling.jobs import Job
 from greenconsume.handling.settings import Settings
 from greenconsume.links.dialer import Dialer
+from greenconsume.links.numbers import link_numbers
 from greenconsume.links.pool import LinkPool
 from greenconsume.links.session import Holding
 from greenconsume.logs import redact
@@ -84,31 +86,34 @@ def handlers_of(child: Child, now: float) -> tuple[RunningHandler, ...]:
 
 
 def links_of(pools: Iterable[LinkPool]) -> tuple[LinkStatus, ...]:
-    """Return the links of some pools, and after them those that plain connections have by themselves."""
+    """Return the links of some pools and those that plain connections have by themselves, by number."""
     now = monotonic()
     dialers = [dialer for pool in pools for dialer in pool.dialers]
     pooled = {id(dialer.link) for dialer in dialers}
     redis: Any = sys.modules.get(
         "greenconsume.redis.link"
     )  # it needs an extra, and may not be there
-    single: list[Any] = [*amqp_links, *(redis.all_links if redis is not None else ())]
-    return (
-        *(_place_of(dialer, now) for dialer in dialers),
-        *(
-            _link_of(link, 0, now)
-            for link in single
-            if link.connected and not link.is_closing and id(link) not in pooled
-        ),
-    )
+    single = [
+        link
+        for link in (*amqp_links, *(redis.all_links if redis is not None else ()))
+        if link.connected and not link.is_closing and id(link) not in pooled
+    ]
+    numbers = iter(link_numbers.of([*dialers, *single]))
+    found = [
+        *(_place_of(dialer, next(numbers), now) for dialer in dialers),
+        *(_link_of(link, next(numbers), 0, now) for link in single),
+    ]
+    return tuple(sorted(found, key=attrgetter("number")))
 
 
-def _place_of(dialer: Dialer, now: float) -> LinkStatus:
-    if dialer.link is None or not dialer.is_live:
-        return LinkStatus(redact(dialer.uri), up=False, reconnects=dialer.reconnect_count)
-    return _link_of(dialer.link, dialer.reconnect_count, now)
+def _place_of(dialer: Dialer, number: int, now: float) -> LinkStatus:
+    if dialer.link is not None and dialer.is_live:
+        return _link_of(dialer.link, number, dialer.reconnect_count, now)
+    uri, reconnects = redact(dialer.uri), dialer.reconnect_count
+    return LinkStatus(uri, up=False, reconnects=reconnects, number=number)
 
 
-def _link_of(link: Any, reconnects: int, now: float) -> LinkStatus:
+def _link_of(link: Any, number: int, reconnects: int, now: float) -> LinkStatus:
     return LinkStatus(
         redact(link.uri),
         up=True,
@@ -117,6 +122,7 @@ def _link_of(link: Any, reconnects: int, now: float) -> LinkStatus:
         reconnects=reconnects,
         silent=now - link.last_read,
         heartbeat=link.heartbeat,
+        number=number,
     )
 
 
