@@ -53,7 +53,7 @@ def consumers(
 ) -> Callable[[Any], None]:
     """Return a `post_worker_init` hook that runs consumers in each worker.
 
-    To have a hook of your own as well, call this one in it.
+    To have a hook of your own as well, or several targets, call this one in it, or several of them.
 
     Args:
         target: "MODULE:TARGET", which names a Runtime, a consumer class, a consumer, or a function that

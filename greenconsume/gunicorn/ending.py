@@ -76,6 +76,7 @@ class Ending:
     def __init__(self, worker: Worker, drained: Drained) -> None:
         self.stage = Stage.SERVING
         self._worker = worker
+        self._max_requests = worker.max_requests  # which the first of several endings sets
         self._drained = drained
         self._is_news = False  # the last time that `alive` was set changed the stage
         self._quit_at: float | None = None
@@ -100,7 +101,7 @@ class Ending:
         if value:
             return
         before = self.stage
-        if before is Stage.SERVING and self._worker.nr >= self._worker.max_requests:
+        if before is Stage.SERVING and self._worker.nr >= self._max_requests:
             self._worker.max_requests = (
                 sys.maxsize
             )  # it would be told, and logged, with each further request
@@ -178,11 +179,16 @@ def check(worker: object) -> None:
 
 
 def _with_ending(base: type[Any], ending: Ending) -> type[Any]:
-    def alive(_worker: Worker) -> bool:
-        return ending.alive
+    """Return a class of workers that end so, and as `base` does, which may have another ending."""
+    other = getattr(base, "alive", None)
 
-    def set_alive(_worker: Worker, value: bool) -> None:
+    def alive(worker: Worker) -> bool:
+        return ending.alive or (isinstance(other, property) and other.__get__(worker))
+
+    def set_alive(worker: Worker, value: bool) -> None:
         ending.alive = value
+        if isinstance(other, property):
+            other.__set__(worker, value)
 
     def run(worker: Worker) -> None:
         ending.run(lambda: base.run(worker))

@@ -55,6 +55,38 @@ def test_quit_after_term_cancels_at_once(rabbitmq, amqp_url, queue_name, start):
     assert "SIGKILL" not in server.log
 
 
+@pytest.mark.parametrize("ending", ["quit", "max_requests"])
+def test_two_targets_of_one_worker_both_drain(
+    rabbitmq, amqp_url, queue_name, start, tmp_path, ending
+):
+    """HAZARDS row 24: neither is told too late, nor takes the first signal for a further one."""
+    (tmp_path / "second.py").write_text(
+        "from tests.webapp import *\nother = Runtime(BROKER)\nother.spawn(Worker)\n"
+    )
+    server = start(
+        f"pythonpath = {str(tmp_path)!r}\nmax_requests = {5 * (ending == 'max_requests')}\n"
+        "one, two = post_worker_init, consumers('second:other')\n"
+        "def post_worker_init(worker):\n"
+        "    one(worker)\n"
+        "    two(worker)\n",
+        consuming=2,
+        WORK="2,2",
+    )
+    publish(amqp_url, queue_name, 20)
+    wait_until(lambda: server.count("begun") == 20)
+    (worker,) = server.workers
+    if ending == "quit":
+        server.signal(signal.SIGQUIT)
+        server.wait_end()
+    else:
+        for _ in range(5):
+            server.get()
+        wait_until(lambda: worker not in server.workers)
+    assert server.log.count("stopping 1 consumers") == 2
+    tally = settled(rabbitmq, amqp_url, queue_name, server, 20)
+    assert (tally.finished, tally.cancelled) == (20, 0)
+
+
 def test_a_grace_shorter_than_the_handlers_cancels_them_in_order(
     rabbitmq, amqp_url, queue_name, start
 ):
