@@ -137,6 +137,7 @@ def _apply(
         raise click.UsageError(
             "--replicas is not for a Runtime: say it there, as in runtime.spawn(Orders, replicas=20)"
         )
+    Runtime(**given)  # to say now what is wrong with one
     for name, value in given.items():
         setattr(runtime, name, value)
     runtime.options = replace(runtime.options, **handled.said())

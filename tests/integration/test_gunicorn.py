@@ -109,10 +109,17 @@ def test_memory_can_be_asked_for_and_a_consumer_may_have_its_own_connection(
     server.wait_log(f"in this worker, on {broker}://")
 
 
-def test_options_that_are_none_are_one_line(start):
-    conf = "post_worker_init = consumers('tests.webapp:runtime', options={'concurrency': 3})\n"
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("options={'concurrency': 3}", "TypeError: options must be a ConsumerOptions, not {'conc"),
+        ("max_messages='3'", "max_messages must be 1 or more, or None, not '3'"),
+    ],
+)
+def test_options_that_are_none_are_one_line(start, said, told):
+    conf = f"post_worker_init = consumers('tests.webapp:runtime', {said})\n"
     server = start(conf, consuming=0)
-    server.wait_log("TypeError: options must be a ConsumerOptions, not {'concurrency': 3}: write")
+    server.wait_log(told)
     assert "Traceback" not in server.log
 
 
