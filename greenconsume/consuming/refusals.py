@@ -59,36 +59,80 @@ class Refusal:
     remedy: str
 
 
+#: What a channel's errors mean, by their class and RabbitMQ's words; the first that fits counts.
+_REFUSALS = (
+    (
+        amqp.ResourceLocked,
+        "",
+        Prospect.TAKE_OVER,
+        "the queue is exclusive to another connection: it stands by; leave out exclusive=True for "
+        "replicas that share a queue",
+    ),
+    (
+        amqp.AccessRefused,
+        "in exclusive use",
+        Prospect.TAKE_OVER,
+        "another consumer has the queue for itself: it stands by",
+    ),
+    (
+        amqp.AccessRefused,
+        "reserved prefix",
+        Prospect.NONE,
+        "names that begin with amq. are the broker's: give it another",
+    ),
+    (
+        amqp.AccessRefused,
+        "default exchange",
+        Prospect.NONE,
+        "every queue is bound to the default exchange by its name: bind it to another, or leave it",
+    ),
+    (amqp.AccessRefused, "", Prospect.HELP, "grant the user the permission that it lacks"),
+    (amqp.NotFound, "", Prospect.HELP, "declare it, or have the consumer declare it"),
+    (
+        amqp.PreconditionFailed,
+        "inequivalent arg",
+        Prospect.NONE,
+        "it exists with other properties: declare it with these, or delete it once it is empty",
+    ),
+    (
+        amqp.PreconditionFailed,
+        "invalid arg",
+        Prospect.NONE,
+        "correct the argument, or enable at the broker what it asks for",
+    ),
+    (
+        amqp.PreconditionFailed,
+        "exchange type",
+        Prospect.NONE,
+        "correct the exchange's type, or enable the broker's plugin for it",
+    ),
+    (
+        amqp.PreconditionFailed,
+        "prefetch count is not set",
+        Prospect.HELP,
+        "it is a stream, which is read with a prefetch from now on",
+    ),
+    (
+        amqp.PreconditionFailed,
+        "timed out",
+        Prospect.HELP,
+        "settle sooner, or raise the broker's consumer_timeout",
+    ),
+    (
+        amqp.PreconditionFailed,
+        "unknown delivery tag",
+        Prospect.HELP,
+        "a message was settled twice, or on another channel than its own",
+    ),
+)
+
+
 def refusal_of(error: BaseException) -> Refusal:
     """Return what a channel's error means for its consumer."""
     text = str(error)
-    if isinstance(error, amqp.ResourceLocked):
-        return Refusal(
-            Prospect.TAKE_OVER,
-            "the queue is exclusive to another connection: it stands by; leave out exclusive=True for "
-            "replicas that share a queue",
-        )
-    if isinstance(error, amqp.AccessRefused) and "exclusive" in text:
-        return Refusal(
-            Prospect.TAKE_OVER, "another consumer has the queue for itself: it stands by"
-        )
-    if isinstance(error, amqp.AccessRefused):
-        return Refusal(Prospect.HELP, "grant the user the permission that it lacks")
-    if isinstance(error, amqp.NotFound):
-        return Refusal(Prospect.HELP, "declare it, or have the consumer declare it")
-    if isinstance(error, amqp.PreconditionFailed) and "inequivalent arg" in text:
-        return Refusal(
-            Prospect.NONE,
-            "it exists with other properties: declare it with these, or delete it once it is empty",
-        )
-    if isinstance(error, amqp.PreconditionFailed) and "prefetch count is not set" in text:
-        return Refusal(Prospect.HELP, "it is a stream, which is read with a prefetch from now on")
-    if isinstance(error, amqp.PreconditionFailed) and "timed out" in text:
-        return Refusal(Prospect.HELP, "settle sooner, or raise the broker's consumer_timeout")
-    if isinstance(error, amqp.PreconditionFailed) and "unknown delivery tag" in text:
-        return Refusal(
-            Prospect.HELP, "a message was settled twice, or on another channel than its own"
-        )
+    for kind, words, prospect, remedy in _REFUSALS:
+        if isinstance(error, kind) and words in text:
+            return Refusal(prospect, remedy)
     return Refusal(Prospect.HELP, remedy_of(error))
 
 

@@ -13,11 +13,11 @@ import amqp
 import gevent
 import pytest
 from gevent.event import Event
-from kombu import Connection, Consumer, Producer, Queue
+from kombu import Connection, Consumer, Exchange, Producer, Queue, binding
 from kombu.utils.limits import TokenBucket
 
-from greenconsume import ConsumerOptions, Runtime, spawn
-from greenconsume.errors import ConsumerRefusedError
+from greenconsume import ConsumerOptions, RestartPolicy, Runtime, spawn
+from greenconsume.errors import ConsumerRefusedError, LinkClosedError
 from greenconsume.events import ConsumerState, HandlerClosedChannel, HandlerFailed, LinkDown
 from tests.integration.consumers import (
     SOON,
@@ -307,6 +307,38 @@ def test_a_start_is_failed_by_a_queue_that_was_declared_otherwise(amqp_url, queu
         runtime.start()
     assert not sibling.running
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("queue", "words"),
+    [
+        (Queue("amq.mine"), "reserved prefix.*give it another"),
+        (
+            Queue("q", queue_arguments={"x-message-ttl": "soon"}),
+            "invalid arg.*correct the argument",
+        ),
+        (Queue("q", queue_arguments={"x-queue-type": "nope"}), "invalid arg.*correct the argument"),
+        (Queue("q", bindings=[binding(Exchange(""), "key")]), "default exchange.*by its name"),
+    ],
+    ids=["reserved name", "bad argument", "unknown queue type", "default exchange"],
+)
+def test_a_start_is_failed_by_what_no_broker_takes(amqp_url, queue, words, caplog):
+    runtime = Runtime(amqp_url)
+    runtime.spawn(partial(Recorder, queue=queue))
+    with pytest.raises(ConsumerRefusedError, match=words):
+        runtime.start()
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.by_broker
+def test_a_start_is_failed_by_an_unknown_type_of_exchange(rabbitmq, amqp_url, queue_name):
+    """RabbitMQ 4 closes the channel for it, and 3.10 the connection: that counts as a restart."""
+    queue = Queue(queue_name, Exchange(queue_name, type="no-such-type"))
+    runtime = Runtime(amqp_url, restart=RestartPolicy(max_restarts=1, backoff=0.1))
+    runtime.spawn(partial(Recorder, queue=queue))
+    refused = ConsumerRefusedError if rabbitmq.version >= (4,) else LinkClosedError
+    with pytest.raises(refused, match=r"unknown exchange type.*correct the exchange's type"):
+        runtime.start()
 
 
 def test_a_queue_that_was_declared_otherwise_is_told_and_tried_again(amqp_url, queue_name, caplog):

@@ -45,6 +45,31 @@ def met(life: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> Refusals:
         (OTHERWISE, Prospect.NONE, "it exists with other properties"),
         (MISSING, Prospect.HELP, "declare it"),
         (amqp.AccessRefused("access to queue 'q' refused"), Prospect.HELP, "grant the user"),
+        (
+            amqp.AccessRefused("access to queue 'exclusive' in vhost '/' refused for user 'u'"),
+            Prospect.HELP,
+            "grant the user",
+        ),
+        (
+            amqp.AccessRefused("queue name 'amq.mine' contains reserved prefix 'amq.*'"),
+            Prospect.NONE,
+            "give it another",
+        ),
+        (
+            amqp.AccessRefused("operation not permitted on the default exchange"),
+            Prospect.NONE,
+            "by its name",
+        ),
+        (
+            amqp.PreconditionFailed("invalid arg 'x-message-ttl' for queue 'q': expected integer"),
+            Prospect.NONE,
+            "correct the argument",
+        ),
+        (
+            amqp.PreconditionFailed("unknown exchange type 'no-such-type'"),
+            Prospect.NONE,
+            "correct the exchange's type",
+        ),
         (amqp.PreconditionFailed("delivery ack timed out"), Prospect.HELP, "settle sooner"),
         (amqp.PreconditionFailed("unknown delivery tag 1"), Prospect.HELP, "settled twice"),
         (amqp.ChannelError("CHANNEL_ERROR"), Prospect.HELP, ""),
