@@ -90,7 +90,7 @@ class Confirm:
             raise self.error
 
     def note_return(self, error: BaseException | None) -> None:
-        """Note that the broker returned it, and why, or that it is written anew. Never switches."""
+        """Note why the broker returned the message; None: it is written again. Never switches."""
         self.returned = error
 
     def answer(self, error: BaseException | None) -> None:

@@ -78,14 +78,14 @@ class ChannelConsumer:
         return self.consume_args is not None and not self.is_paused
 
     def pause(self) -> ConsumeArgs:
-        """Note that it is paused; return what its stand-in consumes with: acks, for a prefetch to hold it."""
+        """Note that it is paused; return the arguments of its stand-in, which needs acks to be held back."""
         assert self.consume_args is not None
         self.is_paused = True
         ticket, queue, tag, no_local, _, exclusive, nowait, arguments = self.consume_args
         return (ticket, queue, stand_in_of(tag), no_local, False, exclusive, nowait, arguments)
 
     def resume(self) -> ConsumeArgs:
-        """Note that it consumes again; return what with."""
+        """Note that it consumes again; return the arguments that it consumes with."""
         assert self.consume_args is not None
         self.is_paused = False
         return self.consume_args
@@ -175,7 +175,7 @@ class Consumers:
             consumer.forget_held()
 
     def stand_in(self, tag: str) -> None:
-        """Note that a consumer has a stand-in, or had: what that was sent is its."""
+        """Note that a consumer has a stand-in: the messages that it is sent are the consumer's."""
         if self._stand_ins is None:
             self._stand_ins = {}
         self._stand_ins[stand_in_of(tag)] = tag

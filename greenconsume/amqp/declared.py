@@ -7,7 +7,7 @@ from typing import Any
 
 
 class DeclaredQueues:
-    """The queues that were declared over one link, as far as it matters to who consumes them.
+    """The queues that were declared over one link, with what their consumers have to know of them.
 
     Attributes:
         lasting: Those that are not deleted when unused: their consumer may be paused.

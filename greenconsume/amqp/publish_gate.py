@@ -51,7 +51,7 @@ class PublishGate:
         self._sending = size
 
     def note_sent(self) -> None:
-        """Note that the socket took them; let publishers go on, if they waited for that."""
+        """Note that the socket took what was being sent, and let publishers go on that waited for it."""
         outgoing = self._outgoing
         relieved = outgoing.take_relief() or self._sending + outgoing.size > HIGH_WATER
         self._sending = 0

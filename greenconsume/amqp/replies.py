@@ -43,7 +43,7 @@ REPLIES: frozenset[Sig] = frozenset(
 
 
 class Reply:
-    """The reply that one call waits for; it stays in line after its caller gave up, so as to meet nobody.
+    """The reply that one call waits for; it keeps its place when the caller gives up, so no other gets it.
 
     Attributes:
         methods: The methods that may answer it.

@@ -56,7 +56,7 @@ def _nobody() -> None:
 
 
 class Inheritance:
-    """Keeps who drains a session, and what of an earlier one of its connection they are still to be told."""
+    """Keeps what the drainers of a session are still to be told of its connection's earlier session."""
 
     __slots__ = ("_client", "_debt", "_drainer", "_others")
 

@@ -127,7 +127,7 @@ class Engine:
         return settings_of(self.life.name, self._consumer, self._around, self._shared)
 
     def serves(self, consumer: object) -> bool:
-        """Return whether it is this consumer's, and not that of one which it was copied from."""
+        """Return whether it belongs to this consumer: a copy of a consumer has the engine of its original."""
         return self._consumer is consumer
 
     def link_pool(self) -> LinkPool:

@@ -41,7 +41,7 @@ class StreamPlaces:
         self._places: dict[str, _Place] = {}
 
     def fit(self, consumer: Consumer, recoverer: Recoverer) -> Accept | None:
-        """Have a consumer go on where it stands; return what sees its messages, None if it reads no stream.
+        """Have a consumer resume at its place; return what sees its messages; None: it reads no stream.
 
         Args:
             consumer: A `kombu.Consumer` that does not consume yet.
@@ -66,7 +66,7 @@ class StreamPlaces:
         return self._accepting(recoverer) if streams or elsewhere else None
 
     def mark(self, consumer: Consumer) -> None:
-        """Have a consumer's queues say that they are streams, where that was found out since it had them."""
+        """Mark as streams those queues of a consumer that were found to be streams meanwhile."""
         for queue in consumer.queues if isinstance(consumer, Consumer) else ():
             if queue.name in self._places and not is_stream(queue):
                 queue.consumer_arguments = {**(queue.consumer_arguments or {}), OFFSET: _NEXT}

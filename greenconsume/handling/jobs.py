@@ -169,7 +169,7 @@ def current_job() -> Job | None:
 
 
 def note_abort(frame: FrameType | None, silence: float | None) -> None:
-    """Say what it means for the job of this greenlet, if it runs one, that it is ended by an exception now.
+    """Tell the job of this greenlet, if there is one, that an exception is about to end it, and why.
 
     Args:
         frame: The innermost one, as a signal handler finds it.

@@ -63,7 +63,7 @@ def _accusation_in(session: Any) -> BaseException | None:
 
 
 def _key_of(message: Message) -> str:
-    """Return what tells a message from others: all that its publisher made, so that equals are one."""
+    """Return a key for a message, of all that its publisher said: equal messages have equal keys."""
     properties = dict(message.properties)
     headers = properties.pop("application_headers", None) or {}
     info = message.delivery_info

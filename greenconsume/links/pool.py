@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 from kombu import Connection
 
+from greenconsume.amqp.link import DEFAULT_CLOSE_TIMEOUT
 from greenconsume.checks import is_count
 from greenconsume.links.backoff import MAX_PUBLISHING_DELAY, OnFailedAttempt, OnRefused
 from greenconsume.links.dialer import Dialer
@@ -21,9 +22,6 @@ from greenconsume.links.unpooled import connect_unpooled
 from greenconsume.patching import require_patched
 from greenconsume.stopping import Deadline, StopSignal
 from greenconsume.transports import registry
-
-#: Seconds in which all links of a pool have closed in order, where nothing else is said.
-_GOODBYE = 5.0
 
 
 class LinkPool:
@@ -133,7 +131,7 @@ class LinkPool:
 
     def close(self, timeout: float | None = None) -> None:
         """Drop what is left of the links, within `timeout` seconds (by default 5). Switches: yes."""
-        deadline = Deadline(_GOODBYE if timeout is None else timeout)
+        deadline = Deadline(DEFAULT_CLOSE_TIMEOUT if timeout is None else timeout)
         for dialers in self._dialers.values():
             for dialer in dialers:
                 dialer.close(deadline)

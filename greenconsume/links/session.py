@@ -42,7 +42,7 @@ class Holding(Protocol):
 
 
 class GreenSession(Holding, Protocol):
-    """A connection's share of a link, AMQP's or Redis's, as those see it who consume over it.
+    """A connection's share of a link, of AMQP or Redis, as its consumers see it.
 
     Attributes:
         given_back_count: How many messages went back that no callback took.

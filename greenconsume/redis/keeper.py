@@ -344,7 +344,7 @@ def _text(field: bytes | str) -> str:
 
 
 def _number_in(field: bytes) -> tuple[int, int]:
-    """Return what sorts the fields of one process as they were taken, and behind those of kombu."""
+    """Return a key to sort by: kombu's fields first, then those of a process in the order of their taking."""
     tail = field.rpartition(b".")[2]
     return (1, int(tail)) if tail.isdigit() else (0, 0)
 

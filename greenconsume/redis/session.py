@@ -188,7 +188,7 @@ class Session:
         return any(channel.has_consumers for channel in self.channels.values())
 
     def tell_its_end(self) -> None:
-        """Raise what there is to tell to who uses it; another may take its place then. Never switches.
+        """Raise the error that ended it; after that another session may take its place. Never switches.
 
         Raises:
             LinkLostError: The link is gone.

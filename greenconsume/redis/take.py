@@ -72,7 +72,7 @@ class Take:
         self._ledger.doubt(self._first, self._count)
 
     def recall(self) -> None:
-        """Have what it takes put back as soon as it is taken: its link closes. Never switches."""
+        """Have the server put back what this takes, because its link closes. Never switches."""
         steps = self._ledger.keyspace.steps
         arguments: list[Any] = [self._ledger.owner, self._first, self._count]
         queues_count = len(self._lists) // len(steps)

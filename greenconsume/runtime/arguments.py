@@ -27,7 +27,7 @@ def check_options(options: object) -> None:
 
 
 def options_with(options: ConsumerOptions | None, around: Sequence[Around]) -> ConsumerOptions:
-    """Return the options of a runtime: those that were said, in what else is entered around its callbacks.
+    """Return the options of a runtime, with `around` entered outside of what they have around callbacks.
 
     Raises:
         TypeError: `options` are none.

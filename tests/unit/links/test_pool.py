@@ -647,7 +647,7 @@ def test_closing_a_pool_is_bounded_where_its_broker_does_not_answer(
     make_pool, connections, make_peer, monkeypatch
 ):
     """Law 3, also where no bound is said."""
-    monkeypatch.setattr("greenconsume.links.pool._GOODBYE", 0.05)
+    monkeypatch.setattr("greenconsume.links.pool.DEFAULT_CLOSE_TIMEOUT", 0.05)
     pool, silent = make_pool(), make_peer(silent={"connection.close"}, heartbeat=0)
     pool.connect(connections(silent.url), StopSignal())
     with gevent.Timeout(30):
