@@ -28,6 +28,9 @@ local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local stamp = clock[1] .. '.' .. string.format('%06d', clock[2])
 """
+#: Changes nothing of the index, the first key. A server that has no memory left refuses the first change that
+#: may need some, but lets a script end that has begun: and leases are to be refreshed all the same.
+_BEGUN = "redis.call('ZREM', KEYS[1], '')"
 
 #: Moves up to ARGV[1] messages from the queues to the unacknowledged ones, as fields ARGV[2] .. ARGV[3], …
 #: + 1, …. KEYS: unacked, its index, then the queues in their order. ARGV[4]: bytes after which no more is
@@ -179,6 +182,7 @@ return moved
 #: Refreshes leases. KEYS: the index; ARGV: the fields. Returns those that are not there any more.
 REFRESH = Script.of(
     _NOW
+    + _BEGUN
     + """
 local lost = {}
 for i = 1, #ARGV do
@@ -198,6 +202,7 @@ return lost
 #: were heard of, the seconds until the next delayed message is due (empty: none).
 BEAT = Script.of(
     _NOW
+    + _BEGUN
     + """
 if ARGV[1] ~= '' then redis.call('HSET', KEYS[2], ARGV[1], stamp .. ' ' .. ARGV[2]) end
 local limit = now - tonumber(ARGV[3])

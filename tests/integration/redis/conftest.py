@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ from kombu import Connection
 from greenconsume.redis import keeper
 from tests.integration.consumers import green_connection
 from tests.redis_server import as_user
+from tests.servers import HOST, MissingServerError, end, find_program, free_port, launch, missing
+from tests.waiting import wait_until
+
+Start = Callable[..., int]
 
 
 @pytest.fixture
@@ -43,3 +49,37 @@ def restricted(redis_url, server, queue_name) -> Iterator[str]:
     )
     yield as_user(redis_url, queue_name, "h0rse")
     server.acl_deluser(queue_name)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a Redis with options of a test's own; returns its port."""
+    with ExitStack() as stack:
+
+        def started(*options: str) -> int:
+            port = free_port()
+            try:
+                program = find_program("redis-server")
+            except MissingServerError as exc:
+                missing(exc)
+            process = launch(
+                program,
+                *("--port", str(port), "--bind", HOST, "--dir", tmp_path, "--save", "", *options),
+                log=tmp_path / "redis.out",
+            )
+            stack.callback(end, process)
+            wait_until(lambda: _answers(port))
+            return port
+
+        yield started
+
+
+def _answers(port: int) -> bool:
+    with redis.Redis(HOST, port, protocol=2) as client:
+        try:
+            client.ping()
+        except redis.exceptions.AuthenticationError:
+            return True
+        except redis.exceptions.ConnectionError:
+            return False
+    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,45 +20,10 @@ from greenconsume.errors import BrokerRefusedError
 from greenconsume.events import PollingTransport
 from greenconsume.redis.ledger import ACK_COUNT
 from tests.integration.consumers import Inbox, Recorder, consuming, green_connection, observed
+from tests.integration.redis.conftest import Start
 from tests.integration.redis.payloads import put
-from tests.servers import HOST, MissingServerError, end, find_program, free_port, launch, missing
+from tests.servers import HOST, free_port
 from tests.waiting import AT_ONCE, wait_until
-
-Start = Callable[..., int]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a Redis with options of a test's own; returns its port."""
-    with ExitStack() as stack:
-
-        def started(*options: str) -> int:
-            port = free_port()
-            try:
-                program = find_program("redis-server")
-            except MissingServerError as exc:
-                missing(exc)
-            process = launch(
-                program,
-                *("--port", str(port), "--bind", HOST, "--dir", tmp_path, "--save", "", *options),
-                log=tmp_path / "redis.out",
-            )
-            stack.callback(end, process)
-            wait_until(lambda: _answers(port))
-            return port
-
-        yield started
-
-
-def _answers(port: int) -> bool:
-    with redis.Redis(HOST, port, protocol=2) as client:
-        try:
-            client.ping()
-        except redis.exceptions.AuthenticationError:
-            return True
-        except redis.exceptions.ConnectionError:
-            return False
-    return True
 
 
 def test_a_wrong_password_and_none_are_refusals_told_at_once_and_the_right_one_opens(
