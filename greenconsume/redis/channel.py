@@ -32,8 +32,6 @@ from greenconsume.virtual import publish_plain
 
 #: How many messages a channel without a prefetch has waiting.
 WINDOW = 16
-
-
 #: A channel, the consumer that it is for, what it is held as, and its bytes.
 Waiting: TypeAlias = "tuple[Channel, Subscription, str, bytes]"
 
@@ -263,8 +261,8 @@ class Channel(Topology):
         """Have `drain_events` raise it. Never switches."""
         self.session.tell(error)
 
-    def dispatch(self, subscription: Subscription, field: str, raw: bytes) -> None:
-        """Hand out a message that waited. Switches: as the callback does."""
+    def dispatch(self, subscription: Subscription, field: str, raw: bytes) -> HeldMessage:
+        """Hand out a message that waited, and return it. Switches: as the callback does."""
         self.waiting -= 1
         message = message_of(self, raw, field, subscription.queue, subscription.tag)
         if subscription.no_ack:
@@ -273,6 +271,7 @@ class Channel(Topology):
             self._unsettled.append(message, field)
         self.offer()
         subscription.callback(message)
+        return message
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: object) -> HeldMessage | None:
         """Take a message if there is one. Switches: yes."""

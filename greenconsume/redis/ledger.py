@@ -23,11 +23,14 @@ from greenconsume.redis.keyspace import Keyspace
 from greenconsume.redis.link import Link
 from greenconsume.redis.protocol import encode_for_each
 from greenconsume.redis.scripts import GIVE_BACK
-from greenconsume.stopping import Deadline, wait
+from greenconsume.stopping import Deadline, StopSignal, wait
 
 #: So many acks, or the oldest of them so many seconds old, are sent at once, and not at the hub's next turn
 #: only.
 ACK_COUNT, ACK_AGE = 13, 0.005
+#: Who handles messages without end waits while so many acks are not confirmed. What was sent may be lost with
+#: its process: the server drops what it has not read once it finds nobody there to answer to.
+MAX_UNCONFIRMED = 15
 #: One script or command names so many messages at the most.
 CHUNK = 200
 
@@ -66,6 +69,7 @@ class Ledger:
         on_returned: Called with the keys that messages went back to.
         consuming: The channels of this process, which say what expires unless it is looked after.
         stale_count: How many acks came for messages that were not ours any more.
+        unconfirmed_count: How many acks the server has yet to answer.
     """
 
     def __init__(self, keyspace: Keyspace) -> None:
@@ -74,10 +78,10 @@ class Ledger:
         self.held: dict[str, Lease] = {}
         self.failed: dict[str, Callable[[], object]] = {}
         self.doubtful: list[str] = []
-        self.changed, self._returned = Event(), Event()
+        self.changed, self._returned, self._confirmed = Event(), Event(), Event()
         self.links: list[Link] = []
         self.on_returned: list[Callable[[Iterable[str]], object]] = []
-        self.stale_count = 0
+        self.stale_count = self.unconfirmed_count = 0
         self.consuming: weakref.WeakSet[Consuming] = weakref.WeakSet()
         self._number = 1
         self._acks: list[str] = []
@@ -154,6 +158,7 @@ class Ledger:
         """Settle a message; return False if it is not held. Said at the hub's next turn. Never switches."""
         if self.held.pop(field, None) is None:
             return False
+        self.unconfirmed_count += 1
         acks = self._acks
         acks.append(field)
         if len(acks) == 1:
@@ -165,6 +170,11 @@ class Ledger:
                 self.flush()
                 link.flush_now()
         return True
+
+    def wait_for_confirmation(self, deadline: Deadline, stop: StopSignal | None) -> None:
+        """Wait until the server has answered to acks, or a link was lost. Switches: yes."""
+        self._confirmed.clear()
+        wait(self._confirmed, deadline, stop)
 
     def give_back(self, fields: Iterable[str]) -> None:
         """Put messages back as if they had never been taken. Said at the hub's next turn. Never switches."""
@@ -227,11 +237,14 @@ class Ledger:
 
     def _send_acks(self, link: Link, fields: list[str]) -> None:
         def said(reply: object) -> None:
-            if isinstance(reply, int):
-                self.stale_count += len(fields) - reply
-            elif self._is_to_be_said_again(reply):
+            if self._is_to_be_said_again(reply):
                 self._acks[:0] = fields
                 self._wake()
+            else:
+                self.unconfirmed_count -= len(fields)
+                if isinstance(reply, int):
+                    self.stale_count += len(fields) - reply
+            self._confirmed.set()
 
         # In this order: an index without its message does no harm, and a message without its index
         # would never be restored.
@@ -257,7 +270,7 @@ class Ledger:
     @staticmethod
     def _is_to_be_said_again(reply: object) -> bool:
         # What the server refuses stays among the unacknowledged, to be restored when its time is over.
-        return not isinstance(reply, exceptions.RedisError)
+        return not isinstance(reply, (int, exceptions.RedisError))
 
 
 def number_of(field: str) -> int:

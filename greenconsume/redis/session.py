@@ -22,7 +22,7 @@ from greenconsume.amqp.waits import Waits
 from greenconsume.hub import MAX_TURN
 from greenconsume.redis.channel import Channel, Waiting
 from greenconsume.redis.feed import ensure_feeds
-from greenconsume.redis.ledger import Ledger
+from greenconsume.redis.ledger import MAX_UNCONFIRMED, Ledger
 from greenconsume.redis.link import Link
 from greenconsume.redis.subscription import Subscription
 from greenconsume.stopping import Deadline, StopSignal, wait
@@ -54,6 +54,7 @@ class Session:
         self._errors: deque[BaseException] = deque()
         self._arrival = Event()
         self._turn_began = monotonic()
+        self._settles_at_once = False  # the last message was settled when its callback returned
         link.sessions.add(self)
         ledger.attach(link)
 
@@ -161,19 +162,25 @@ class Session:
             self._turn_began = monotonic()
         self._inheritance.note_drainer()
         deadline: Deadline | None = None
+        ledger = self.ledger
         while True:
             if stop is not None and stop.reason is not None:
                 stop.check()
-            if self._inbox:
+            is_behind = self._settles_at_once and ledger.unconfirmed_count >= MAX_UNCONFIRMED
+            if self._inbox and not is_behind:
                 channel, subscription, field, raw = self._inbox.popleft()
-                channel.dispatch(subscription, field, raw)
+                message = channel.dispatch(subscription, field, raw)
+                self._settles_at_once = message.acknowledged
                 return
             self._tell_drainer()
             deadline = deadline or Deadline(timeout)
             if deadline.expired:
                 raise socket.timeout("timed out")
-            self._arrival.clear()
-            wait(self._arrival, deadline, stop)
+            if is_behind:
+                ledger.wait_for_confirmation(deadline, stop)
+            else:
+                self._arrival.clear()
+                wait(self._arrival, deadline, stop)
             self._turn_began = monotonic()
 
     def _tell_drainer(self) -> None:

@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from statistics import median
 from time import monotonic
 from typing import Any
@@ -22,7 +23,7 @@ from greenconsume.events import LinkDown, PollingTransport
 from greenconsume.redis import link as redis_link
 from greenconsume.redis.feed import ensure_feeds
 from greenconsume.redis.keyspace import Keyspace
-from greenconsume.redis.ledger import ensure_ledger
+from greenconsume.redis.ledger import MAX_UNCONFIRMED, ensure_ledger
 from tests.fault.consumers import (
     Collector,
     Unlimited,
@@ -115,6 +116,33 @@ def test_a_stop_does_not_wait_for_a_take_that_a_stopped_server_has_yet_to_answer
     wait_until(lambda: lists(server, space.keys(queue_name)) == list(raw.values()))
     assert held_count(server) == server.hlen(space.owners) == 0
     assert not consumer.handled
+
+
+def test_who_handles_without_end_waits_for_a_server_that_confirms_nothing(
+    redis_process, server, queue_name
+):
+    """What is sent may be lost with its process: 20 of 100 were, of one that was killed, and done twice."""
+    put(server, queue_name, *range(100))
+
+    def freeze(body: int) -> None:
+        if body == 0:
+            redis_process._process.send_signal(signal.SIGSTOP)
+            stat = Path(f"/proc/{redis_process._process.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(") ")[2].startswith("T"))
+
+    connection = patient_connection_to(redis_process.url)
+    consumer = Collector(connection, queue_name, prefetch=100, work=freeze)
+    with running(consumer) as (greenlet,):
+        try:
+            wait_until(lambda: len(consumer.handled) >= MAX_UNCONFIRMED)
+            for _ in range(100):
+                gevent.sleep(0)
+            assert len(consumer.handled) == MAX_UNCONFIRMED
+            greenlet.consumer.should_stop = True
+        finally:
+            redis_process._process.send_signal(signal.SIGCONT)
+    wait_until(lambda: held_count(server) == 0)
+    assert server.llen(queue_name) == 100 - MAX_UNCONFIRMED
 
 
 def lists(server: Any, keys: list[str]) -> list[list[bytes]]:
