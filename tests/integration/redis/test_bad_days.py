@@ -43,11 +43,11 @@ def test_a_server_that_forgot_its_scripts_is_told_them_again(own, url, queue_nam
 
 def test_what_was_not_started_goes_back_to_a_server_that_forgot_its_scripts(own, url, queue_name):
     put(own, queue_name, *range(5))
-    gate = Event()
-    consumer = Recorder(url, queue_name, lambda _b, _m: gate.wait())
+    begun, gate = Event(), Event()
+    consumer = Recorder(url, queue_name, lambda _b, _m: begun.set() or gate.wait())
     say(consumer, concurrency=1)
     with consuming(consumer):
-        wait_until(lambda: held_count(own) == 5)
+        begun.wait()
         own.script_flush()
         consumer.should_stop = True
         wait_until(lambda: own.llen(queue_name) == 4)
