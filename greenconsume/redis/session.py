@@ -22,6 +22,7 @@ from greenconsume.amqp.waits import Waits
 from greenconsume.hub import MAX_TURN
 from greenconsume.redis.channel import Channel, Waiting
 from greenconsume.redis.feed import ensure_feeds
+from greenconsume.redis.keeper import ensure_keeper
 from greenconsume.redis.ledger import MAX_UNCONFIRMED, Ledger
 from greenconsume.redis.link import Link
 from greenconsume.redis.subscription import Subscription
@@ -57,6 +58,8 @@ class Session:
         self._settles_at_once = False  # the last message was settled when its callback returned
         link.sessions.add(self)
         ledger.attach(link)
+        if ledger.doubtful or ledger.failed:  # by a lost link; perhaps nobody consumes any more
+            ensure_keeper(ledger)
 
     @property
     def connected(self) -> bool:

@@ -115,6 +115,21 @@ def test_who_closes_the_connection_himself_is_told_of_no_loss(proxied, queue_nam
     connection.release()
 
 
+def test_what_a_lost_link_may_have_taken_goes_back_though_nobody_consumes_any_more(
+    make_proxy, redis_url, queue_name
+):
+    """Else it is nobody's for as long as this process lives, and each close waits for it in vain."""
+    proxy = make_proxy(redis_url)
+    connection = green_connection(proxy.url)
+    consumed(connection, queue_name, []).consume()
+    lose_unnoticed(connection, proxy)
+    connection.release()
+    connection.connect()
+    ledger = connection.connection.ledger
+    wait_until(lambda: not ledger.doubtful)
+    connection.release()
+
+
 class Drainer:
     """A greenlet that drains a connection that others drain as well, one step after the other."""
 
