@@ -9,9 +9,9 @@ closed channel, a lost connection; from 4.3 on only a reject). Does no I/O. Call
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from kombu import Queue
+from kombu import Consumer, Queue
 
 #: The header in which a quorum queue tells how often the message went back.
 DELIVERY_COUNT = "x-delivery-count"
@@ -31,13 +31,25 @@ def limit_of(queue: Queue, server: Mapping[str, object]) -> int | None:
     arguments = queue.queue_arguments or {}
     if "x-dead-letter-exchange" in arguments:
         return None
-    limit = arguments.get("x-delivery-limit", DEFAULT_LIMIT if version_of(server) >= (4,) else None)
-    return limit if isinstance(limit, int) and limit >= 0 else None
+    has_default = version_of(server) >= (4,)
+    limit = arguments.get("x-delivery-limit", DEFAULT_LIMIT if has_default else None)
+    if not isinstance(limit, int):
+        return None
+    if limit >= 0:
+        return limit
+    return None if has_default else 0  # before RabbitMQ 4 a queue takes -1 at its word
 
 
 def counts_returns(queue: Queue) -> bool:
     """Return whether a queue is known to count the ways back of its messages, by its arguments."""
     return bool((queue.queue_arguments or {}).get("x-queue-type") == "quorum")
+
+
+def any_low(consumers: Iterable[object], server: Mapping[str, object]) -> bool:
+    """Return whether a queue of these consumers has so low a limit that the first failure is the last."""
+    queues = [queue for each in consumers if isinstance(each, Consumer) for queue in each.queues]
+    limits = [limit_of(queue, server) for queue in queues if counts_returns(queue)]
+    return any(limit is not None and last_count(limit) == 1 for limit in limits)
 
 
 def last_count(limit: int) -> int:
@@ -53,6 +65,15 @@ def version_of(server: Mapping[str, object]) -> tuple[int, ...]:
     if server.get("product") != "RabbitMQ":
         return ()
     return tuple(int(part) for part in re.findall(r"\d+", str(server.get("version", "")))[:2])
+
+
+def count_of(headers: Mapping[str, object], queue: Queue | None) -> int | None:
+    """Return how often a message went back to its queue; None for one that does not count, or is unknown.
+
+    A message that comes for the first time has no header that tells it.
+    """
+    count = count_in(headers)
+    return 0 if count is None and queue is not None and counts_returns(queue) else count
 
 
 def count_in(headers: Mapping[str, object]) -> int | None:

@@ -56,11 +56,12 @@ class Requeue:
     A quorum queue counts each return, and drops a message above its delivery limit (20 from RabbitMQ 4 on,
     where it says none). Before that the message is put into a dead-letter queue, confirmed and with its
     error, and said in the log; `greenconsume dead-letters` brings it back. Where the queue's arguments have
-    a dead-letter exchange its broker's way is left to work. A lower limit that a policy of the broker sets
-    cannot be seen from here: say `max_deliveries` then. What hung a whole process (`HandlerHung`) is put
-    there at once, for it would hang the next one; and what comes from a stream, which takes nothing back.
-    What had the broker close its consumer's connection (`PoisonMessageError`) is put there when it has done
-    so `max_deliveries` times, or three times, on any queue.
+    a dead-letter exchange its broker's way is left to work. A lower limit that a policy of the broker sets,
+    or that others declared the queue with, cannot be seen from here: say `max_deliveries` then. What hung a
+    whole process (`HandlerHung`) is put there at once, for it would hang the next one; and what comes from a
+    stream, which takes nothing back. What had the broker close its consumer's connection
+    (`PoisonMessageError`) is put there when it has done so `max_deliveries` times, or three times, on any
+    queue.
 
     Args:
         delay: Seconds; 0 requeues at once.

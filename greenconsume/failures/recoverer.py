@@ -83,6 +83,7 @@ class Recoverer:
         "_plans",
         "_publisher",
         "_requeues",
+        "_sees_first",
         "_sources",
     )
 
@@ -95,6 +96,7 @@ class Recoverer:
         settle_deadline: float | None,
     ) -> None:
         self._plans = plans
+        self._sees_first = bool(plans)  # else nothing is made of a first failure
         self._life, self._links = life, links
         self._requeues = requeues
         self._patience = settle_deadline * _PATIENCE if settle_deadline else _LONGEST_PATIENCE
@@ -127,6 +129,7 @@ class Recoverer:
             self._connection, source = connection, connection.connection
             renewals = Renewals(self._life.name, source, self)
             source.inbox.have_screened(renewals.screen)
+            self._sees_first |= delivery_limits.any_low(consumers, source.link.server_properties)
         if self._plans:
             queues = [queue for consumer in consumers for queue in getattr(consumer, "queues", ())]
             _refuse_streams(queues)
@@ -144,7 +147,7 @@ class Recoverer:
     def accept(self, consumer: Consumer, message: Message, raw: object) -> bool:
         """See a message before its handler does; return False if it is not due and is held instead."""
         redelivered = raw[2] if type(raw) is tuple else message.delivery_info.get("redelivered")
-        if self._plans or redelivered:  # else nothing is made of a first failure
+        if self._sees_first or redelivered:
             self.take_on(consumer, message)
             message_copy.keep_wire_form(message, raw)
         headers = message.headers
@@ -204,7 +207,8 @@ class Recoverer:
         Returns:
             What was done, in words; None if the message is to be put back.
         """
-        count = delivery_limits.count_in(message.headers)
+        source = self.source_of(message.delivery_info.get("consumer_tag"))
+        count = delivery_limits.count_of(message.headers, source and source.queue)
         if count is None or not is_live(message):
             return None
         queue = self._queue_of(message)

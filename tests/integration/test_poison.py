@@ -71,6 +71,24 @@ def test_a_message_that_always_fails_is_parked_before_its_queue_drops_it(amqp_ur
     assert queue_depth(amqp_url, queue_name) == 1
 
 
+@pytest.mark.by_broker
+@pytest.mark.parametrize("limit", [0, 1, 2, -1])
+def test_a_message_is_parked_though_its_queue_drops_it_at_one_of_its_first_returns(
+    rabbitmq, amqp_url, queue_name, limit
+):
+    """What comes for the first time has no count in its headers. RabbitMQ 4 takes -1 for no limit."""
+    consumer = Failing(
+        amqp_url, quorum(queue_name, **{"x-delivery-limit": limit}), Requeue(delay=0.0)
+    )
+    with consuming(consumer):
+        publish(amqp_url, queue_name, ["bad"])
+        if limit == -1 and rabbitmq.version >= (4,):
+            wait_until(lambda: consumer.came.count("bad") > 30, SOON)
+        else:
+            wait_until(lambda: depth(amqp_url, f"{queue_name}.dead") == 1, SOON)
+            assert consumer.came == ["bad"]
+
+
 def test_what_is_replayed_has_all_its_deliveries_before_it(amqp_url, queue_name):
     dead = f"{queue_name}.dead"
     queue = quorum(queue_name, **{"x-delivery-limit": 3})
