@@ -249,6 +249,11 @@ class ChannelCore:
         """True if anything was published on it."""
         return self._publisher is not None
 
+    @property
+    def is_broken(self) -> bool:
+        """True if the broker closed it, or its link is gone; its next use opens it again."""
+        return self.calls.life is Life.BROKEN
+
     def on_link_lost(
         self, lost: Callable[[], BaseException], own: BaseException | None = None
     ) -> None:

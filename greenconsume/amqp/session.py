@@ -231,6 +231,15 @@ class Session:
         return any(each.deliveries.consumers.running for each in self.channels.values())
 
     @property
+    def is_lost(self) -> bool:
+        """True if its link, or the channel that it consumed on, is gone, also before its drainer saw that."""
+        if not self.connected:
+            return True
+        return not self.has_consumers and any(
+            each.core.is_broken for each in self.channels.values()
+        )
+
+    @property
     def has_news(self) -> bool:
         """True if `drain_events` would not wait."""
         return bool(self.inbox.entries) or self._inheritance.pending or not self.connected

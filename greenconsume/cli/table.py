@@ -21,10 +21,11 @@ def of_process(status: Status) -> str:
 
 def headline(status: Status) -> str:
     """Return what a process is, in a line."""
-    lag = status["lag"]["p99"]
+    lag = status["lag"]
     return (
         f"{status['name']} (pid {status['pid']}) is {status['state']}, up {seconds(status['uptime'])}, "
-        f"hub lag p99 {seconds(lag)}, {status['greenlets']} greenlets"
+        f"hub lag p99 {seconds(lag['p99'])}, at most {seconds(lag['longest'])}, "
+        f"{status['greenlets']} greenlets"
     )
 
 

@@ -23,6 +23,7 @@ class VirtualHolding:
 
     __slots__ = ("_transport",)
 
+    is_lost = False  # it polls, and has nothing to lose
     backlog = 0
     oldest_unsettled_at = None
 

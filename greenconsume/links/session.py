@@ -25,6 +25,10 @@ class Holding(Protocol):
     """The messages that a connection holds; a session of a green link is one."""
 
     @property
+    def is_lost(self) -> bool:
+        """True if nothing comes over it any more; who drains it may wait for a handler, and not know."""
+
+    @property
     def backlog(self) -> int:
         """The number of messages that wait for `drain_events`."""
 

@@ -67,6 +67,11 @@ class Session:
         return not self.is_closing and self.link.connected
 
     @property
+    def is_lost(self) -> bool:
+        """True if its link is gone, also before its drainer saw that."""
+        return not self.connected
+
+    @property
     def is_current(self) -> bool:
         """True while no other may take its place: also of a lost link, until its drainer is told.
 

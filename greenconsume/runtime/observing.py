@@ -43,7 +43,7 @@ def status_of(child: Child, now: float) -> ConsumerStatus:
     return ConsumerStatus(
         name=child.name,
         group=child.group,
-        state=child.state,
+        state=_state_of(child, engine),
         queues=engine.queues if engine else (),
         concurrency=settings.concurrency if settings else None,
         prefetch=prefetch,
@@ -131,6 +131,17 @@ def _jobs_of(child: Child) -> list[Job]:
         return []
     handling = ensure_engine(child.consumer).handling
     return handling.running() if handling is not None else []
+
+
+def _state_of(child: Child, engine: Engine | None) -> ConsumerState:
+    """Return the state of a consumer; one that cannot know yet that its link is gone does not consume.
+
+    While its handlers leave no room it waits for them, not for messages, and connects again after that.
+    """
+    state = child.state
+    if state is not ConsumerState.CONSUMING or engine is None or engine.holding is None:
+        return state
+    return ConsumerState.CONNECTING if engine.holding.is_lost else state
 
 
 def _pace_of(

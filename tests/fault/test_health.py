@@ -7,18 +7,22 @@ a handler never returns      yes        yes        **its consumer**
 a handler blocks the hub     **no**     **no**     no answer
 its queue was deleted        yes        **its consumer**  no
 the broker is stopped        yes        **all its consumers**  no
+its channel was closed       yes        **its consumer**  no
 its publishers are blocked   yes        **the link**  no
 ===========================  =========  =========  =======
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from contextlib import suppress
 from time import monotonic
 
 import gevent
 import pytest
+from amqp.exceptions import ChannelError
 from gevent.event import Event
 from kombu import Connection, Queue
 
@@ -39,6 +43,13 @@ class Probes:
     def ask(self, path: str) -> tuple[bool, str]:
         reply = ask(self.address, path)
         return reply.code == 200, reply.text
+
+    def is_full(self) -> bool:
+        """Return whether its one handler runs, and another message waits, out of the inbox, for room."""
+        (consumer,) = json.loads(self.ask("/status.json")[1])["consumers"]
+        return (
+            consumer["unsettled"] == 2 and consumer["in_progress"] == 1 and not consumer["waiting"]
+        )
 
     def answers(self) -> tuple[bool, bool, bool]:
         """Live, ready, moving."""
@@ -67,14 +78,14 @@ def serve(tmp_path):
         runtime.join()
 
 
-def consumer_of(queue, work=lambda body: None, no_declare=False):
+def consumer_of(queue, work=lambda body: None, no_declare=False, prefetch=None):
     class Orders(ConsumerMixin):
         def __init__(self, connection):
             self.connection = connection
 
         def get_consumers(self, Consumer, channel):
             wanted = Queue(queue, no_declare=no_declare)
-            return [Consumer([wanted], callbacks=[self.on_order])]
+            return [Consumer([wanted], callbacks=[self.on_order], prefetch_count=prefetch)]
 
         def on_order(self, body, message):
             work(body)
@@ -138,6 +149,41 @@ def test_a_broker_that_is_stopped_makes_the_process_unready_and_not_dead(
     assert "consumer Orders-1 is connecting" in probes.ask("/readyz")[1]
     rabbitmq_fault.start()
     wait_until(lambda: probes.answers() == (True, True, True), within=60)
+
+
+def test_a_consumer_whose_handlers_hang_is_unready_once_its_link_is_gone(
+    serve, rabbitmq_fault, amqp_url, queue_name
+):
+    """It waits for room for the next message, and not for its link: it would say that it consumes."""
+    hanging = consumer_of(queue_name, lambda body: Event().wait(), prefetch=2)
+    probes = serve(hanging, amqp_url)
+    publish(amqp_url, queue_name, 2)
+    wait_until(probes.is_full)
+    rabbitmq_fault.stop()
+    wait_until(lambda: probes.answers() == (True, False, False))
+    assert "consumer Orders-1 is connecting" in probes.ask("/readyz")[1]
+
+
+def test_a_consumer_whose_handlers_hang_is_unready_once_its_channel_is_closed(
+    serve, amqp_url, queue_name
+):
+    """As RabbitMQ does after half an hour without an ack."""
+
+    go = Event()
+
+    class Asks(consumer_of(queue_name, prefetch=2)):
+        def on_order(self, body, message):
+            go.wait()
+            with suppress(ChannelError):
+                message.channel.queue_declare(f"{queue_name}.none", passive=True)
+            Event().wait()
+
+    probes = serve(Asks, amqp_url)
+    publish(amqp_url, queue_name, 2)
+    wait_until(probes.is_full)
+    go.set()
+    wait_until(lambda: probes.answers() == (True, False, False))
+    assert "consumer Asks-1 is connecting" in probes.ask("/readyz")[1]
 
 
 def test_publishers_that_are_blocked_make_the_process_unready_by_their_link(
