@@ -37,7 +37,8 @@ def drain(session: Session, timeout: float | None) -> None:
     previous = _take_previous()
     try:
         idle = timeout is not None and session.expects_nothing
-        if previous is None or previous is session or not idle:
+        # Of the same connection: that is lost, and this one has taken its place.
+        if previous is None or previous.client is session.client or not idle:
             session.drain_events(timeout=timeout)
         else:
             _drain_until_news(session, timeout, previous)

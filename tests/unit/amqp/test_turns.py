@@ -96,3 +96,25 @@ def test_a_lost_link_is_told_by_the_connection_that_lost_it(pair):
     drain_quietly(publishing, LONG)
     with pytest.raises(LinkLostError):
         consuming.transport.drain_events(session, timeout=LONG)
+
+
+def test_what_took_the_place_of_a_lost_connection_is_no_other_connection(connect, make_peer):
+    """Who drained the lost one is told of the loss, and not that there is something on it."""
+    peer = make_peer()
+    connection = connect(peer)
+    connection.channel().basic_consume("q", consumer_tag=TAG, callback=lambda message: None)
+    lost = connection.connection  # which the garbage collector may leave there for a while
+    drain_quietly(connection)
+    peer.hang_up()
+    wait_until(lambda: not lost.connected)
+
+    def be_told_first():
+        with pytest.raises(LinkLostError):
+            connection.drain_events(timeout=LONG)
+        connection.connect()
+
+    gevent.spawn(be_told_first).get(timeout=30)
+    assert connection.connection is not lost
+    with pytest.raises(LinkLostError):
+        connection.drain_events(timeout=0)
+    drain_quietly(connection, 0)
