@@ -114,6 +114,8 @@ class App:
             return Answer.text("there is nothing here", "404 Not Found")
         try:
             return look(environ)
+        except commands.BadRequestError as exc:
+            return Answer.text(str(exc), exc.status)
         except UnknownConsumerError as exc:
             return Answer.text(self._did_you_mean(exc), "404 Not Found")
 
@@ -144,7 +146,7 @@ class App:
         return Answer.text(words, "200 OK" if answer.yes else "503 Service Unavailable")
 
     def _status(self, environ: Mapping[str, Any]) -> Answer:
-        wanted = parse_qs(environ.get("QUERY_STRING", ""), max_num_fields=5).get("consumer")
+        wanted = _query(environ).get("consumer")
         if wanted:
             handlers = self._process.handlers_of(wanted[0])
             shown = [{"message": each.message, "seconds": each.seconds} for each in handlers]
@@ -211,6 +213,18 @@ def _others_metrics() -> bytes:
 
     text: bytes = client.generate_latest(Others())
     return text
+
+
+def _query(environ: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what a request asks for, by name.
+
+    Raises:
+        BadRequestError: It is too much.
+    """
+    try:
+        return parse_qs(environ.get("QUERY_STRING", ""), max_num_fields=5)
+    except ValueError as exc:
+        raise commands.BadRequestError("nothing here takes so many fields") from exc
 
 
 def _body(environ: Mapping[str, Any]) -> dict[str, Any]:

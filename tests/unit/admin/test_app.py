@@ -44,6 +44,10 @@ def test_a_stall_is_told_with_its_consumer(process, asking):
     assert "Orders-1: the handler of message 17 has run for 90 s" in reply.text
 
 
+def test_a_query_of_too_many_fields_is_refused_and_no_defect(asking):
+    assert asking.get("/status.json", QUERY_STRING="a=1&" * 50).code == 400
+
+
 def test_strangers_are_told_yes_or_no_and_no_names(process):
     asking = Asking(process, Address("0.0.0.0", 9191), TOKEN)
     process.change(consumers=(consumer(state="connecting"),))
