@@ -84,7 +84,7 @@ class Tracing:
         handler = current_handler()
         queue = handler.queue if handler is not None else ""
         contexts = [propagate.extract(each.headers or {}) for each in subject]
-        attributes = self._common("process") | _consumed_from(subject, queue)
+        attributes = self._common("process") | self._known(_consumed_from(subject, queue))
         measured = _measured(attributes, queue)
         self._consumed.add(len(subject), measured)
         began = perf_counter()
@@ -116,12 +116,13 @@ class Tracing:
         """
         address = (publication.exchange, publication.routing_key)
         destination = _destination(*address)
-        attributes = self._common("send") | {
-            "messaging.destination.name": destination,
-            "messaging.rabbitmq.destination.routing_key": publication.routing_key,
-        }
-        if publication.message_id:
-            attributes["messaging.message.id"] = publication.message_id
+        attributes = self._common("send") | self._known(
+            {
+                "messaging.destination.name": destination,
+                "messaging.rabbitmq.destination.routing_key": publication.routing_key,
+                "messaging.message.id": publication.message_id,
+            }
+        )
         measured = _measured(attributes, publication.exchange or publication.routing_key)
         began = perf_counter()
         with self._tracer.start_as_current_span(
@@ -174,6 +175,15 @@ class Tracing:
             "messaging.operation.type": operation,
         }
 
+    def _known(self, attributes: Attributes) -> Attributes:
+        """Return the attributes that say something, and of RabbitMQ's own only for RabbitMQ."""
+        foreign = () if self._system == "rabbitmq" else ("messaging.rabbitmq.",)
+        return {
+            name: value
+            for name, value in attributes.items()
+            if value not in (None, "") and not name.startswith(foreign)
+        }
+
     def _is_child(self, contexts: Sequence[Context]) -> bool:
         return self._parent and len(contexts) == 1
 
@@ -192,12 +202,12 @@ def _consumed_from(messages: Sequence[Any], queue: str) -> Attributes:
     if len(messages) > 1:
         return {**found, "messaging.batch.message_count": len(messages)}
     properties = first.properties or {}
-    known = {
+    return {
+        **found,
         "messaging.message.id": properties.get("message_id"),
         "messaging.message.conversation_id": properties.get("correlation_id"),
         "messaging.rabbitmq.message.delivery_tag": first.delivery_tag,
     }
-    return found | {name: value for name, value in known.items() if value is not None}
 
 
 def _destination(exchange: str, key: str, queue: str = "") -> str:

@@ -24,6 +24,7 @@ from greenconsume import (
     Retry,
     Runtime,
 )
+from greenconsume.around import PlainPublication
 from greenconsume.around import around_producers as chosen_around
 from greenconsume.otel import Tracing
 from tests.waiting import wait_until
@@ -150,6 +151,29 @@ def test_spans_are_named_and_described_by_the_conventions(
     # Not parent, so a trace of its own with a link.
     assert handled.parent is None
     assert [link.context.span_id for link in handled.links] == [sent.context.span_id]
+
+
+def test_what_is_rabbitmqs_own_is_said_of_rabbitmq_alone(run, amqp_url, queue_name, spans, tracing):
+    """The conventions have no routing key, and no delivery tag, for other brokers."""
+    trace = tracing(system="redis")
+    tally = run(lambda body, message: message.ack(), [trace.process])
+    with Publisher(amqp_url, routing_key=queue_name, around=[trace.send]) as publisher:
+        publisher.publish({})
+    wait_until(lambda: tally.ok == 1)
+    for kind in (SpanKind.PRODUCER, SpanKind.CONSUMER):
+        (span,) = of_kind(spans, kind)
+        assert span.attributes["messaging.destination.name"] == queue_name
+        assert not [name for name in span.attributes if "rabbitmq" in name]
+
+
+def test_without_a_routing_key_a_span_has_none(spans, tracing):
+    trace = tracing()
+    with trace.send(PlainPublication("news", "", "", {})):
+        pass
+    (sent,) = spans.get_finished_spans()
+    assert sent.attributes["messaging.destination.name"] == "news"
+    assert "messaging.rabbitmq.destination.routing_key" not in sent.attributes
+    assert "messaging.message.id" not in sent.attributes
 
 
 def test_a_batch_links_all_its_messages(run, amqp_url, queue_name, spans, tracing):
