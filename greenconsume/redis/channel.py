@@ -171,9 +171,8 @@ class Channel(Topology):
     @property
     def expiring_queues(self) -> dict[str, int]:
         """The expiring queues that it consumes; see `Ledger`."""
-        if self.link.failure is not None:
-            return {}
-        return {queue: self._expires[queue] for queue in self._lines if queue in self._expires}
+        lines = self._lines if self.link.failure is None else {}
+        return {queue: self._expires[queue] for queue in lines if queue in self._expires}
 
     def announce_stop(self) -> None:
         """Take nothing more; give back what was not started. Never switches."""
@@ -196,6 +195,8 @@ class Channel(Topology):
         self._give_back_waiting(subscription)
 
     def _rejoin(self) -> None:
+        if self._lines and self._feed is not None and self._feed.awaits(self, self._rejoin):
+            return  # what is under way would go back too late, and so out of its order
         self._leave()
         if self._lines and self.link.failure is None:
             self._takes = True

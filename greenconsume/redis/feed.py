@@ -89,6 +89,7 @@ class Feed:
         self._expires = expires
         self._pause = self._waits_since = 0.0
         self._timer: Any = None
+        self._leaving: dict[Taker, Callable[[], object]] = {}
 
     def want(self) -> None:
         """Learn that a taker has room. Never switches."""
@@ -102,6 +103,22 @@ class Feed:
             # Whoever has waited for so long had nobody in its way.
             self._pause = max(0.0, self._pause - (monotonic() - self._waits_since))
             self._rest(random.uniform(0, self._pause))
+
+    def awaits(self, taker: Taker, action: Callable[[], object]) -> bool:
+        """Have a taker do something once it got what is under way; return False if nothing is.
+
+        Never switches. It is not done if the taker has left meanwhile.
+        """
+        if self.state is FeedState.TAKING:
+            self._leaving[taker] = action
+        return self.state is FeedState.TAKING
+
+    def _end_take(self) -> None:
+        self.state = FeedState.RESTING
+        leaving, self._leaving = self._leaving, {}
+        for taker, action in leaving.items():
+            if taker in self.takers:
+                action()
 
     def _rest(self, seconds: float) -> None:
         if seconds <= 0:
@@ -152,7 +169,7 @@ class Feed:
             self._pause *= 0.75
         elif after_call:
             self._pause = min(max(self._pause * 2, FIRST_PAUSE), MAX_PAUSE)
-        self.state = FeedState.RESTING
+        self._end_take()
         if not reply[0]:
             # What was popped is not watched any more, and there is more of it.
             self._feeds.touch(touched, but=self)
@@ -160,7 +177,7 @@ class Feed:
                 self._take(after_call=False)
         elif self._feeds.link.greeting.tracks:
             self.state, self._waits_since = FeedState.WAITING, monotonic()
-        elif not self._feeds.link.is_closing:
+        elif self.takers and not self._feeds.link.is_closing:
             self._rest(self._feeds.polling_interval)
 
     def _deal(self, queue: str, left: deque[Delivery]) -> None:
@@ -195,6 +212,7 @@ class Feed:
             return  # all who consume are told by their link
         for taker in list(self.takers):
             taker.on_feed_failed(error)
+        self._end_take()
 
 
 class Feeds:
