@@ -15,6 +15,7 @@ from typing import Any
 from kombu import Message
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import Getter
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from greenconsume.around import PlainPublication, around_producers
@@ -28,6 +29,22 @@ _NAME = "greenconsume"
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 
 Attributes = dict[str, Any]
+
+
+class _Headers(Getter[Mapping[str, Any]]):
+    """Reads a context from a message's headers, which may be anything: what is no text is none."""
+
+    def get(self, carrier: Mapping[str, Any], key: str) -> list[str] | None:
+        """Return the values of a header. Never switches."""
+        value = carrier.get(key)
+        return [value] if isinstance(value, str) else None
+
+    def keys(self, carrier: Mapping[str, Any]) -> list[str]:
+        """Return the names of all headers. Never switches."""
+        return list(carrier)
+
+
+_headers = _Headers()
 
 
 class Tracing:
@@ -83,7 +100,7 @@ class Tracing:
         subject = [each for _, each in message] if isinstance(message, Batch) else [message]
         handler = current_handler()
         queue = handler.queue if handler is not None else ""
-        contexts = [propagate.extract(each.headers or {}) for each in subject]
+        contexts = [propagate.extract(each.headers or {}, getter=_headers) for each in subject]
         attributes = self._common("process") | self._known(_consumed_from(subject, queue))
         measured = _measured(attributes, queue)
         self._consumed.add(len(subject), measured)

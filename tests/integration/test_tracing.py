@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import flask
 import pytest
@@ -164,6 +165,17 @@ def test_what_is_rabbitmqs_own_is_said_of_rabbitmq_alone(run, amqp_url, queue_na
         (span,) = of_kind(spans, kind)
         assert span.attributes["messaging.destination.name"] == queue_name
         assert not [name for name in span.attributes if "rabbitmq" in name]
+
+
+@pytest.mark.parametrize("odd", [7, b"00-1", ["00-1"], {"a": 1}, True, "", "00-1"])
+def test_headers_that_are_no_context_fail_no_message(spans, tracing, odd):
+    """A publisher says what is in them: a number there must not have every message of it fail."""
+    headers = {"traceparent": odd, "tracestate": odd, "baggage": odd}
+    message = SimpleNamespace(headers=headers, delivery_info={}, properties={}, delivery_tag=1)
+    with tracing(parent=True).process(message):
+        pass
+    (handled,) = spans.get_finished_spans()
+    assert (handled.parent, handled.links) == (None, ())
 
 
 def test_without_a_routing_key_a_span_has_none(spans, tracing):
