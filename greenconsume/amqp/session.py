@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 import gevent
-from amqp.exceptions import RecoverableConnectionError, ResourceError
+from amqp.exceptions import RecoverableChannelError, RecoverableConnectionError, ResourceError
 from gevent.event import Event
 from kombu import Connection
 
@@ -25,7 +25,7 @@ from greenconsume.amqp.blame import Part, Verdict
 from greenconsume.amqp.channel import Channel
 from greenconsume.amqp.inbox import Inbox
 from greenconsume.amqp.link import Link
-from greenconsume.amqp.waits import Waits
+from greenconsume.amqp.waits import CLOSED_IN_USE, Waits
 from greenconsume.hub import MAX_TURN
 from greenconsume.stopping import Deadline, StopSignal
 
@@ -43,6 +43,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "_closed_in_use",
         "_inheritance",
         "_owes_its_end",
         "_part",
@@ -59,7 +60,7 @@ class Session:
         self.link = link
         self.client = client
         self.channels: dict[int, Channel] = {}
-        self.is_closing = False
+        self.is_closing = self._closed_in_use = False
         self._part = Part()
         self._owes_its_end = False
         self._inheritance = untold.Inheritance(client)
@@ -136,9 +137,7 @@ class Session:
             return self.channels[channel_id]
         channel = Channel(self, channel_id, on_open=callback)
         try:
-            if (
-                self.waits.is_setting_up
-            ):  # nobody waits: its next call is served, or fails, after it
+            if self.waits.is_setting_up:  # its next call is served, or fails, after it
                 channel.core.calls.open()
             else:
                 channel.open()
@@ -307,6 +306,7 @@ class Session:
         """
         if self.is_closing:
             return
+        self._closed_in_use = self.waits.attend is not None  # else who consumes began the close
         self.is_closing = True
         untold.note_closed(self.client)
         deadline = self.waits.begin_close()
@@ -356,6 +356,8 @@ class Session:
         self._check_open()
 
     def _check_open(self) -> None:
+        if self._closed_in_use:  # its link may be gone with it
+            raise RecoverableChannelError(CLOSED_IN_USE)
         failure = self.link.failure
         if failure is not None:
             if self._part.verdict is Verdict.GUILTY and not self.is_closing:

@@ -12,6 +12,12 @@ from gevent.event import Event
 
 from greenconsume.stopping import Deadline, StopSignal, wait, wait_open
 
+#: What is said where a session is closed while it consumes, by another than who consumes.
+CLOSED_IN_USE = (
+    "a handler, or a library that it uses, closed the connection that its consumer consumes over: use "
+    "another there, connection.clone()"
+)
+
 
 class Limits(Protocol):
     """The seconds that a link allows for an answer, and for a close."""

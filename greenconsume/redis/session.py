@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 
 import gevent
-from amqp.exceptions import RecoverableConnectionError
+from amqp.exceptions import RecoverableChannelError, RecoverableConnectionError
 from gevent.event import Event
 from kombu import Connection
 
 from greenconsume.amqp import untold
-from greenconsume.amqp.waits import Waits
+from greenconsume.amqp.waits import CLOSED_IN_USE, Waits
 from greenconsume.hub import MAX_TURN
 from greenconsume.redis.channel import Channel, Waiting
 from greenconsume.redis.feed import ensure_feeds
@@ -48,7 +48,7 @@ class Session:
         self.channels: dict[int, Channel] = {}
         self.waits = Waits(link)
         self.given_back_count = 0
-        self.is_closing = False
+        self.is_closing = self._closed_in_use = False
         self._owes_its_end = False
         self._inheritance = untold.Inheritance(client)
         self._inbox: deque[Waiting] = deque()
@@ -215,6 +215,8 @@ class Session:
     def _check(self) -> None:
         if self._errors:
             raise self._errors.popleft()
+        if self._closed_in_use:  # its link may be gone with it
+            raise RecoverableChannelError(CLOSED_IN_USE)
         if self.link.failure is not None:
             raise self.link.lost()
         if self.is_closing:
@@ -246,6 +248,8 @@ class Session:
         Switches: only where the server has yet to answer, up to `close_timeout`.
         """
         untold.note_closed(self.client)
+        if not self.is_closing:
+            self._closed_in_use = self.waits.attend is not None  # else who consumes began the close
         try:
             close_all([channel.close for channel in self.channels.values()])
         finally:

@@ -148,6 +148,39 @@ def test_a_handler_that_closes_its_messages_channel_restarts_its_consumer(
     assert "Traceback" not in caplog.text
 
 
+def close_session(message: Any) -> None:
+    message.channel.connection.close()
+
+
+def release_connection(message: Any) -> None:
+    message.channel.connection.client.release()
+
+
+@pytest.mark.parametrize("concurrency", [None, 5])
+@pytest.mark.parametrize("close", [close_session, release_connection])
+def test_a_handler_that_closes_its_messages_connection_is_told_of(
+    amqp_url, queue_name, caplog, close, concurrency
+):
+    """Without a word, a handler that does so for each message would connect anew for each."""
+    closed: list[Any] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if not closed:
+            closed.append(body)
+            close(message)
+
+    consumer = Recorder(amqp_url, queue_name, handle)
+    consumer.options = ConsumerOptions(concurrency=concurrency)
+    with consuming(consumer), observed(LinkDown) as lost:
+        publish(amqp_url, queue_name, 5)
+        wait_until(lambda: consumer.ready_count == 2, SOON)
+        wait_until(lambda: set(consumer.bodies) == set(range(5)), SOON)
+        wait_until(lambda: queue_depth(amqp_url, queue_name) == 0, SOON)
+    assert "a handler, or a library that it uses, closed the c" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert lost == []
+
+
 def test_a_consumer_that_cancels_itself_is_seen_to_be_idle(amqp_url, queue_name, caplog):
     """It is its own wish, and it may consume again: from another greenlet, here."""
 

@@ -132,3 +132,25 @@ def test_a_publisher_is_told_that_there_is_no_memory(own, url, queue_name):
     own.config_set("maxmemory", 1)
     with green_connection(url) as connection, pytest.raises(redis.ResponseError, match="OOM"):
         Producer(connection).publish("x", routing_key=queue_name, declare=[Queue(queue_name)])
+
+
+@pytest.mark.parametrize("concurrency", [None, 5])
+def test_a_handler_that_closes_its_messages_connection_is_told_of(
+    own, url, queue_name, caplog, concurrency
+):
+    """Without a word, a handler that does so for each message would connect anew for each."""
+    closed: list[Any] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if not closed:
+            closed.append(body)
+            message.channel.session.client.release()
+
+    consumer = Recorder(url, queue_name, handle)
+    say(consumer, concurrency=concurrency)
+    with consuming(consumer):
+        put(own, queue_name, *range(5))
+        wait_until(lambda: consumer.ready_count == 2)
+        wait_until(lambda: set(consumer.bodies) == set(range(5)))
+    assert "a handler, or a library that it uses, closed the connection" in caplog.text
+    assert "Traceback" not in caplog.text
