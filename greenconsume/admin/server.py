@@ -174,6 +174,9 @@ class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent is untyped
             _logger.error("the admin failed on a request", exc_info=(t, v, tb))
         self._send_error_response_if_possible(500)
 
+    def log_request(self) -> None:
+        """Write no line for each request, nor make one."""
+
     def log_error(self, msg: str, *args: object) -> None:
         """Log what a client did wrong at DEBUG: it is not this process's trouble."""
         _logger.debug(msg, *args)

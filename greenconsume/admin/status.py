@@ -54,7 +54,7 @@ class ConsumerStatus(NamedTuple):
         rate: Handled messages a second, in the last minute; None while nobody has looked before.
         p50: The median of the seconds that its handlers took in the last minute.
         p99: What 99 of 100 of them did not exceed.
-        running: The handlers that have run for longest, some of them.
+        running: The handler that has run for longest, if one runs; all of them are asked for by its name.
         timings: What the rate and the quantiles come from; no part of the JSON.
     """
 

@@ -25,9 +25,6 @@ from greenconsume.logs import redact
 from greenconsume.runtime.child import Child
 from greenconsume.tally import Timings
 
-#: Handlers of one consumer that its status holds; all of them are asked for by its name.
-SHOWN_HANDLERS = 3
-
 #: When one began that was at work before anybody looked.
 _UNKNOWN = float("inf")
 
@@ -157,7 +154,7 @@ def _pace_of(
 
 
 def _work_of(engine: Engine | None, now: float) -> tuple[int, int, tuple[RunningHandler, ...]]:
-    """Return how many handlers of a consumer run, how many more could, and the oldest of those that run."""
+    """Return how many handlers of a consumer run, how many more could, and the oldest that runs."""
     if engine is None or engine.handling is None:
         return 0, 0, ()
     handling = engine.handling
@@ -168,8 +165,7 @@ def _work_of(engine: Engine | None, now: float) -> tuple[int, int, tuple[Running
         idle = max(0, idle - len(jobs) if slots is None else min(idle - len(jobs), slots.free))
     if not jobs:
         return 0, idle, ()
-    oldest = sorted(jobs, key=_began)[:SHOWN_HANDLERS]
-    return len(jobs), idle, tuple([_running(job, now) for job in oldest])
+    return len(jobs), idle, (_running(min(jobs, key=_began), now),)
 
 
 def _is_held(settings: Settings) -> bool:
