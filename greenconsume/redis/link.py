@@ -329,6 +329,8 @@ class Link(Calls):
                 self._has_unsent.clear()
                 for gather in self.before_write:
                     gather()
+                if not outgoing:
+                    continue  # it was sent at once
                 outgoing.is_sending = True
                 sendall(outgoing.take())
                 outgoing.is_sending = False
