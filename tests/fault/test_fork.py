@@ -250,7 +250,7 @@ if __name__ == "__main__":
         consumer = runtime.children[0].consumer
         publish(url, name, ["fork"])
         published.set()
-        wait_until(lambda: consumer.handled["fork"], 5.0)
+        wait_until(lambda: consumer.handled["fork"])
         gevent.sleep(1.0)
         pid = os.fork()
         if pid == 0:
@@ -266,7 +266,7 @@ if __name__ == "__main__":
         assert process.exitcode == 0, process.exitcode
         subprocess.run([sys.executable, "-c", "print('hello from a subprocess')"], check=True)
         publish(url, name, 100)
-        wait_until(everything(consumer.handled, 100), 5.0)
+        wait_until(everything(consumer.handled, 100))
         assert consumer.handled["fork"] == 1
         assert runtime.children[0].restart_count == 0
     print("the parent is well", flush=True)

@@ -53,7 +53,7 @@ def test_plain_kombu_leaves_what_our_handlers_are_at(redis_url, server, queue_na
     """It restores what nobody has refreshed, and knows nothing of us but the index."""
     put(server, queue_name, "long")
     done = Event()
-    connection = green(redis_url, visibility_timeout=1.0)
+    connection = green(redis_url, visibility_timeout=2.0)
     consumer = Recorder(connection, queue_name, lambda _b, _m: done.wait())
     say(consumer, concurrency=1)
     with plain(redis_url, visibility_timeout=60) as theirs, consuming(consumer):
@@ -62,7 +62,7 @@ def test_plain_kombu_leaves_what_our_handlers_are_at(redis_url, server, queue_na
 
         def restored_twice_the_timeout() -> bool:
             theirs.default_channel.qos.restore_visible(interval=1)
-            return refreshed_at(server) > taken_at + 2.0
+            return refreshed_at(server) > taken_at + 4.0
 
         wait_until(restored_twice_the_timeout)
         assert held_count(server) == 1

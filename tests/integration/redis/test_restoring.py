@@ -69,7 +69,7 @@ def test_what_nobody_settled_in_time_comes_back_whatever_the_consumers_do(
 def test_what_is_handled_for_long_is_not_done_twice(redis_url, server, queue_name, quick):
     """With kombu a handler that outlasts the visibility timeout is started again elsewhere."""
     put(server, queue_name, "long")
-    connections = [green(redis_url, visibility_timeout=1.0) for _ in range(2)]
+    connections = [green(redis_url, visibility_timeout=2.0) for _ in range(2)]
     done = Event()
     consumers = [Recorder(each, queue_name, lambda _b, _m: done.wait()) for each in connections]
     for consumer in consumers:
@@ -77,7 +77,7 @@ def test_what_is_handled_for_long_is_not_done_twice(redis_url, server, queue_nam
     with consuming(*consumers):
         wait_until(lambda: held_count(server) == 1)
         taken_at = refreshed_at(server)
-        wait_until(lambda: refreshed_at(server) > taken_at + 2.0, within=30)  # twice the timeout
+        wait_until(lambda: refreshed_at(server) > taken_at + 4.0, within=30)  # twice the timeout
         assert held_count(server) == 1
         done.set()
         wait_until(lambda: held_count(server) == 0)

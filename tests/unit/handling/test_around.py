@@ -245,7 +245,7 @@ def test_around_a_publication_headers_may_be_added_and_not_to_the_callers(nowait
         publisher.publish({"a": 2})
     with Connection("memory://") as connection:
         queue = connection.SimpleQueue("traced")
-        received += [queue.get(timeout=5).headers for _ in range(2)]
+        received += [queue.get(timeout=30).headers for _ in range(2)]
     assert received == [{"tenant": "acme", "traceparent": "00-abc"}, {"traceparent": "00-abc"}]
     assert own == {"tenant": "acme"}
 

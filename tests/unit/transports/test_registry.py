@@ -296,7 +296,7 @@ def test_binary_and_text_bodies_arrive_as_they_were(connect: Connect) -> None:
 def test_a_simple_queue_waits_and_times_out(connect: Connect) -> None:
     """kombu's SimpleQueue: sizes, a get that is woken, and one that is not."""
     with connect().SimpleQueue("simple") as simple, connect().SimpleQueue("simple") as other:
-        waiting = gevent.spawn(simple.get, timeout=5)
+        waiting = gevent.spawn(simple.get, timeout=30)
         gevent.idle()
         other.put({"n": 1})
         gevent.idle()
