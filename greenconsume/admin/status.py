@@ -50,7 +50,7 @@ class ConsumerStatus(NamedTuple):
         restarts: How often it was started again.
         switched_off: Its kill switch has tripped.
         held: Something lets it take less than it could: its rate, or a hub that lags behind.
-        error: What ended it last, in words.
+        error: What ended it last, or why the broker does not let it consume, in words.
         rate: Handled messages a second, in the last minute; None while nobody has looked before.
         p50: The median of the seconds that its handlers took in the last minute.
         p99: What 99 of 100 of them did not exceed.

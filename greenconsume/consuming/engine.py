@@ -64,12 +64,12 @@ class Engine:
         queues: The names of the queues that it consumes from, or did last.
         fleeting_queues: Those of them that go, with their messages, when nobody consumes from them.
         holding: What its connection holds, while it consumes.
+        refusals: The refusals that it met in a row.
     """
 
     __slots__ = (
         "_around",
         "_consumer",
-        "_refusals",
         "_shared",
         "_streams",
         "_supervised",
@@ -82,6 +82,7 @@ class Engine:
         "links",
         "owned",
         "queues",
+        "refusals",
     )
 
     def __init__(self, consumer: object) -> None:
@@ -97,7 +98,7 @@ class Engine:
         self._around: tuple[ConsumerOptions, ...] = ()
         self._shared: Shared | None = None
         self._switch: Switch | None = None
-        self._refusals = Refusals(self.life)
+        self.refusals = Refusals(self.life)
         self._streams = StreamPlaces()
         self._supervised = False
 
@@ -201,7 +202,7 @@ class Engine:
             with self._consumer.consumer_context(**kwargs) as (conn, _channel, _consumers):
                 if not life.stop.is_set():
                     life.enter(ConsumerState.CONSUMING)
-                    self._refusals.consumes()
+                    self.refusals.consumes()
                     self.link_pool().quarantine.note_consuming(life.name, True)
                 if isinstance(conn, Connection):
                     yield from receive(conn, loop, life.consume_stop, self._attend)
@@ -230,7 +231,7 @@ class Engine:
         Switches: yes.
         """
         self._streams.learn(error)
-        stopping.wait(self._refusals.tell(error), self.life.stop)
+        stopping.wait(self.refusals.tell(error), self.life.stop)
 
     def keep_apart(self, group: str = "") -> None:
         """Have the consumer connect over a link of its own, or its group's, from now on. Switches: never."""
@@ -247,7 +248,7 @@ class Engine:
         self.keep_apart()
         if self._supervised:
             raise LinkClosedError(self.life.name, error, remedy_of(error)) from error
-        stopping.wait(self._refusals.tell(error), self.life.stop)
+        stopping.wait(self.refusals.tell(error), self.life.stop)
 
     def leaving(self, stopping: StopCheck) -> Callable[[], bool]:
         """Return what tells whether the consumer leaves its loop: it stops, or its switch has tripped."""

@@ -153,6 +153,11 @@ class Refusals:
         self._text = ""
         self._consumed_from: float | None = None
 
+    @property
+    def reason(self) -> str:
+        """The words of the last refusal, until the consumer consumes again."""
+        return self._text if self._consumed_from is None else ""
+
     def consumes(self) -> None:
         """Note that the consumer consumes."""
         self._consumed_from = monotonic()

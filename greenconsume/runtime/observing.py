@@ -59,7 +59,7 @@ def status_of(child: Child, now: float) -> ConsumerStatus:
         restarts=child.restart_count,
         switched_off=engine is not None and engine.switched_off,
         held=settings is not None and _is_held(settings),
-        error=_words(child.error),
+        error=_error_of(child, engine),
         rate=rate,
         p50=p50,
         p99=p99,
@@ -196,7 +196,12 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
 
 
-def _words(error: BaseException | None) -> str:
-    if error is None:
-        return ""
-    return f"{type(error).__name__}: {' '.join(redact(str(error)).split())}"[:200]
+def _error_of(child: Child, engine: Engine | None) -> str:
+    """Return what ended a consumer, or why the broker does not let it consume."""
+    if child.error is not None:
+        return f"{type(child.error).__name__}: {_shortened(str(child.error))}"
+    return _shortened(engine.refusals.reason) if engine is not None else ""
+
+
+def _shortened(words: str) -> str:
+    return " ".join(redact(words).split())[:200]

@@ -136,6 +136,7 @@ def test_a_queue_that_was_deleted_makes_its_consumer_unready(serve, amqp_url, qu
         connection.default_channel.queue_delete(queue_name)
     wait_until(lambda: probes.answers() == (True, False, True))
     assert "consumer Orders-1 is" in probes.ask("/readyz")[1]
+    wait_until(lambda: "NOT_FOUND - no queue" in probes.ask("/readyz")[1])
     declare(amqp_url, queue_name)
     wait_until(lambda: probes.answers() == (True, True, True))
 
