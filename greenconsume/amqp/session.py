@@ -205,7 +205,8 @@ class Session:
         if monotonic() - self._turn_began > MAX_TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
-        self._inheritance.note_drainer()
+        if self._inheritance.drainer is not gevent.getcurrent():
+            self._inheritance.note_drainer()
         inbox = self.inbox
         deadline: Deadline | None = None
         while True:

@@ -8,8 +8,7 @@ for. Called by the sessions, AMQP's and Redis's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 from gevent import getcurrent
 from kombu import Connection
@@ -51,19 +50,19 @@ class _Debt:
 _untold: WeakKeyDictionary[Connection, _Debt] = WeakKeyDictionary()
 
 
-def _nobody() -> None:
-    """Stand for the weak reference to a greenlet that is no more."""
-
-
 class Inheritance:
-    """Keeps what the drainers of a session are still to be told of its connection's earlier session."""
+    """Keeps who drains a session, and what of an earlier one of its connection they are still to be told.
 
-    __slots__ = ("_client", "_debt", "_drainer", "_others")
+    Attributes:
+        drainer: The greenlet that has drained it last: the session looks, at each message, if it is noted.
+    """
+
+    __slots__ = ("_client", "_debt", "_others", "drainer")
 
     def __init__(self, client: Connection) -> None:
         self._client = client
         self._debt = _untold.get(client)
-        self._drainer: Callable[[], object] = _nobody
+        self.drainer: object = None
         self._others: WeakSet[object] | None = None
 
     @property
@@ -78,16 +77,11 @@ class Inheritance:
 
     def note_drainer(self) -> None:
         """Note that this greenlet drains the session."""
-        me = getcurrent()
-        drainer = self._drainer()
-        if drainer is me:
-            return
-        if drainer is None:
-            self._drainer = ref(me)
-        else:
+        if self.drainer is not None:
             if self._others is None:
                 self._others = WeakSet()
-            self._others.add(me)
+            self._others.add(self.drainer)
+        self.drainer = getcurrent()
 
     def note_consumer(self) -> None:
         """Note that this greenlet consumes over the session: it has begun anew."""
@@ -99,9 +93,8 @@ class Inheritance:
         earlier = _untold.get(self._client)
         drainers: WeakSet[object] = WeakSet(earlier.drainers if earlier is not None else ())
         drainers.update(self._others or ())
-        drainer = self._drainer()
-        if drainer is not None:
-            drainers.add(drainer)
+        if self.drainer is not None:
+            drainers.add(self.drainer)
         _untold[self._client] = _Debt(str(loss), drainers)
 
     def settle(self, has_consumers: bool, is_lost: bool) -> None:

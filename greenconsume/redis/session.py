@@ -168,7 +168,8 @@ class Session:
         if monotonic() - self._turn_began > MAX_TURN:
             gevent.sleep(0)
             self._turn_began = monotonic()
-        self._inheritance.note_drainer()
+        if self._inheritance.drainer is not gevent.getcurrent():
+            self._inheritance.note_drainer()
         deadline: Deadline | None = None
         ledger = self.ledger
         while True:
