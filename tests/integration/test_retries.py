@@ -153,7 +153,7 @@ def test_delays_outlast_the_consumer(rabbitmq, amqp_url, queue_name, kind):
         publish(amqp_url, queue_name, ["bad"] * 5)
         first.came(5)
         wait_until(lambda: queue_depth(amqp_url, f"{queue_name}.retry.1500") == 5)
-        assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
+        wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0))
         assert len(ensure_engine(first).handling.requeues) == 0
     with consuming(second):
         second.came(5)
