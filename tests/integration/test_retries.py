@@ -114,7 +114,7 @@ def test_delays_are_kept_and_attempts_counted(rabbitmq, amqp_url, queue_name, ki
         "retry 3 of 3 in 1 s",
         f"put into {queue_name}.dead after 3 retries",
     ]
-    assert rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0)
+    wait_until(lambda: rabbitmq.queue_counts(amqp_url, queue_name)[:2] == (0, 0))
 
 
 def test_each_message_has_its_own_count(amqp_url, queue_name):
