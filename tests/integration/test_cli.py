@@ -312,10 +312,11 @@ def test_a_signal_ends_an_attempt_that_nobody_answers_at_once(
 ) -> None:
     command = start("run", "shop:Orders", "--broker", black_hole_url, "--log-level", "debug")
     command.wait_for("is connecting")
-    began = monotonic()
     command.signal()
     assert command.ends() == 0
-    assert monotonic() - began < 4.5  # the attempt would end after 5 s
+    assert (
+        "cannot connect" not in command.err
+    )  # as it would say once the attempt had ended by itself
 
 
 # -- options ----------------------------------------------------------------------------------------
