@@ -1,4 +1,4 @@
-"""Owns what counts as a number where arguments are checked: whole, a share, or seconds.
+"""Owns what counts as a number, or a list, where arguments are checked: whole, a share, or seconds.
 
 A bool is an int to Python, and means something else; what is no number at all must be refused in words, and
 not by a comparison that fails. It must never raise. Called wherever arguments enter.
@@ -6,6 +6,7 @@ not by a comparison that fails. It must never raise. Called wherever arguments e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -26,3 +27,8 @@ def is_number(value: object, least: float = 0.0) -> TypeGuard[float]:
 def is_seconds(value: object, above_zero: bool = False) -> TypeGuard[float]:
     """Return whether it is a number of seconds: 0 or more, or above zero."""
     return is_number(value) and (value > 0 or not above_zero)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Return whether it is a list, or another sequence; a text, which is one to Python, is none."""
+    return isinstance(value, Sequence) and not isinstance(value, str)

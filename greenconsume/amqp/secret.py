@@ -118,9 +118,8 @@ def keep_current(link: Secretive, source: SecretSource) -> None:
             if not _hand_over(link, following, taken):
                 return
             secret, fits = following, True
-        except (
-            ValueError
-        ) as exc:  # larger than a frame; the one that the broker has is good until its end
+        except ValueError as exc:
+            # It is larger than a frame; the one that the broker has is good until its end.
             if fits:
                 emit(SecretUpdated(link.uri, exc, _RETRY))
             delay, fits = _RETRY, False

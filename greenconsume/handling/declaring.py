@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Protocol
 
-from greenconsume.checks import is_count, is_seconds
+from greenconsume.checks import is_count, is_list, is_seconds
 from greenconsume.errors import InvalidOptionsError
 from greenconsume.handling.kill_switch import KillSwitch
 from greenconsume.handling.pace import rate_of
@@ -168,7 +168,7 @@ class Wrapping:
 
     def check(self, name: str, value: object) -> None:
         """See `Kind.check`."""
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if not is_list(value):
             raise InvalidOptionsError(name, value, self.allowed)
         for each in value:
             if not callable(each):

@@ -26,7 +26,7 @@ from kombu.utils import json as kombu_json
 
 from greenconsume.amqp.transport import Transport
 from greenconsume.around import Around, entered
-from greenconsume.checks import is_count, is_seconds
+from greenconsume.checks import is_count, is_list, is_seconds
 from greenconsume.errors import ForeignThreadError, ForkedError, PublishError, StoppedError
 from greenconsume.links.brokers import connection_to
 from greenconsume.links.pool import LinkPool
@@ -310,11 +310,7 @@ def _check_kinds(exchange: object, links: object, around: object) -> None:
         raise TypeError(f"exchange must be a name, an Exchange or None, not {exchange!r}")
     if not isinstance(links, LinkPool | None):
         raise TypeError(f"links must be a LinkPool or None, not {links!r}")
-    if (
-        isinstance(around, str)
-        or not isinstance(around, Sequence)
-        or not all(map(callable, around))
-    ):
+    if not (is_list(around) and all(map(callable, around))):
         raise TypeError(f"around must be a list of callables, not {around!r}")
 
 

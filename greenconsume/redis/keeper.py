@@ -62,9 +62,8 @@ class Keeper:
         self._passed_count = 0  # of what is overdue, behind which the next look begins
         self._refused: set[bytes] = set()  # fields, and owners of such
         self._refused_until = 0.0
-        self._owed: dict[
-            str, bool
-        ] = {}  # what this process could not put back, and whether it is counted
+        # What this process could not put back, and whether it is counted.
+        self._owed: dict[str, bool] = {}
         self._owed_at = 0.0
         self._known: Link | None = None  # the link that was last spoken over
 

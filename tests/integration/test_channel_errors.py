@@ -121,7 +121,27 @@ def test_a_channel_error_in_a_handler_restarts_that_consumer_alone(
     assert queue_depth(amqp_url, queue_name) == 0
 
 
-def close_it(_body: Any, message: Any) -> None:
+def handle_five_and_close(
+    url: str, queue: str, concurrency: int | None, close: Callable[[Any], object]
+) -> None:
+    """Have a consumer handle five messages, the first of which closes something that it consumes over."""
+    closed: list[Any] = []
+
+    def handle(body: Any, message: Any) -> None:
+        if not closed:
+            closed.append(body)
+            close(message)
+
+    consumer = Recorder(url, queue, handle)
+    consumer.options = ConsumerOptions(concurrency=concurrency)
+    with consuming(consumer):
+        publish(url, queue, 5)
+        wait_until(lambda: consumer.ready_count == 2, SOON)
+        wait_until(lambda: set(consumer.bodies) == set(range(5)), SOON)
+        wait_until(lambda: queue_depth(url, queue) == 0, SOON)
+
+
+def close_channel(message: Any) -> None:
     message.channel.close()
 
 
@@ -130,20 +150,7 @@ def test_a_handler_that_closes_its_messages_channel_restarts_its_consumer(
     amqp_url, queue_name, caplog, concurrency
 ):
     """HAZARDS row 38: the consumer lived, and consumed nothing, for ever and without a word."""
-    closed: list[Any] = []
-
-    def handle(body: Any, message: Any) -> None:
-        if not closed:
-            closed.append(body)
-            close_it(body, message)
-
-    consumer = Recorder(amqp_url, queue_name, handle)
-    consumer.options = ConsumerOptions(concurrency=concurrency)
-    with consuming(consumer):
-        publish(amqp_url, queue_name, 5)
-        wait_until(lambda: consumer.ready_count == 2, SOON)
-        wait_until(lambda: set(consumer.bodies) == set(range(5)), SOON)
-        wait_until(lambda: queue_depth(amqp_url, queue_name) == 0, SOON)
+    handle_five_and_close(amqp_url, queue_name, concurrency, close_channel)
     assert "closed the channel that its consumer consumes on" in caplog.text
     assert "Traceback" not in caplog.text
 
@@ -162,20 +169,8 @@ def test_a_handler_that_closes_its_messages_connection_is_told_of(
     amqp_url, queue_name, caplog, close, concurrency
 ):
     """Without a word, a handler that does so for each message would connect anew for each."""
-    closed: list[Any] = []
-
-    def handle(body: Any, message: Any) -> None:
-        if not closed:
-            closed.append(body)
-            close(message)
-
-    consumer = Recorder(amqp_url, queue_name, handle)
-    consumer.options = ConsumerOptions(concurrency=concurrency)
-    with consuming(consumer), observed(LinkDown) as lost:
-        publish(amqp_url, queue_name, 5)
-        wait_until(lambda: consumer.ready_count == 2, SOON)
-        wait_until(lambda: set(consumer.bodies) == set(range(5)), SOON)
-        wait_until(lambda: queue_depth(amqp_url, queue_name) == 0, SOON)
+    with observed(LinkDown) as lost:
+        handle_five_and_close(amqp_url, queue_name, concurrency, close)
     assert "a handler, or a library that it uses, closed the c" in caplog.text
     assert "Traceback" not in caplog.text
     assert lost == []

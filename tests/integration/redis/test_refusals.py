@@ -84,16 +84,22 @@ def test_what_plain_kombu_restores_into_two_queues_wakes_the_consumers_of_both(
     assert inbox.drain(2) == ["x", "x"]
 
 
-def test_a_race_lost_by_who_restores_into_two_queues_doubles_nothing(
-    connection, server, queue_name, monkeypatch
-):
-    """What was put into the further queues before the compare stayed there."""
+def hold_for_two_queues(connection: Any, server: Any, queue_name: str) -> list[str]:
+    """Leave a message unsettled, as kombu does, that was bound for two queues; return their names."""
     exchange = Exchange(f"{queue_name}.exchange", "direct")
     names = [f"{queue_name}.{n}" for n in range(2)]
     for name in names:
         Queue(name, exchange, "k")(connection.channel()).declare()
     server.hset("unacked", "kombus", f'[{payload("x").decode()}, "{exchange.name}", "k"]')
     server.zadd("unacked_index", {"kombus": 1})
+    return names
+
+
+def test_a_race_lost_by_who_restores_into_two_queues_doubles_nothing(
+    connection, server, queue_name, monkeypatch
+):
+    """What was put into the further queues before the compare stayed there."""
+    names = hold_for_two_queues(connection, server, queue_name)
     run = Link.run
 
     def late(link: Link, script: Any, *args: Any, **kwargs: Any) -> None:
@@ -109,12 +115,7 @@ def test_a_race_lost_by_who_restores_into_two_queues_doubles_nothing(
 
 
 def test_what_one_of_two_queues_refuses_is_put_into_neither(connection, server, queue_name):
-    exchange = Exchange(f"{queue_name}.exchange", "direct")
-    names = [f"{queue_name}.{n}" for n in range(2)]
-    for name in names:
-        Queue(name, exchange, "k")(connection.channel()).declare()
-    server.hset("unacked", "kombus", f'[{payload("x").decode()}, "{exchange.name}", "k"]')
-    server.zadd("unacked_index", {"kombus": 1})
+    names = hold_for_two_queues(connection, server, queue_name)
     server.set(names[1], "no list")
     channel = connection.default_channel
     back = restore(channel.link, channel.keyspace, [b"kombus"])
